@@ -1,0 +1,65 @@
+"""hf_epimer: merge fine-tuned CLIP vision models from the Hugging Face Hub without training.
+
+    from hf_epimer import EpiMerConfig, MergeRecipe, ModelRef, merge, merge_state_dicts
+
+Names are imported on first use (PEP 562), so that `hf-epimer --help` pays for neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_epimer.config import MergeRecipe, ModelRef
+    from hf_epimer.errors import EpimerError
+    from hf_epimer.evaluation import accuracy
+    from hf_epimer.hub import push_folder
+    from hf_epimer.merging import merge_state_dicts
+    from hf_epimer.methods import METHODS
+    from hf_epimer.methods.epimer import EpiMerConfig
+    from hf_epimer.pipeline import MergeReport, merge
+    from hf_epimer.statistics import estimate_fisher
+    from hf_epimer.tasks import Task
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EpiMerConfig": "methods.epimer",
+    "EpimerError": "errors",
+    "METHODS": "methods",
+    "MergeRecipe": "config",
+    "MergeReport": "pipeline",
+    "ModelRef": "config",
+    "Task": "tasks",
+    "accuracy": "evaluation",
+    "estimate_fisher": "statistics",
+    "merge": "pipeline",
+    "merge_state_dicts": "merging",
+    "push_folder": "hub",
+}
+
+__all__ = [
+    "METHODS",
+    "EpiMerConfig",
+    "EpimerError",
+    "MergeRecipe",
+    "MergeReport",
+    "ModelRef",
+    "Task",
+    "accuracy",
+    "estimate_fisher",
+    "merge",
+    "merge_state_dicts",
+    "push_folder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"hf_epimer.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hf_epimer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

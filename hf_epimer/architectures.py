@@ -1,0 +1,144 @@
+"""What the package knows of model architectures: canonical names, shapes, config fields. An architecture is data.
+
+Checkpoints of one model come in several layouts: `vision_model.*` (transformers 4, and every full CLIPModel), no prefix
+at all (CLIPVisionModel from transformers 5.6 on), nested below `clip.` or `model.`. Names are made canonical here and
+nowhere else: with the `vision_model.` prefix, which every version of transformers reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_epimer.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of models.
+
+    Attributes:
+        name: for messages.
+        prefix: of canonical names.
+        nested: prefixes under which the tower may lie in a file, longest first.
+        tower: first components of the tower's own names, without prefix.
+        ignored: beginnings of names that belong to other parts of a full model, or to buffers.
+        head: the projection that a checkpoint may carry beside the tower; kept apart from the merge.
+        model_types: `model_type` in config.json -> key of the nested tower config, or None.
+        defaults: fields that decide whether two models can be merged, with transformers' defaults.
+        output_class: the transformers class of a merged model.
+        known: shapes of well-known base models -> Hub id.
+    """
+
+    name: str
+    prefix: str
+    nested: tuple[str, ...]
+    tower: tuple[str, ...]
+    ignored: tuple[str, ...]
+    head: str
+    model_types: Mapping[str, str | None]
+    defaults: Mapping[str, Any]
+    output_class: str
+    output_type: str
+    known: Mapping[tuple[int, ...], str]
+
+    def canonical(self, name: str) -> str | None:
+        """The canonical name of a tensor, None for tensors that are no part of the tower.
+
+        A name that fits nowhere is returned as it is, so that the comparison of key sets reports it.
+        """
+        stripped = name
+        for nested in self.nested:
+            if name.startswith(nested):
+                stripped = name[len(nested) :]
+                break
+        if name.startswith(self.ignored) or stripped.startswith(self.ignored) or name.endswith(self.head):
+            return None
+        if stripped.split(".", 1)[0] in self.tower:
+            return self.prefix + stripped
+        return name
+
+    def tower_config(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The fields that matter from a config.json, with transformers' defaults filled in.
+
+        Raises:
+            CheckpointError: the config is of another model type.
+        """
+        model_type = config.get("model_type")
+        if model_type not in self.model_types:
+            known = ", ".join(sorted(self.model_types))
+            raise CheckpointError(f"{where}: model type {model_type!r} is not a {self.name} ({known} are)")
+        nested = self.model_types[model_type]
+        section = config.get(nested) or {} if nested else config
+        return {field: section.get(field, default) for field, default in self.defaults.items()}
+
+    def known_base(self, tower: Mapping[str, Any]) -> str | None:
+        """The Hub id of the well-known base model with this shape."""
+        return self.known.get(tuple(tower[field] for field in _SHAPE_FIELDS))
+
+    def shapes(self, tower: Mapping[str, Any]) -> dict[str, Shape]:
+        """Canonical name -> shape of every parameter, in the order of the model."""
+        return {self.prefix + name: shape for name, shape in _clip_vision_shapes(tower).items()}
+
+
+_SHAPE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+
+
+def _clip_vision_shapes(tower: Mapping[str, Any]) -> dict[str, Shape]:
+    width, inner, patch = tower["hidden_size"], tower["intermediate_size"], tower["patch_size"]
+    positions = (tower["image_size"] // patch) ** 2 + 1
+    shapes: dict[str, Shape] = {
+        "embeddings.class_embedding": (width,),
+        "embeddings.patch_embedding.weight": (width, tower["num_channels"], patch, patch),
+        "embeddings.position_embedding.weight": (positions, width),
+        "pre_layrnorm.weight": (width,),
+        "pre_layrnorm.bias": (width,),
+    }
+    for index in range(tower["num_hidden_layers"]):
+        block = f"encoder.layers.{index}."
+        linear = {
+            **{f"self_attn.{part}_proj": (width, width) for part in ("k", "v", "q", "out")},
+            "mlp.fc1": (inner, width),
+            "mlp.fc2": (width, inner),
+        }
+        for part in ("layer_norm1", "layer_norm2"):
+            shapes[f"{block}{part}.weight"] = (width,)
+            shapes[f"{block}{part}.bias"] = (width,)
+        for part, shape in linear.items():
+            shapes[f"{block}{part}.weight"] = shape
+            shapes[f"{block}{part}.bias"] = shape[:1]
+    shapes["post_layernorm.weight"] = (width,)
+    shapes["post_layernorm.bias"] = (width,)
+    return shapes
+
+
+CLIP_VISION = Architecture(
+    name="CLIP vision model",
+    prefix="vision_model.",
+    nested=("model.vision_model.", "clip.vision_model.", "vision_model.", "clip.", "model."),
+    tower=("embeddings", "encoder", "pre_layrnorm", "post_layernorm"),
+    ignored=("text_model.", "text_projection", "logit_scale", "embeddings.position_ids"),
+    head="visual_projection.weight",
+    model_types={"clip_vision_model": None, "clip": "vision_config"},
+    defaults={
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    output_class="CLIPVisionModel",
+    output_type="clip_vision_model",
+    known={
+        (768, 12, 12, 32, 224): "openai/clip-vit-base-patch32",
+        (768, 12, 12, 16, 224): "openai/clip-vit-base-patch16",
+        (1024, 24, 16, 14, 224): "openai/clip-vit-large-patch14",
+    },
+)

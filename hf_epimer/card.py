@@ -1,0 +1,139 @@
+"""The model card of a merge: metadata the Hub understands, and a body a person can check.
+
+The text is `card_template.md`; this module only fills it in. No local path gets into a card: a checkpoint that is a
+folder appears under the folder's name.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_epimer.config import MergeRecipe, ModelRef
+from hf_epimer.hub import Source
+from hf_epimer.methods.base import Method
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+
+def merge_card(
+    recipe: MergeRecipe,
+    method: Method,
+    base: Source,
+    models: Sequence[Source],
+    weights: Sequence[float],
+    diagnostics: dict[str, str],
+    datasets: Sequence[str],
+    results: dict[str, Any] | None = None,
+) -> str:
+    """The README.md of a merged folder.
+
+    Args:
+        recipe: pinned.
+        weights: l_t, summing to 1.
+        diagnostics: what to show of the report, label -> text.
+        datasets: Hub ids of the data sets the models were tuned on.
+        results: contents of results.json, with the data set of every task under `datasets`.
+    """
+    name = recipe.push_to.split("/")[1] if recipe.push_to else Path(recipe.out or f"merged-{method.name}").name
+    on_hub = [model.ref.location for model in models if not model.ref.is_local]
+    data = ModelCardData(
+        base_model=on_hub or None,
+        base_model_relation="merge",
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["merge", "hf-epimer", "clip", method.name],
+        datasets=list(datasets) or None,
+        model_name=name if results else None,
+        eval_results=_eval_results(results) if results else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=name,
+        count=len(models),
+        method=method,
+        base=_row(base),
+        models=[_row(m) | {"weight": f"{w:.4g}"} for m, w in zip(models, weights, strict=True)],
+        results=_results_table(results) if results else None,
+        options=asdict(recipe.options) | {"seed": recipe.seed, "exact": recipe.exact},
+        diagnostics=diagnostics,
+        command=_command(recipe),
+        load_from=recipe.push_to or name,
+        citation=method.paper.bibtex(),
+    )
+    return str(card)
+
+
+def _row(source: Source) -> dict[str, str]:
+    ref = source.ref
+    if ref.is_local:
+        return {"label": source.label, "link": f"`{ref.name}` (local folder)", "commit": "", "load": ref.name}
+    link = f"[{ref.location}](https://huggingface.co/{ref.location})"
+    return {"label": source.label, "link": link, "commit": f"`{(ref.revision or '')[:12]}`", "load": ref.location}
+
+
+def _command(recipe: MergeRecipe) -> str:
+    """What was typed, with local folders by their names only."""
+    if not recipe.command:
+        return "hf-epimer merge --config merge_config.json"
+    return "hf-epimer " + shlex.join(_without_path(word) for word in recipe.command)
+
+
+def _without_path(word: str) -> str:
+    label, equals, rest = word.rpartition("=")
+    path = Path(rest).expanduser()
+    looks_local = path.is_absolute() or rest.startswith((".", "~")) or path.exists()
+    return f"{label}{equals}{path.name}" if looks_local and path.name else word
+
+
+def _eval_results(results: dict[str, Any]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type=results["datasets"][task],
+            dataset_name=task,
+            metric_type="accuracy",
+            metric_value=round(row["accuracy"], 4),
+        )
+        for task, row in results["tasks"].items()
+    ]
+
+
+def _results_table(results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "rows": [
+            {"task": task, "accuracy": f"{row['accuracy']:.3f}", "samples": row["samples"]}
+            for task, row in results["tasks"].items()
+        ],
+        "average": f"{results['average']:.3f}",
+        "worst_task": results["worst"]["task"],
+        "worst": f"{results['worst']['accuracy']:.3f}",
+        "note": "",
+    }
+
+
+def base_from_cards(cards: Sequence[tuple[str, dict[str, Any]]]) -> tuple[ModelRef | None, str]:
+    """The base model on which all cards that name one agree, or None and why not.
+
+    Args:
+        cards: (label, card metadata) of every checkpoint. A card with several base models is a merge's: it names none.
+    """
+    named: dict[str, str] = {}
+    for label, card in cards:
+        base = card.get("base_model")
+        choices = [base] if isinstance(base, str) else list(base or ())
+        if len(choices) == 1:
+            named[label] = choices[0]
+    bases = sorted(set(named.values()))
+    if len(bases) == 1:
+        return ModelRef.parse(bases[0]), ""
+    if not bases:
+        return None, "no model card names a base_model"
+    listed = ", ".join(f"{label} says {base}" for label, base in named.items())
+    return None, f"the model cards disagree on base_model: {listed}"

@@ -1,0 +1,173 @@
+"""What a merge is asked to do: model references and the recipe, as words and as JSON.
+
+`MergeRecipe` is what the command line, `merge_config.json` and Python callers have in common. It names things and
+validates what can be validated without reading anything; `pipeline.merge` carries it out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hf_epimer.errors import NotFoundError, UsageError
+
+_LABEL = re.compile(r"[A-Za-z0-9][\w.-]*")
+_REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """`[label=]ref`, ref = a local folder (or file) or `org/name[@revision]`."""
+
+    location: str
+    revision: str | None = None
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelRef:
+        """Read a reference from the command line or a recipe.
+
+        Raises:
+            NotFoundError: it looks like a path and nothing is there.
+            UsageError: it is neither a path nor `org/name[@revision]`.
+        """
+        label, rest = None, text
+        if "=" in text and not Path(text).exists():
+            label, rest = text.split("=", 1)
+            if not _LABEL.fullmatch(label):
+                raise UsageError(f"{text!r}: a label is a task's name, letters, digits, - and _")
+        if rest and Path(rest).expanduser().exists():
+            return cls(str(Path(rest).expanduser().absolute()), None, label)
+        repo, _, revision = rest.partition("@")
+        if rest.startswith((".", "/", "~")) or repo.count("/") > 1:
+            raise NotFoundError(f"{text}: folder {rest} does not exist")
+        if not _REPO.fullmatch(repo) or (not revision and "@" in rest):
+            raise UsageError(f"{text!r} is neither a folder nor a Hub id of the form org/name or org/name@revision")
+        return cls(repo, revision or None, label)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it names a folder or file on this machine."""
+        return Path(self.location).is_absolute()
+
+    @property
+    def name(self) -> str:
+        """The last part: the folder's or repo's own name."""
+        return Path(self.location).name
+
+    def __str__(self) -> str:
+        label = f"{self.label}=" if self.label else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{label}{self.location}{revision}"
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """Everything that decides the result of one merge, and where it goes.
+
+    Attributes:
+        models: what to merge.
+        base: theta_0; None to infer it from cards or config.
+        method: a name from METHODS.
+        options: an instance of that method's config; its defaults for None.
+        weights: one per model, normalised to sum to 1; None for equal weights.
+        fisher: statistics, by label or one per model in order; folders, files or repos with fisher.safetensors.
+        samples: per task, where curvature has to be estimated.
+        evaluate: measure the result on every model's task.
+        tasks: task files.
+        out: folder to write; `./merged-<method>` when neither it nor `push_to` is given.
+        overwrite: replace a non-empty `out`.
+        push_to: `org/name` to push to.
+        private: create that repo private.
+        create_pr: open a pull request instead of committing.
+        device: where layers are solved.
+        dtype: of the written weights; None for that of the base.
+        seed: of everything random.
+        exact: float64, full decompositions and dense solves.
+    """
+
+    models: tuple[ModelRef, ...]
+    base: ModelRef | None = None
+    method: str = "epimer"
+    options: Any = None
+    weights: tuple[float, ...] | None = None
+    fisher: tuple[ModelRef, ...] = ()
+    samples: int = 256
+    evaluate: bool = False
+    tasks: tuple[str, ...] = ()
+    out: str | None = None
+    overwrite: bool = False
+    push_to: str | None = None
+    private: bool = False
+    create_pr: bool = False
+    device: str = "cpu"
+    dtype: str | None = None
+    seed: int = 0
+    exact: bool = False
+    command: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UsageError("give at least one checkpoint to merge")
+        if self.samples < 1:
+            raise UsageError(f"--samples must be at least 1, not {self.samples}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.push_to is not None and not _REPO.fullmatch(self.push_to):
+            raise UsageError(f"--push-to {self.push_to!r} is not of the form org/name")
+        if self.create_pr and self.push_to is None:
+            raise UsageError("--create-pr needs --push-to")
+
+
+_DECIDES = ("weights", "samples", "evaluate", "tasks", "device", "dtype", "seed", "exact")
+"""Fields of a recipe that go into merge_config.json as they are; destinations do not."""
+
+
+def recipe_to_json(recipe: MergeRecipe) -> dict[str, Any]:
+    """The part of a (pinned, resolved) recipe that decides the result."""
+    return {
+        "method": recipe.method,
+        "options": asdict(recipe.options),
+        "base": str(recipe.base),
+        "models": [str(ref) for ref in recipe.models],
+        "fisher": [str(ref) for ref in recipe.fisher],
+        **{name: getattr(recipe, name) for name in _DECIDES},
+    }
+
+
+def recipe_from_json(file: Path) -> dict[str, Any]:
+    """Keyword arguments for `MergeRecipe` from a merge_config.json.
+
+    Raises:
+        UsageError: the file is missing, no JSON, or lacks what a recipe needs.
+    """
+    from hf_epimer.merging import find_method
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        method = find_method(content["method"])
+        known = {item.name for item in fields(method.config)}
+        unknown = set(content["options"]) - known
+        if unknown:
+            raise UsageError(f"--config {file}: {method.name} has no option {sorted(unknown)[0]!r}")
+        arguments = {name: content[name] for name in _DECIDES if name in content}
+        for name in ("weights", "tasks"):
+            if arguments.get(name) is not None:
+                arguments[name] = tuple(arguments[name])
+        return {
+            **arguments,
+            "method": method.name,
+            "options": method.config(**content["options"]),
+            "base": ModelRef.parse(content["base"]),
+            "models": tuple(ModelRef.parse(text) for text in content["models"]),
+            "fisher": tuple(ModelRef.parse(text) for text in content.get("fisher", ())),
+        }
+    except OSError as error:
+        raise UsageError(f"--config {file}: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UsageError(f"--config {file} is not a merge_config.json of hf-epimer ({error})") from error

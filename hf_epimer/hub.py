@@ -1,0 +1,357 @@
+"""The Hugging Face Hub: resolving references, fetching files, pushing. The only module that talks to it.
+
+A reference is resolved to a commit once; everything read later comes from that commit. Files go through
+huggingface_hub's cache; the client compares sizes only, so contents are checked here against the sha256 the Hub lists.
+A push is one commit. Requests that fail for reasons that pass (5xx, 429, a broken connection) are repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_epimer.config import ModelRef
+from hf_epimer.errors import AccessError, CheckpointError, EpimerError, HubError, NotFoundError, PushError
+
+logger = logging.getLogger(__name__)
+
+BACKOFF = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between tries of a request that may work the next time."""
+
+# the HTTP library of huggingface_hub was renamed between releases; its base error is in every release's own error
+_HTTP_ERRORS = tuple(base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved reference: a local folder, or a Hub repo at one commit with the list of its files."""
+
+    ref: ModelRef
+    label: str
+    files: frozenset[str]
+    sizes: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+    sha256: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def pinned(self) -> ModelRef:
+        """The reference with its label and commit."""
+        return ModelRef(self.ref.location, self.ref.revision, self.label)
+
+    @property
+    def identity(self) -> str:
+        """What makes two references the same checkpoint."""
+        if self.ref.is_local:
+            return str(Path(self.ref.location).resolve())
+        return f"{self.ref.location.lower()}@{self.ref.revision}"
+
+    @property
+    def title(self) -> str:
+        """For cards and tables: the Hub id, or the folder's name."""
+        return self.ref.name if self.ref.is_local else self.ref.location
+
+    def fetch(self, name: str) -> Path:
+        """The local path of one of its files, downloaded and checked if need be."""
+        if self.ref.is_local:
+            location = Path(self.ref.location)
+            return location if location.is_file() else location / name
+        path = self._download(name)
+        if self._intact(name, path):
+            return path
+        logger.warning("%s: the cached copy %s is damaged (its sha256 is not the Hub's); fetching it again", self, path)
+        path = self._download(name, force=True)
+        if not self._intact(name, path):
+            raise CheckpointError(f"{self}: {name} arrives with another sha256 than the Hub lists; try again later")
+        return path
+
+    def _download(self, name: str, force: bool = False) -> Path:
+        def download() -> Path:
+            return Path(
+                hf_hub_download(self.ref.location, name, revision=self.ref.revision, force_download=force)
+            )
+
+        return _persist(download, f"{self}: {name}")
+
+    def _intact(self, name: str, path: Path) -> bool:
+        expected = self.sha256.get(name)
+        if expected is None:
+            return True
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == expected
+
+    def read_text(self, name: str) -> str:
+        """A small text file."""
+        return self.fetch(name).read_text(encoding="utf-8")
+
+    def card(self) -> dict[str, Any]:
+        """The metadata of its model card, empty without one (or with one that cannot be read)."""
+        if "README.md" not in self.files:
+            return {}
+        try:
+            return dict(ModelCard(self.read_text("README.md"), ignore_metadata_errors=True).data.to_dict())
+        except (ValueError, UnicodeDecodeError) as error:
+            logger.warning("%s: its README.md has no readable metadata (%s)", self, error)
+            return {}
+
+    def __str__(self) -> str:
+        return str(self.pinned)
+
+
+def resolve(ref: ModelRef) -> Source:
+    """Look a reference up: which commit, which files. Nothing is downloaded.
+
+    Raises:
+        NotFoundError: no such folder, repo or revision, or private without a token that may read it.
+        AccessError: gated, or the token is not valid.
+        HubError: the Hub cannot be reached.
+    """
+    label = ref.label or ref.name
+    if ref.is_local:
+        folder = Path(ref.location)
+        if not folder.is_dir():
+            raise NotFoundError(f"{ref}: {folder} is not a folder")
+        paths = [path for path in folder.iterdir() if path.is_file()]
+        return Source(ref, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
+    if constants.is_offline_mode():
+        return _resolve_offline(ref, label)
+    info = _persist(
+        lambda: HfApi().model_info(ref.location, revision=ref.revision, files_metadata=True), str(ref)
+    )
+    siblings = info.siblings or []
+    return Source(
+        ModelRef(ref.location, info.sha, ref.label),
+        label,
+        frozenset(sibling.rfilename for sibling in siblings),
+        {sibling.rfilename: sibling.size or 0 for sibling in siblings},
+        {sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs},
+    )
+
+
+def _resolve_offline(ref: ModelRef, label: str) -> Source:
+    """From the local cache alone: the commit it last saw for this revision, and the files it has of it."""
+    with _translated(str(ref)):
+        revision = HfApi().resolve_revision(ref.location, revision=ref.revision, local_files_only=True)
+    commit = getattr(revision, "resolved", str(revision))
+    config = try_to_load_from_cache(ref.location, "config.json", revision=commit)
+    if not isinstance(config, str):
+        raise HubError(f"{ref}: not in the local cache, and HF_HUB_OFFLINE is set")
+    folder = Path(config).parent
+    paths = [path for path in folder.iterdir() if path.is_file()]
+    pinned = ModelRef(ref.location, commit, ref.label)
+    return Source(pinned, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
+
+
+def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] = lambda size: None) -> None:
+    """Bring several files into the cache, two at a time, and check them.
+
+    Args:
+        wanted: (source, file name).
+        on_file: called with the size of every file that is there.
+    """
+
+    def one(item: tuple[Source, str]) -> None:
+        source, name = item
+        source.fetch(name)
+        on_file(source.sizes.get(name, 0))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        futures = [pool.submit(one, item) for item in wanted]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def check_push_access(repo_id: str, create_pr: bool = False) -> None:
+    """Find out before any work whether the token may push to `repo_id`.
+
+    Raises:
+        AccessError: no token, an invalid or read-only one, or a namespace it may not write to.
+    """
+    where = f"--push-to {repo_id}"
+    api = HfApi()
+    try:
+        user = _persist(api.whoami, where)
+    except LocalTokenNotFoundError as error:
+        raise AccessError(f"{where}: there is no token; run `hf auth login` or set HF_TOKEN") from error
+    if constants.is_offline_mode():
+        raise HubError(f"{where}: HF_HUB_OFFLINE is set")
+    try:
+        _persist(lambda: api.auth_check(repo_id, write=not create_pr), where)
+        exists = True
+    except AccessError:
+        raise
+    except NotFoundError:
+        exists = False
+    token = user.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise AccessError(f"{where}: the token of {user['name']} is read-only; create one with write access")
+    if create_pr and not exists:
+        raise AccessError(f"{where}: a pull request needs a repo that exists")
+    if not exists and not _may_create(user, repo_id.split("/")[0]):
+        raise AccessError(f"{where}: {user['name']} may not create a repo under {repo_id.split('/')[0]}")
+
+
+def _may_create(user: dict[str, Any], namespace: str) -> bool:
+    token = user.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "fineGrained":
+        scopes = token.get("fineGrained", {}).get("scoped", [])
+        return any(
+            scope.get("entity", {}).get("name") == namespace and "repo.write" in scope.get("permissions", ())
+            for scope in scopes
+        )
+    if namespace == user.get("name"):
+        return True
+    return any(
+        org.get("name") == namespace and org.get("roleInOrg", "write") in ("admin", "write", "contributor")
+        for org in user.get("orgs", ())
+    )
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False, title: str) -> str:
+    """Push a merged folder as one commit, or one pull request; weights of an older push are deleted in it.
+
+    A lost answer is asked for again: files that already arrived make no second commit.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        PushError: with the command that tries again.
+    """
+    api = HfApi()
+    retry = f"; the merged folder is complete, push it again with: hf-epimer push {folder} {repo_id}"
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    try:
+        if not create_pr:
+            _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
+        present = _persist(lambda: api.list_repo_files(repo_id), repo_id)
+        names = {path.name for path in paths}
+        stale = [name for name in present if name.startswith("model") and ".safetensors" in name and name not in names]
+        opened_before = _open_pull_requests(api, repo_id, title) if create_pr else {}
+
+        def commit() -> str:
+            if create_pr:
+                new = _open_pull_requests(api, repo_id, title).items() - opened_before.items()
+                if new:
+                    return next(iter(new))[1]
+            operations = [
+                *(CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths),
+                *(CommitOperationDelete(path_in_repo=name) for name in stale),
+            ]
+            result = api.create_commit(repo_id, operations, commit_message=title, create_pr=create_pr)
+            return str(result.pr_url or result.commit_url)
+
+        return _persist(commit, repo_id)
+    except EpimerError as error:
+        raise PushError(f"{error}{retry}") from error
+    except (ValueError, OSError) as error:
+        raise PushError(f"{repo_id}: {_one_line(error)}{retry}") from error
+
+
+def _open_pull_requests(api: HfApi, repo_id: str, title: str) -> dict[int, str]:
+    discussions = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
+    return {entry.num: entry.url for entry in discussions if entry.title == title}
+
+
+def _persist(request: Callable[[], Result], what: str) -> Result:
+    """Make a request, again where the failure may pass, and say plainly what went wrong in the end."""
+    for wait in (*BACKOFF, None):
+        try:
+            with _translated(what):
+                return request()
+        except HubError as error:
+            pause = _retry_after(error.__cause__, wait)
+            if pause is None:
+                raise
+            logger.info("%s; trying again in %.0f s", error, pause)
+            time.sleep(pause)
+    raise AssertionError("the last try either returns or raises")
+
+
+def _retry_after(cause: BaseException | None, wait: float | None) -> float | None:
+    """Seconds to wait before the next try, None when there is no point in one."""
+    if wait is None or not isinstance(cause, _HTTP_ERRORS) or isinstance(cause, OfflineModeIsEnabled):
+        return None
+    response = getattr(cause, "response", None)
+    if response is None:
+        return wait  # the connection broke, or the answer was lost
+    if response.status_code != 429 and response.status_code < 500:
+        return None
+    asked = response.headers.get("Retry-After", "")
+    return max(wait, float(asked)) if asked.isdigit() else wait
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Turn the client's errors into ours: what was asked for, what went wrong, what to do."""
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise
+    except GatedRepoError as error:
+        raise AccessError(
+            f"{what} is gated: accept its terms on its page and set HF_TOKEN to a token that may read it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"{what}: there is no such repo, or it is private and the token in use (HF_TOKEN) may not see it"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise NotFoundError(f"{what}: the repo has no such revision") from error
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"{what}: not in the local cache, and the Hub cannot be reached ({_one_line(error)})") from error
+    except EntryNotFoundError as error:
+        raise NotFoundError(f"{what}: the repo has no such file") from error
+    except OfflineModeIsEnabled as error:
+        raise HubError(f"{what}: HF_HUB_OFFLINE is set") from error
+    except HfHubHTTPError as error:
+        raise _http_error(what, error) from error
+    except _HTTP_ERRORS as error:
+        raise HubError(f"{what}: the Hub at {constants.ENDPOINT} cannot be reached ({_one_line(error)})") from error
+
+
+def _http_error(what: str, error: HfHubHTTPError) -> HubError:
+    status = error.response.status_code if error.response is not None else 0
+    if status == 401:
+        return AccessError(f"{what}: the Hub does not accept the token in use (HF_TOKEN, or `hf auth login` again)")
+    if status == 403:
+        return AccessError(f"{what}: the token in use has no permission for this ({_one_line(error)})")
+    if status == 429:
+        return HubError(f"{what}: the Hub asks for fewer requests (429), even after waiting; try again later")
+    return HubError(f"{what}: the Hub answered {status} ({_one_line(error)})")
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

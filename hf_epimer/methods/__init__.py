@@ -1,0 +1,37 @@
+"""The merge methods: one file per paper, one visible table.
+
+Adding a method: write one file (a config dataclass, a function of one layer, a `Method`) and add its line here. Flags,
+`hf-epimer methods`, the model card and the invariant tests follow.
+"""
+
+from __future__ import annotations
+
+from hf_epimer.methods.base import Layer, LayerMerge, Method
+from hf_epimer.methods.dare import DARE
+from hf_epimer.methods.epimer import EPIMER
+from hf_epimer.methods.fisher_averaging import FISHER, GRADIENT_MATCHING
+from hf_epimer.methods.iso import ISO_C, ISO_CTS
+from hf_epimer.methods.linear import MEAN, NAN, TASK_ARITHMETIC
+from hf_epimer.methods.regmean import REGMEAN
+from hf_epimer.methods.ties import TIES
+from hf_epimer.methods.tsv import TSV_M
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        EPIMER,
+        TSV_M,
+        ISO_C,
+        ISO_CTS,
+        MEAN,
+        TASK_ARITHMETIC,
+        TIES,
+        DARE,
+        FISHER,
+        REGMEAN,
+        GRADIENT_MATCHING,
+        NAN,
+    )
+}
+
+__all__ = ["METHODS", "Layer", "LayerMerge", "Method"]

@@ -1,0 +1,153 @@
+"""What a merge method is: a pure function of one layer, with a frozen dataclass as its only configuration.
+
+    merged task vector = merge(layer, config, survey)
+
+A method knows no files, no Hub, no model class and no device count. Most look at one layer at a time; one that needs a
+number from the whole model first (TIES' threshold, NAN's norms) declares a `survey` that reads all layers once or more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hf_epimer.errors import UsageError
+
+Statistic = Literal["fisher", "gram"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One parameter of all models.
+
+    Attributes:
+        name: canonical name, for seeds and messages.
+        base: W_0, any shape.
+        task_vectors: D_t = W_t - W_0, T x the shape of W_0.
+        weights: l_t, length T, summing to 1.
+        is_matrix: whether spectral methods treat it as a matrix; then W_0 is m x n.
+        labels: one name per task, unique: keys for random masks, so that the order of tasks does not matter.
+        statistics: one tensor per task: v_t shaped like W_0 (`fisher`), A_t n x n (`gram`); None where not asked for
+            or not available for this parameter.
+        seed: of everything random in this merge.
+        exact: full decompositions and dense solves.
+    """
+
+    name: str
+    base: Tensor
+    task_vectors: Tensor
+    weights: Tensor
+    is_matrix: bool
+    labels: tuple[str, ...]
+    statistics: Tensor | None = None
+    seed: int = 0
+    exact: bool = False
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        return int(self.task_vectors.shape[0])
+
+    def mean(self) -> Tensor:
+        """sum l_t D_t, shaped like W_0."""
+        return weighted_sum(self.weights, self.task_vectors)
+
+
+def weighted_sum(weights: Tensor, tensors: Tensor) -> Tensor:
+    """sum w_t X_t over the first dimension of T x ..., one pass over memory."""
+    return (weights @ tensors.flatten(1)).view(tensors.shape[1:])
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """The merged task vector (shaped like W_0) and what the method has to say about the layer."""
+
+    task_vector: Tensor
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    key: str
+    authors: str
+    title: str
+    venue: str
+    year: int
+    url: str = ""
+
+    def bibtex(self) -> str:
+        """One BibTeX entry."""
+        entries = {"title": self.title, "author": self.authors, "note": self.venue, "year": self.year, "url": self.url}
+        lines = [f"  {name:6} = {{{value}}}" for name, value in entries.items() if value]
+        return f"@misc{{{self.key},\n" + ",\n".join(lines) + "\n}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the METHODS table.
+
+    Attributes:
+        name: as on the command line.
+        summary: one line for `hf-epimer methods`.
+        formula: of the merged weight, plain text in the notation of `hf_epimer.numerics`.
+        paper: the source.
+        config: the frozen dataclass with the method's options.
+        merge: (layer, config, survey result) -> LayerMerge.
+        needs: the statistic it cannot do without.
+        survey: (config, read) -> anything; each call of `read` streams all layers once more.
+    """
+
+    name: str
+    summary: str
+    formula: str
+    paper: Paper
+    config: type[Any]
+    merge: Callable[[Layer, Any, Any], LayerMerge]
+    needs: Statistic | None = None
+    survey: Callable[[Any, Callable[[], Iterable[Layer]]], Any] | None = None
+
+
+def option(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field that is also a command-line flag: `text` is its help, `low` and `high` its closed range."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+def check_options(config: Any) -> None:
+    """Validate every option of a config against its declared type, range or choices.
+
+    Raises:
+        UsageError: naming the flag, the value and what is allowed.
+    """
+    for item in fields(config):
+        value = getattr(config, item.name)
+        flag = "--" + item.name.replace("_", "-")
+        choices = choices_of(item.type)
+        if choices:
+            if value not in choices:
+                raise UsageError(f"{flag} {value!r} is not one of {', '.join(choices)}")
+            continue
+        if isinstance(value, bool) or value is None:
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UsageError(f"{flag} must be a finite number, not {value!r}")
+        if str(item.type).startswith("int") and not isinstance(value, int):
+            raise UsageError(f"{flag} must be a whole number, not {value!r}")
+        low, high = item.metadata.get("low"), item.metadata.get("high")
+        if low is not None and value < low:
+            raise UsageError(f"{flag} must be at least {low}, not {value}")
+        if high is not None and value > high:
+            raise UsageError(f"{flag} must be at most {high}, not {value}")
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The values of a `Literal[...]` annotation, which dataclasses hold as text; empty for other types."""
+    text = str(annotation)
+    if not text.startswith("Literal["):
+        return ()
+    return tuple(part.strip().strip("'\"") for part in text[len("Literal[") : -1].split(","))

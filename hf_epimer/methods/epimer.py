@@ -1,0 +1,94 @@
+"""EpiMer: the Fréchet mean of the task vectors under their projected curvature. Formulas (10) to (14) of the paper.
+
+    S            tagged basis U_i V_i^T, U = polar([U_1 ... U_T]), V = polar([V_1 ... V_T])                     (10)
+    H_t          S^T diag(v_t) S, v_t the diagonal empirical Fisher of task t                              (9), (12)
+    c_t          S^T vec(D_t) (`projected`), or the singular values on the task's own atoms (`tagged`)
+    x            (sum l_t H_t)^{-1} sum l_t H_t c_t                                      aggregator="mean"      (13)
+                 alpha T times that                                                      aggregator="sum"       (14)
+    W            W_0 + U diag(x) V^T
+
+alpha scales the merged task vector under both aggregators. Equal metrics give alpha sum c_t, TSV-M's aggregation.
+Parameters that are not matrices take the mean of the task vectors, or (`vectors="fisher"`) their Fisher average.
+"Model Merging on Loss Landscape: A Geometry Perspective".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option
+from hf_epimer.methods.fisher_averaging import FisherConfig, merge_fisher
+from hf_epimer.methods.tsv import layer_basis
+from hf_epimer.numerics.frechet import frechet_mean
+from hf_epimer.numerics.metric import DiagonalMetrics
+from hf_epimer.numerics.subspace import TaggedBasis, projected_coordinates, tagged_coordinates
+
+
+@dataclass(frozen=True)
+class EpiMerConfig:
+    """Options of `epimer`."""
+
+    rank: int = option(32, "directions per task, capped at floor(min(m, n) / T)", low=1)
+    alpha: float = option(1.0, "global scale of the merged task vector")
+    aggregator: Literal["sum", "mean"] = option("sum", "eq 14 (sum) or eq 13 (mean, under-merges)")
+    coordinates: Literal["projected", "tagged"] = option("projected", "S^T D_t, or singular values on own atoms only")
+    normalize: Literal["none", "trace"] = option("none", "divide every task's metric by its trace, per layer")
+    damping: float = option(1e-6, "added to the Fisher, relative to its mean; large values give TSV-M", low=0.0)
+    vectors: Literal["mean", "fisher"] = option("mean", "rule for biases, norms and other non-matrices")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> LayerMerge:
+    """Solve one layer: basis, metrics, coordinates, one linear system."""
+    basis, report = layer_basis(layer, config.rank)
+    if basis is None:
+        if config.vectors == "fisher" and not layer.is_matrix:
+            fisher = merge_fisher(layer, FisherConfig(damping=config.damping))
+            return LayerMerge(fisher.task_vector * config.alpha, report)
+        return LayerMerge(layer.mean() * config.alpha, report)
+    assert layer.statistics is not None
+    metrics = DiagonalMetrics(
+        basis, layer.statistics, layer.weights, damping=config.damping, normalize=config.normalize
+    )
+    coordinates = _coordinates(basis, layer, config)
+    if metrics.flat:
+        solution, report = layer.weights @ coordinates, report | {"eta": 0.0, "flat": True}
+    else:
+        mean = frechet_mean(metrics, coordinates, layer.weights, exact=layer.exact)
+        solution = mean.value
+        report = report | {
+            "eta": mean.eta * metrics.scale,
+            "steps": mean.steps,
+            "residual": mean.residual,
+            "condition": mean.condition,
+        }
+    scale = config.alpha * (layer.tasks if config.aggregator == "sum" else 1)
+    return LayerMerge(basis.expand(solution * scale), report)
+
+
+def _coordinates(basis: TaggedBasis, layer: Layer, config: EpiMerConfig) -> Tensor:
+    if config.coordinates == "tagged":
+        return tagged_coordinates(basis, layer.tasks)
+    return projected_coordinates(basis, layer.task_vectors)
+
+
+EPIMER = Method(
+    "epimer",
+    "Fréchet mean of the task vectors under their projected Fisher curvature",
+    "W = W_0 + U diag(x) V^T,  x = alpha T (sum_t l_t H_t)^{-1} sum_t l_t H_t c_t,  H_t = S^T diag(v_t) S",
+    Paper(
+        "epimer",
+        "The EpiMer authors",
+        "Model Merging on Loss Landscape: A Geometry Perspective",
+        "preprint",
+        2026,
+    ),
+    EpiMerConfig,
+    merge_epimer,
+    needs="fisher",
+)

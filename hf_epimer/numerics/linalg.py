@@ -1,0 +1,206 @@
+"""Truncated SVD, polar factor and conjugate gradients.
+
+    truncated_svd       A ~ U diag(s) V^T, top k triples                     block Krylov or LAPACK
+    polar_factor        argmin_{Q^T Q = I} ||M - Q||_F                       orthogonal Procrustes whitening
+    conjugate_gradient  H x = b for a symmetric positive definite operator
+
+Shapes: A is m x n, M is m x p with p <= m, vectors have length p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SVD(NamedTuple):
+    """Top singular triples, largest first: `u` m x k, `s` k, `v` n x k."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+
+BLOCK = 16
+"""Columns per Krylov block: the narrowest that still keeps a matrix product busy; narrower blocks converge faster."""
+
+KRYLOV_SHARE = 0.55
+"""Largest share of min(m, n) worth spending on a Krylov basis; beyond it a dense decomposition is cheaper."""
+
+
+def truncated_svd(a: Tensor, k: int, *, tolerance: float = 1e-4, exact: bool = False, seed: int = 0) -> SVD:
+    """Top-k singular triples of `a`.
+
+    Randomised block Krylov iteration (Musco and Musco, NeurIPS 2015) on the smaller side, with the basis grown until
+    the residual says that U diag(s) V^T is right to about `tolerance`. Where k is a large part of min(m, n), the matrix
+    is small, or the singular values decay too slowly to be told apart, a dense decomposition takes over.
+
+    Args:
+        a: m x n, finite, float32 or float64.
+        k: 1 <= k <= min(m, n).
+        tolerance: relative Frobenius error allowed in the rank-k approximation.
+        exact: always decompose densely.
+        seed: of the start block; the same seed gives the same bits.
+
+    Returns:
+        The triples, largest first. Singular vectors come from one decomposition, so that signs match.
+    """
+    smaller = min(a.shape)
+    if not 1 <= k <= smaller:
+        raise ValueError(f"rank {k} is outside 1..{smaller}")
+    if exact or smaller < 128 or 3 * k > KRYLOV_SHARE * smaller:
+        return _dense_svd(a, k)
+    wide = a.shape[0] < a.shape[1]
+    found = _block_krylov(a.mT if wide else a, k, tolerance, seed)
+    if found is None:
+        return _dense_svd(a, k)
+    return SVD(found.v, found.s, found.u) if wide else found
+
+
+def _dense_svd(a: Tensor, k: int) -> SVD:
+    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    return SVD(u[:, :k], s[:k], vh[:k].mT)
+
+
+def _block_krylov(a: Tensor, k: int, tolerance: float, seed: int) -> SVD | None:
+    """Rayleigh-Ritz on span{X, (A^T A) X, (A^T A)^2 X, ...} for m >= n; None when it does not pay.
+
+    Rows of `q` are the orthonormal Krylov basis, rows of `y` are its image under A; only the n side is orthogonalised.
+    The residual of a Ritz pair of A^T A lives in the block that would come next, so it costs no product of its own.
+    """
+    m, n = a.shape
+    largest = int(KRYLOV_SHARE * n) // BLOCK * BLOCK
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(n, BLOCK, generator=generator, dtype=a.dtype).to(a.device)
+    q, y = a.new_empty(largest, n), a.new_empty(largest, m)
+    block = torch.linalg.qr(a.mT @ (a @ start))[0].mT
+    size, check = 0, math.ceil(3 * k / BLOCK) * BLOCK
+    while size < largest:
+        q[size : size + BLOCK] = block
+        image = a @ block.mT
+        y[size : size + BLOCK] = image.mT
+        size += BLOCK
+        basis = q[:size]
+        following = (a.mT @ image).mT
+        for _ in range(2):  # twice is enough: classical Gram-Schmidt alone loses orthogonality in float32
+            following = following - (following @ basis.mT) @ basis
+        orthonormal, coupling = torch.linalg.qr(following.mT)
+        block = orthonormal.mT
+        if size < check:
+            continue
+        ritz_values, ritz_vectors = torch.linalg.eigh(y[:size] @ y[:size].mT)
+        ritz_vectors = ritz_vectors[:, -k:].flip(-1)
+        s = ritz_values[-k:].flip(-1).clamp_min(0).sqrt()
+        if s[-1] <= 1e-3 * s[0]:
+            return None  # squared singular values this far apart are lost in float32
+        residual = (coupling @ ritz_vectors[-BLOCK:]).norm(dim=0) / s
+        if residual.norm() <= tolerance * s.norm():
+            return SVD((y[:size].mT @ ritz_vectors) / s, s, basis.mT @ ritz_vectors)
+        check = size + max(BLOCK, size // 8 // BLOCK * BLOCK)
+    return None
+
+
+def polar_factor(m: Tensor, *, exact: bool = False) -> Tensor:
+    """The orthonormal columns nearest to `m`: P Q^T for M = P S Q^T.
+
+    Unlike QR it does not depend on the order of the columns beyond permuting them. Columns that depend linearly on
+    others (the same task twice) get the partial isometry, P and Q taken over non-zero singular values only: completing
+    them by arbitrary directions would add noise to the merge.
+
+    Args:
+        m: m x p with p <= m, columns of about unit length.
+        exact: through the SVD of M instead of the eigenvectors of M^T M.
+
+    Returns:
+        m x p; U^T U = I unless columns were dependent, then a projector of the numerical rank.
+    """
+    rows, columns = m.shape
+    if columns > rows:
+        raise ValueError(f"{columns} columns cannot be orthonormal in dimension {rows}: cap the rank per task first")
+    if exact:
+        p, s, qh = torch.linalg.svd(m, full_matrices=False)
+        kept = s > _DEPENDENT * s[0]
+        return p[:, kept] @ qh[kept]
+    values, vectors = torch.linalg.eigh(m.mT @ m)
+    if float(values[0]) > _WELL_CONDITIONED * float(values[-1]):
+        u = m @ ((vectors * values.rsqrt()) @ vectors.mT)
+        # one Newton-Schulz step takes the rounding of the squared condition number back to working precision
+        return 1.5 * u - 0.5 * (u @ (u.mT @ u))
+    wide = m.double()
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    kept = values > _DEPENDENT**2 * values[-1]
+    vectors = vectors[:, kept]
+    return (wide @ ((vectors * values[kept].rsqrt()) @ vectors.mT)).to(m.dtype)
+
+
+_WELL_CONDITIONED = 1e-2
+"""Smallest over largest eigenvalue of M^T M above which float32 is enough to take its inverse root."""
+
+_DEPENDENT = 1e-4
+"""Relative singular value below which unit columns count as linearly dependent; float32 bases are good to about this."""
+
+
+class Solution(NamedTuple):
+    """What `conjugate_gradient` found: x, the steps taken, ||r|| relative to the start, and a condition estimate."""
+
+    x: Tensor
+    steps: int
+    residual: float
+    condition: float
+
+
+def conjugate_gradient(
+    apply: Callable[[Tensor], Tensor],
+    residual: Tensor,
+    x: Tensor,
+    *,
+    precondition: Callable[[Tensor], Tensor] = lambda r: r,
+    tolerance: float = 1e-4,
+    max_steps: int = 100,
+) -> Solution:
+    """Preconditioned conjugate gradients for H x = b, started at `x` with `residual` = b - H x already known.
+
+    Stops when the preconditioned residual, the estimated error of x, is below `tolerance` times x itself. The
+    condition number is that of the preconditioned operator, from the Lanczos tridiagonal matrix of the steps taken.
+    """
+    r = residual
+    z = precondition(r)
+    direction = z
+    rho = torch.dot(r, z)
+    first = r.norm().clamp_min(torch.finfo(r.dtype).tiny)
+    alphas: list[float] = []
+    betas: list[float] = []
+    steps = 0
+    while steps < max_steps and float(z.norm()) > tolerance * float(x.norm()) and float(rho) > 0:
+        image = apply(direction)
+        step = rho / torch.dot(direction, image)
+        x = x + step * direction
+        r = r - step * image
+        z = precondition(r)
+        following = torch.dot(r, z)
+        beta = following / rho
+        direction = z + beta * direction
+        rho = following
+        steps += 1
+        alphas.append(float(step))
+        betas.append(float(beta))
+    return Solution(x, steps, float(r.norm() / first), _lanczos_condition(alphas, betas))
+
+
+def _lanczos_condition(alphas: list[float], betas: list[float]) -> float:
+    """Condition number of the tridiagonal matrix that conjugate gradients build (Golub and Van Loan, 11.3)."""
+    if not alphas:
+        return 1.0
+    size = len(alphas)
+    tridiagonal = torch.zeros(size, size, dtype=torch.float64)
+    for i in range(size):
+        tridiagonal[i, i] = 1 / alphas[i] + (betas[i - 1] / alphas[i - 1] if i else 0.0)
+        if i:
+            off = math.sqrt(max(betas[i - 1], 0.0)) / alphas[i - 1]
+            tridiagonal[i, i - 1] = tridiagonal[i - 1, i] = off
+    values = torch.linalg.eigvalsh(tridiagonal)
+    return float(values[-1] / values[0]) if float(values[0]) > 0 else math.inf

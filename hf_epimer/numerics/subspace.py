@@ -1,0 +1,104 @@
+"""The tagged basis of one layer (EpiMer eq 10, after TSV-M) and coordinates in it.
+
+    (U_t, s_t, V_t) = top-k triples of D_t;   U = polar([U_1 ... U_T]),  V = polar([V_1 ... V_T])
+
+Atom i is U_i V_i^T, tagged with the task whose SVD gave column i. The atoms are orthonormal in the Frobenius product,
+so S = [vec(U_1 V_1^T) ... vec(U_p V_p^T)] satisfies S^T S = I and is never formed: S x = U diag(x) V^T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_epimer.numerics.linalg import polar_factor, truncated_svd
+
+ORTHONORMALITY = 1e-4
+"""Largest entry of U^T U - I that is accepted (of (U^T U)^2 - U^T U where columns are dependent)."""
+
+_NEGLIGIBLE = 1e-6
+"""Singular values this small relative to the task's largest carry no direction, only rounding."""
+
+
+@dataclass(frozen=True)
+class TaggedBasis:
+    """Orthonormal atoms of one layer: `u` m x p, `v` n x p, `s` and `tags` (task of each atom) of length p."""
+
+    u: Tensor
+    v: Tensor
+    s: Tensor
+    tags: Tensor
+    rank: int
+
+    @property
+    def size(self) -> int:
+        """p, the dimension of the subspace."""
+        return int(self.s.numel())
+
+    def expand(self, x: Tensor) -> Tensor:
+        """S x as a matrix: U diag(x) V^T, m x n."""
+        return (self.u * x) @ self.v.mT
+
+    def project(self, matrix: Tensor) -> Tensor:
+        """S^T vec(matrix): entry i is U_i^T matrix V_i."""
+        return ((matrix @ self.v) * self.u).sum(0)
+
+
+def capped_rank(rank: int, shape: tuple[int, int], tasks: int) -> int:
+    """min(rank, floor(min(m, n) / T)): more columns than that cannot be orthonormal. 0 where T > min(m, n)."""
+    return min(rank, min(shape) // tasks)
+
+
+def tagged_basis(task_vectors: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> TaggedBasis | None:
+    """The tagged basis of T task vectors (eq 10).
+
+    A task vector that is zero, and directions of a rank-deficient one whose singular value vanishes, bring no atoms.
+
+    Args:
+        task_vectors: T x m x n.
+        rank: k_l, already capped: rank * T <= min(m, n).
+        exact: full decompositions instead of iterative ones.
+        seed: of the truncated SVD.
+
+    Returns:
+        The basis, or None when every task vector is zero.
+
+    Raises:
+        ArithmeticError: the whitened factors are not orthonormal to `ORTHONORMALITY`.
+    """
+    us, vs, ss, tags = [], [], [], []
+    for task, task_vector in enumerate(task_vectors):
+        if not bool(task_vector.any()):
+            continue
+        u, s, v = truncated_svd(task_vector, rank, exact=exact, seed=seed)
+        kept = int((s > _NEGLIGIBLE * s[0]).sum())
+        us.append(u[:, :kept])
+        vs.append(v[:, :kept])
+        ss.append(s[:kept])
+        tags.append(torch.full((kept,), task, device=s.device))
+    if not ss:
+        return None
+    return TaggedBasis(_whiten(us, exact), _whiten(vs, exact), torch.cat(ss), torch.cat(tags), rank)
+
+
+def _whiten(factors: list[Tensor], exact: bool) -> Tensor:
+    stacked = torch.cat(factors, dim=1)
+    whitened = polar_factor(stacked, exact=exact)
+    gram = whitened.mT @ whitened
+    defect = gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    if float(defect.abs().max()) > ORTHONORMALITY and float((gram @ defect).abs().max()) > ORTHONORMALITY:
+        raise ArithmeticError(f"whitening left an orthonormality defect of {float(defect.abs().max()):.1e}")
+    return whitened
+
+
+def projected_coordinates(basis: TaggedBasis, task_vectors: Tensor) -> Tensor:
+    """c_t = S^T vec(D_t) for every task, T x p: the paper's definition."""
+    return torch.stack([basis.project(task_vector) for task_vector in task_vectors])
+
+
+def tagged_coordinates(basis: TaggedBasis, tasks: int) -> Tensor:
+    """The singular values on the task's own block and zero elsewhere, T x p: TSV-M's coordinates."""
+    owner = torch.arange(tasks, device=basis.tags.device).unsqueeze(1)
+    return torch.where(owner == basis.tags, basis.s, torch.zeros_like(basis.s))

@@ -1,0 +1,141 @@
+"""Slow and obviously right: every method of the comparison in dense float64, straight from its formula.
+
+One layer at a time. `base` is m x n, `tuned` a list of T such matrices, `fisher` a list of T Fisher diagonals.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def polar(m: Tensor) -> Tensor:
+    p, _, qh = torch.linalg.svd(m, full_matrices=False)
+    return p @ qh
+
+
+def basis(deltas: list[Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """U, V, the singular values and the capped rank (eq 10)."""
+    k = min(rank, min(deltas[0].shape) // len(deltas))
+    triples = [torch.linalg.svd(d, full_matrices=False) for d in deltas]
+    u = polar(torch.cat([u[:, :k] for u, _, _ in triples], dim=1))
+    v = polar(torch.cat([vh[:k].mT for _, _, vh in triples], dim=1))
+    return u, v, torch.cat([s[:k] for _, s, _ in triples]), k
+
+
+def subspace_matrix(u: Tensor, v: Tensor) -> Tensor:
+    """S, mn x p: column i is vec(U_i V_i^T)."""
+    return torch.stack([torch.outer(u[:, i], v[:, i]).flatten() for i in range(u.shape[1])], dim=1)
+
+
+def projected_metrics(s: Tensor, fisher: list[Tensor], damping: float, normalize: str) -> list[Tensor]:
+    """H_t = S^T diag(v_t + eps) S (eq 12), divided by tr(S^T diag(v_t) S) for `trace`."""
+    metrics = []
+    for v in fisher:
+        v = v.double()
+        h = s.mT @ ((v + damping * v.mean()).flatten()[:, None] * s)
+        metrics.append(h / torch.trace(s.mT @ (v.flatten()[:, None] * s)) if normalize == "trace" else h)
+    return metrics
+
+
+def epimer(
+    base: Tensor,
+    tuned: list[Tensor],
+    fisher: list[Tensor],
+    *,
+    rank: int = 32,
+    alpha: float = 1.0,
+    aggregator: str = "sum",
+    coordinates: str = "projected",
+    normalize: str = "none",
+    damping: float = 1e-6,
+    weights: list[float] | None = None,
+) -> tuple[Tensor, float]:
+    """The merged weight (eq 13 or 14) and eta in the units of the metrics."""
+    tasks = len(tuned)
+    l = weights or [1 / tasks] * tasks  # noqa: E741  (the paper's letter)
+    deltas = [w.double() - base.double() for w in tuned]
+    u, v, sigma, k = basis(deltas, rank)
+    s = subspace_matrix(u, v)
+    h = projected_metrics(s, fisher, damping, normalize)
+    if coordinates == "projected":
+        c = [s.mT @ d.flatten() for d in deltas]
+    else:
+        c = [torch.zeros_like(sigma) for _ in deltas]
+        for t in range(tasks):
+            c[t][t * k : (t + 1) * k] = sigma[t * k : (t + 1) * k]
+    h_bar = sum(l[t] * h[t] for t in range(tasks))
+    x = torch.linalg.solve(h_bar, sum(l[t] * h[t] @ c[t] for t in range(tasks)))
+    c_bar = sum(l[t] * c[t] for t in range(tasks))
+    spread = sum(l[t] * (h[t] - h_bar) @ (c[t] - c_bar) for t in range(tasks))
+    eta = float(spread @ torch.linalg.solve(h_bar, spread))
+    scale = alpha * (tasks if aggregator == "sum" else 1)
+    return base.double() + (s @ x * scale).view(base.shape), eta
+
+
+def tsv_m(base: Tensor, tuned: list[Tensor], *, rank: int | None = None, alpha: float = 1.0) -> Tensor:
+    deltas = [w.double() - base.double() for w in tuned]
+    u, v, sigma, _ = basis(deltas, rank or min(base.shape))
+    return base.double() + alpha * u @ torch.diag(sigma) @ v.mT
+
+
+def iso_c(base: Tensor, tuned: list[Tensor], *, alpha: float = 1.0) -> Tensor:
+    total = sum(w.double() - base.double() for w in tuned)
+    u, s, vh = torch.linalg.svd(total, full_matrices=False)
+    return base.double() + alpha * s.mean() * u @ vh
+
+
+def iso_cts(base: Tensor, tuned: list[Tensor], *, alpha: float = 1.0, common: float = 0.8) -> Tensor:
+    deltas = [w.double() - base.double() for w in tuned]
+    smaller = min(base.shape)
+    own = round((smaller - int(smaller * common)) / len(deltas))
+    shared = smaller - own * len(deltas)
+    u, s, vh = torch.linalg.svd(sum(deltas), full_matrices=False)
+    us, ss, vs = [u[:, :shared]], [s[:shared]], [vh[:shared].mT]
+    for d in deltas:
+        a, b, ch = torch.linalg.svd(d - us[0] @ us[0].mT @ d, full_matrices=False)
+        us.append(a[:, :own])
+        ss.append(b[:own])
+        vs.append(ch[:own].mT)
+    flat = torch.cat(ss).mean()
+    return base.double() + alpha * flat * polar(torch.cat(us, 1)) @ polar(torch.cat(vs, 1)).mT
+
+
+def ties(
+    states: list[list[Tensor]], bases: list[Tensor], *, density: float = 0.2, alpha: float = 1.0, election: str = "mass"
+) -> list[Tensor]:
+    """The whole model at once: `bases` lists its parameters, `states[t]` those of task t."""
+    flat = torch.stack([torch.cat([(w - b).double().flatten() for w, b in zip(ws, bases)]) for ws in states])
+    kept = round(density * flat.shape[1])
+    for row in flat:
+        threshold = row.abs().sort(descending=True).values[kept - 1]
+        row[row.abs() < threshold] = 0
+    votes = flat if election == "mass" else flat.sign()
+    sign = votes.sum(0).sign()
+    agreeing = (flat.sign() == sign) & (sign != 0)
+    merged = alpha * (flat * agreeing).sum(0) / agreeing.sum(0).clamp_min(1)
+    pieces = merged.split([b.numel() for b in bases])
+    return [b.double() + piece.view(b.shape) for b, piece in zip(bases, pieces)]
+
+
+def fisher_average(base: Tensor, tuned: list[Tensor], fisher: list[Tensor], floor: float = 1e-6) -> Tensor:
+    mean = torch.stack(fisher).double().mean()
+    f = [v.double() + floor * mean for v in fisher]
+    return sum(v * w.double() for v, w in zip(f, tuned)) / sum(f)
+
+
+def gradient_matching(base: Tensor, tuned: list[Tensor], fisher: list[Tensor], prior: float = 1e-8) -> Tensor:
+    h = [v.double() + prior for v in fisher]
+    step = sum(v * (w.double() - base.double()) for v, w in zip(h, tuned)) / sum(h)
+    return base.double() + step
+
+
+def regmean(tuned: list[Tensor], grams: list[Tensor], decay: float = 0.95) -> Tensor:
+    a = [decay * g.double() + (1 - decay) * torch.diag(g.double().diagonal()) for g in grams]
+    return sum(w.double() @ g for w, g in zip(tuned, a)) @ torch.linalg.inv(sum(a))
+
+
+def relative_error(found: Tensor, expected: Tensor, base: Tensor) -> float:
+    """Of the merged task vector, in the Frobenius norm: the base would hide any error."""
+    delta = expected.double() - base.double()
+    return float((found.double() - expected.double()).norm() / delta.norm())

@@ -1,0 +1,125 @@
+"""Tagged basis, projected metrics, Fréchet mean, eta: each against its definition in dense float64."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+
+from hf_epimer.numerics.frechet import frechet_mean
+from hf_epimer.numerics.metric import DiagonalMetrics
+from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, tagged_basis, tagged_coordinates
+
+TASKS, M, N, RANK = 4, 48, 40, 5
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randn(TASKS, M, N, generator=generator, dtype=dtype)
+    rows, columns = (torch.randn(TASKS, *s, generator=generator, dtype=dtype) for s in ((M, 1), (1, N)))
+    curvature = (rows + columns + 0.5 * torch.randn(TASKS, M, N, generator=generator, dtype=dtype)).exp()
+    return deltas, curvature, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=dtype)
+
+
+def test_the_atoms_are_orthonormal_and_tagged() -> None:
+    deltas, _, _ = problem()
+    basis = tagged_basis(deltas, RANK)
+    assert basis is not None
+    assert basis.size == TASKS * RANK
+    assert basis.tags.tolist() == [t for t in range(TASKS) for _ in range(RANK)]
+    s = reference.subspace_matrix(basis.u, basis.v)
+    assert torch.allclose(s.mT @ s, torch.eye(basis.size, dtype=s.dtype), atol=1e-10)
+    x = torch.randn(basis.size, dtype=s.dtype, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(basis.expand(x).flatten(), s @ x)
+    assert torch.allclose(basis.project(deltas[0]), s.mT @ deltas[0].flatten())
+    assert torch.allclose(projected_coordinates(basis, deltas)[2], s.mT @ deltas[2].flatten())
+
+
+def test_tagged_coordinates_are_the_singular_values_on_the_own_block() -> None:
+    deltas, _, _ = problem()
+    basis = tagged_basis(deltas, RANK)
+    assert basis is not None
+    c = tagged_coordinates(basis, TASKS)
+    for t in range(TASKS):
+        assert torch.allclose(c[t, t * RANK : (t + 1) * RANK], torch.linalg.svdvals(deltas[t])[:RANK])
+        assert int((c[t] != 0).sum()) == RANK
+
+
+@pytest.mark.parametrize("normalize", ["none", "trace"])
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_metrics_are_the_projected_diagonals_up_to_one_scale(normalize: str, damping: float) -> None:
+    deltas, curvature, weights = problem()
+    basis = tagged_basis(deltas, RANK)
+    assert basis is not None
+    metrics = DiagonalMetrics(basis, curvature, weights, damping=damping, normalize=normalize)  # type: ignore[arg-type]
+    s = reference.subspace_matrix(basis.u, basis.v)
+    expected = reference.projected_metrics(s, list(curvature), damping, normalize)
+    scale = float(metrics.dense(0)[0, 0] / (weights[0] * expected[0][0, 0]))
+    for t in range(TASKS):
+        assert torch.allclose(metrics.dense(t), scale * weights[t] * expected[t], rtol=1e-8)
+    x = torch.randn(basis.size, dtype=s.dtype, generator=torch.Generator().manual_seed(2))
+    h_bar = sum(metrics.dense(t) for t in range(TASKS))
+    assert torch.allclose(metrics.apply(x), h_bar @ x)
+    c = projected_coordinates(basis, deltas)
+    assert torch.allclose(metrics.weighted_sum(c), sum(metrics.dense(t) @ c[t] for t in range(TASKS)))
+    assert metrics.scale * h_bar[0, 0] == pytest.approx(
+        float(sum(weights[t] * expected[t][0, 0] for t in range(TASKS)))
+    )
+
+
+def test_the_preconditioner_inverts_a_rank_one_curvature() -> None:
+    deltas, _, weights = problem()
+    basis = tagged_basis(deltas, RANK)
+    assert basis is not None
+    outer = torch.outer(torch.linspace(1, 9, M), torch.linspace(1, 5, N)).double()
+    metrics = DiagonalMetrics(basis, outer.expand(TASKS, M, N), weights, damping=0.0)
+    x = torch.ones(basis.size, dtype=torch.float64)
+    assert torch.allclose(metrics.preconditioner()(metrics.apply(x)), x, atol=1e-8)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_mean_minimises_the_objective_and_eta_is_what_it_saves(exact: bool) -> None:
+    """Theorems 1 and 3: zero gradient, and F(c_bar) - F(x) = eta >= 0."""
+    deltas, curvature, weights = problem()
+    basis = tagged_basis(deltas, RANK)
+    assert basis is not None
+    metrics = DiagonalMetrics(basis, curvature, weights)
+    c = projected_coordinates(basis, deltas)
+    found = frechet_mean(metrics, c, weights, exact=exact, tolerance=1e-10)
+    dense = [metrics.dense(t) for t in range(TASKS)]
+
+    def objective(x: torch.Tensor) -> torch.Tensor:
+        return sum((x - c[t]) @ dense[t] @ (x - c[t]) for t in range(TASKS))  # type: ignore[return-value]
+
+    gradient = sum(2 * dense[t] @ (found.value - c[t]) for t in range(TASKS))
+    assert float(gradient.norm()) < 1e-7 * float(sum(dense).norm() * c.norm())  # type: ignore[union-attr]
+    flat = weights @ c
+    assert found.eta == pytest.approx(float(objective(flat) - objective(found.value)), rel=1e-6)
+    assert found.eta > 0
+
+
+def test_eta_is_zero_for_equal_metrics_and_for_equal_task_vectors() -> None:
+    deltas, curvature, weights = problem()
+    basis = tagged_basis(deltas, RANK)
+    assert basis is not None
+    c = projected_coordinates(basis, deltas)
+    same_metric = DiagonalMetrics(basis, curvature[:1].expand(TASKS, M, N), weights)
+    assert abs(frechet_mean(same_metric, c, weights).eta) < 1e-12
+    same_vectors = DiagonalMetrics(basis, curvature, weights)
+    assert abs(frechet_mean(same_vectors, c[:1].expand(TASKS, -1), weights).eta) < 1e-12
+
+
+def test_ranks_are_capped_at_what_orthonormal_columns_allow() -> None:
+    assert capped_rank(32, (50, 768), 8) == 6
+    assert capped_rank(32, (768, 3072), 8) == 32
+    assert capped_rank(32, (5, 5), 8) == 0
+
+
+def test_rank_deficient_task_vectors_bring_fewer_atoms() -> None:
+    deltas, _, _ = problem()
+    deltas[1] = 0
+    deltas[2] = torch.outer(deltas[2, :, 0], deltas[2, 0])
+    basis = tagged_basis(deltas, RANK)
+    assert basis is not None
+    assert basis.tags.bincount().tolist() == [RANK, 0, 1, RANK]
+    assert tagged_basis(torch.zeros(3, 10, 10), 2) is None

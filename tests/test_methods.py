@@ -1,0 +1,365 @@
+"""Every method of the METHODS table under the same invariants, and each against its dense float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from conftest import StateDict, tiny_fisher, tiny_state
+
+from hf_epimer import EpiMerConfig, merge_state_dicts
+from hf_epimer.errors import UsageError
+from hf_epimer.methods import METHODS
+from hf_epimer.methods.linear import NANConfig, TaskArithmeticConfig
+from hf_epimer.methods.regmean import RegMeanConfig
+from hf_epimer.methods.ties import TIESConfig
+from hf_epimer.methods.tsv import TSVMConfig
+
+ALL = list(METHODS)
+MATRIX = "vision_model.encoder.layers.0.mlp.fc1.weight"
+VECTOR = "vision_model.encoder.layers.0.mlp.fc1.bias"
+
+
+def grams(seed: int) -> StateDict:
+    """A Gram matrix for every Linear weight."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, tensor in tiny_state(0).items():
+        if tensor.ndim == 2 and "position" not in name:
+            x = torch.randn(200, tensor.shape[1], generator=generator)
+            found[name] = x.mT @ x / 200
+    return found
+
+
+def statistics(method: str, tasks: int) -> list[StateDict] | None:
+    needs = METHODS[method].needs
+    if needs is None:
+        return None
+    return [tiny_fisher(100 + t) if needs == "fisher" else grams(100 + t) for t in range(tasks)]
+
+
+def models(base: StateDict, tasks: int = 3) -> list[StateDict]:
+    return [tiny_state(t + 1, base) for t in range(tasks)]
+
+
+def merged(method: str, base: StateDict, tuned: list[StateDict], **arguments: Any) -> StateDict:
+    arguments.setdefault("statistics", statistics(method, len(tuned)))
+    return merge_state_dicts(base, tuned, method=method, **arguments)
+
+
+def distance(a: StateDict, b: StateDict, base: StateDict) -> float:
+    """Largest relative difference of two merged task vectors over all parameters."""
+    return max(float((a[n] - b[n]).norm() / (a[n] - base[n]).norm().clamp_min(1e-12)) for n in base)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_shape_dtype_and_finiteness(method: str, base_state: StateDict) -> None:
+    half = {name: value.half() for name, value in base_state.items()}
+    mixed = [{n: v.to(dtype) for n, v in m.items()} for m, dtype in zip(models(base_state), _DTYPES, strict=True)]
+    result = merged(method, half, mixed)
+    assert result.keys() == half.keys()
+    assert all(result[n].shape == half[n].shape and result[n].dtype == torch.float16 for n in half)
+    assert all(bool(v.isfinite().all()) for v in result.values())
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_base_merged_with_itself_is_the_base_exactly(method: str, base_state: StateDict) -> None:
+    result = merged(method, base_state, [dict(base_state) for _ in range(3)])
+    assert all(torch.equal(result[n], base_state[n]) for n in base_state)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_order_of_tasks_does_not_matter(method: str, base_state: StateDict) -> None:
+    tuned, labels = models(base_state), ["a", "b", "c"]
+    measured = statistics(method, 3)
+    first = merged(method, base_state, tuned, labels=labels, statistics=measured)
+    order = [2, 0, 1]
+    second = merged(
+        method,
+        base_state,
+        [tuned[i] for i in order],
+        labels=[labels[i] for i in order],
+        statistics=measured and [measured[i] for i in order],
+    )
+    assert distance(first, second, base_state) < 1e-4
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_same_seed_same_bits(method: str, base_state: StateDict) -> None:
+    first, second = (merged(method, base_state, models(base_state), seed=7) for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_weights_are_normalised_and_matter(method: str, base_state: StateDict) -> None:
+    tuned = models(base_state)
+    equal, scaled = (merged(method, base_state, tuned, weights=w) for w in (None, [4.0, 4.0, 4.0]))
+    assert distance(equal, scaled, base_state) < 1e-5
+    assert distance(equal, merged(method, base_state, tuned, weights=[4.0, 1.0, 1.0]), base_state) > 1e-3
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_alpha_scales_the_whole_merged_task_vector(method: str, base_state: StateDict) -> None:
+    if not hasattr(METHODS[method].config(), "alpha"):
+        return
+    default = METHODS[method].config()
+    doubled = METHODS[method].config(alpha=2 * default.alpha)
+    one = merged(method, base_state, models(base_state), config=default)
+    two = merged(method, base_state, models(base_state), config=doubled)
+    for name in base_state:
+        assert torch.allclose(two[name] - base_state[name], 2 * (one[name] - base_state[name]), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(set(ALL) - {"dare", "ties", "iso-c", "iso-cts", "task-arithmetic"}))
+def test_identical_models_give_that_model_back(method: str, base_state: StateDict) -> None:
+    """Spectral methods keep the leading directions only, so the task vectors have rank 1 here. TIES and DARE thin
+    them out, Iso changes their spectrum, task arithmetic adds them up: for those it is no invariant."""
+    model = {}
+    for name, value in models(base_state, 1)[0].items():
+        delta = value - base_state[name]
+        if delta.ndim == 2:
+            u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+            delta = (u[:, :1] * s[:1]) @ vh[:1]
+        model[name] = base_state[name] + delta
+    result = merged(method, base_state, [model] * 3)
+    assert distance({n: model[n] for n in base_state}, result, base_state) < 1e-3
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_exact_mode_agrees_with_the_default(method: str, base_state: StateDict) -> None:
+    tuned = models(base_state)
+    assert distance(merged(method, base_state, tuned), merged(method, base_state, tuned, exact=True), base_state) < 1e-3
+
+
+# --- against the references -----------------------------------------------------------------------------------------
+
+
+def error(method: str, expected: Any, base: StateDict, tuned: list[StateDict], **arguments: Any) -> float:
+    result = merged(method, base, tuned, **arguments)
+    return reference.relative_error(result[MATRIX], expected, base[MATRIX])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("aggregator", ["sum", "mean"])
+@pytest.mark.parametrize("coordinates", ["projected", "tagged"])
+@pytest.mark.parametrize("normalize", ["none", "trace"])
+@pytest.mark.parametrize("damping", [0.0, 1e-6, 10.0])
+def test_epimer_solves_equations_13_and_14(
+    base_state: StateDict, exact: bool, aggregator: str, coordinates: str, normalize: str, damping: float
+) -> None:
+    if exact:  # or the rounding of the stored result would be all that is measured
+        base_state = {name: value.double() for name, value in base_state.items()}
+    tuned, measured = models(base_state), statistics("epimer", 3)
+    assert measured is not None
+    options: dict[str, Any] = {
+        "rank": 6, "alpha": 0.7, "aggregator": aggregator, "coordinates": coordinates,
+        "normalize": normalize, "damping": damping,
+    }  # fmt: skip
+    weights = [0.5, 0.2, 0.3]
+    expected, _ = reference.epimer(
+        base_state[MATRIX], [m[MATRIX] for m in tuned], [f[MATRIX] for f in measured], weights=weights, **options
+    )
+    config = EpiMerConfig(**options)
+    found = merged("epimer", base_state, tuned, config=config, weights=weights, exact=exact, statistics=measured)
+    assert reference.relative_error(found[MATRIX], expected, base_state[MATRIX]) < (1e-6 if exact else 1e-3)
+    mean = sum(w * (m[VECTOR] - base_state[VECTOR]) for w, m in zip(weights, tuned, strict=True))
+    assert torch.allclose(found[VECTOR], base_state[VECTOR] + 0.7 * mean, atol=1e-6)
+
+
+def test_epimer_caps_the_rank_where_orthonormal_columns_end(base_state: StateDict) -> None:
+    name = "vision_model.embeddings.position_embedding.weight"  # 5 x 32: with three tasks, one direction each
+    tuned, measured = models(base_state), statistics("epimer", 3)
+    assert measured is not None
+    expected, _ = reference.epimer(
+        base_state[name], [m[name] for m in tuned], [f[name] for f in measured], rank=32
+    )
+    found = merged("epimer", base_state, tuned, statistics=measured)
+    assert reference.relative_error(found[name], expected, base_state[name]) < 1e-3
+
+
+def test_equal_metrics_give_alpha_times_the_sum(base_state: StateDict) -> None:
+    """The homogeneous limit of eq 14: with tagged coordinates it is TSV-M."""
+    tuned, one = models(base_state), tiny_fisher(5)
+    config = EpiMerConfig(rank=8, coordinates="tagged", damping=0.0)
+    found = merged("epimer", base_state, tuned, statistics=[one] * 3, config=config)
+    expected = merged("tsv-m", base_state, tuned, config=TSVMConfig(rank=8))
+    assert distance(expected, found, base_state) < 1e-4
+
+
+def test_huge_damping_is_tsv_m(base_state: StateDict) -> None:
+    tuned = models(base_state)
+    equal_means = [{n: v / v.mean() for n, v in f.items()} for f in (tiny_fisher(t) for t in range(3))]
+    config = EpiMerConfig(rank=8, coordinates="tagged", damping=1e6)
+    found = merged("epimer", base_state, tuned, statistics=equal_means, config=config)
+    assert distance(merged("tsv-m", base_state, tuned, config=TSVMConfig(rank=8)), found, base_state) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e12])
+def test_a_common_scale_of_all_metrics_cancels(base_state: StateDict, scale: float) -> None:
+    tuned, measured = models(base_state), [tiny_fisher(t) for t in range(3)]
+    scaled = [{n: (v.double() * scale).float() for n, v in f.items()} for f in measured]
+    one = merged("epimer", base_state, tuned, statistics=measured)
+    two = merged("epimer", base_state, tuned, statistics=scaled)
+    assert distance(one, two, base_state) < 1e-3
+
+
+def test_one_task_alone_keeps_its_leading_directions(base_state: StateDict) -> None:
+    tuned = models(base_state, 1)
+    found = merged("epimer", base_state, tuned, config=EpiMerConfig(rank=4))
+    u, s, vh = torch.linalg.svd(tuned[0][MATRIX] - base_state[MATRIX], full_matrices=False)
+    expected = base_state[MATRIX] + (u[:, :4] * s[:4]) @ vh[:4]
+    assert reference.relative_error(found[MATRIX], expected, base_state[MATRIX]) < 1e-3
+
+
+def test_a_layer_that_a_task_left_alone_brings_no_directions(base_state: StateDict) -> None:
+    tuned, measured = models(base_state), statistics("epimer", 3)
+    assert measured is not None
+    tuned[1][MATRIX] = base_state[MATRIX].clone()
+    found = merged("tsv-m", base_state, tuned, config=TSVMConfig(rank=5))
+    expected = reference.tsv_m(base_state[MATRIX], [tuned[0][MATRIX], tuned[2][MATRIX]], rank=5)
+    assert reference.relative_error(found[MATRIX], expected, base_state[MATRIX]) < 1e-3
+    assert bool(merged("epimer", base_state, tuned, statistics=measured)[MATRIX].isfinite().all())
+
+
+def test_no_curvature_at_all_is_the_flat_metric(base_state: StateDict) -> None:
+    tuned = models(base_state)
+    nothing = [{n: torch.zeros_like(v) for n, v in base_state.items()} for _ in tuned]
+    found = merged("epimer", base_state, tuned, statistics=nothing, config=EpiMerConfig(rank=8, coordinates="tagged"))
+    assert distance(merged("tsv-m", base_state, tuned, config=TSVMConfig(rank=8)), found, base_state) < 1e-4
+
+
+def test_tsv_m(base_state: StateDict) -> None:
+    tuned = models(base_state)
+    for rank in (None, 4):
+        expected = reference.tsv_m(base_state[MATRIX], [m[MATRIX] for m in tuned], rank=rank)
+        assert error("tsv-m", expected, base_state, tuned, config=TSVMConfig(rank=rank)) < 1e-3
+        assert error("tsv-m", expected, base_state, tuned, config=TSVMConfig(rank=rank), exact=True) < 5e-6
+
+
+def test_iso(base_state: StateDict) -> None:
+    tuned = models(base_state)
+    weights = [m[MATRIX] for m in tuned]
+    assert error("iso-c", reference.iso_c(base_state[MATRIX], weights), base_state, tuned) < 1e-4
+    assert error("iso-cts", reference.iso_cts(base_state[MATRIX], weights), base_state, tuned) < 1e-3
+
+
+def test_linear_methods(base_state: StateDict) -> None:
+    tuned = models(base_state)
+    total = sum(m[MATRIX].double() - base_state[MATRIX].double() for m in tuned)
+    start = base_state[MATRIX].double()
+    assert error("mean", start + total / 3, base_state, tuned) < 1e-6
+    config = TaskArithmeticConfig(alpha=0.4)
+    assert error("task-arithmetic", start + 0.4 * total, base_state, tuned, config=config) < 1e-6
+    for norm in ("parameters", "task-vector"):
+        sizes = [
+            torch.cat([(m[n] - base_state[n] * (norm == "task-vector")).flatten() for n in m]).double().norm()
+            for m in tuned
+        ]
+        q = torch.stack([1 / size for size in sizes])
+        step = sum(w / q.sum() * (m[MATRIX].double() - start) for w, m in zip(q, tuned, strict=True))
+        assert error("nan", start + step, base_state, tuned, config=NANConfig(norm=norm)) < 1e-5
+
+
+@pytest.mark.parametrize("election", ["mass", "count"])
+@pytest.mark.parametrize("trim", ["model", "layer"])
+@pytest.mark.parametrize("density", [0.05, 0.2, 1.0])
+def test_ties(base_state: StateDict, election: Any, trim: Any, density: float) -> None:
+    tuned = models(base_state)
+    names = list(base_state) if trim == "model" else [MATRIX]
+    expected = reference.ties(
+        [[m[n] for n in names] for m in tuned], [base_state[n] for n in names], density=density, election=election
+    )[names.index(MATRIX)]
+    config = TIESConfig(density=density, election=election, trim=trim)
+    assert error("ties", expected, base_state, tuned, config=config) < 1e-5
+
+
+def test_fisher_averages(base_state: StateDict) -> None:
+    tuned, measured = models(base_state), statistics("fisher", 3)
+    assert measured is not None
+    weights, fisher = [m[MATRIX] for m in tuned], [f[MATRIX] for f in measured]
+    expected = reference.fisher_average(base_state[MATRIX], weights, fisher)
+    assert error("fisher", expected, base_state, tuned, statistics=measured) < 1e-5
+    expected = reference.gradient_matching(base_state[MATRIX], weights, fisher)
+    assert error("gradient-matching", expected, base_state, tuned, statistics=measured) < 1e-5
+
+
+def test_regmean(base_state: StateDict) -> None:
+    tuned, measured = models(base_state), statistics("regmean", 3)
+    assert measured is not None
+    expected = reference.regmean([m[MATRIX] for m in tuned], [g[MATRIX] for g in measured])
+    config = RegMeanConfig(damping=0.0)
+    assert error("regmean", expected, base_state, tuned, statistics=measured, config=config) < 1e-5
+
+
+def test_dare_keeps_the_mean_and_the_share() -> None:
+    big = {"w": torch.zeros(400, 400)}
+    result = merge_state_dicts(big, [{"w": torch.ones(400, 400)}], method="dare", labels=["x"])["w"]
+    assert torch.allclose(result.unique(), torch.tensor([0.0, 10.0]))
+    assert float(result.mean()) == pytest.approx(1.0, abs=0.03)
+    other = merge_state_dicts(big, [{"w": torch.ones(400, 400)}], method="dare", labels=["x"], seed=1)["w"]
+    assert not torch.equal(result, other)
+
+
+# --- Proposition 2: the methods are one method ----------------------------------------------------------------------
+
+
+def test_fisher_averaging_and_gradient_matching_are_frechet_means_with_s_the_identity(base_state: StateDict) -> None:
+    from hf_epimer.numerics.frechet import frechet_mean
+
+    class Diagonal:
+        """H_t = diag(h_t) on the whole parameter space: S = I."""
+
+        def __init__(self, h: torch.Tensor, weights: torch.Tensor) -> None:
+            self.h, self.weights, self.tasks = h, weights, len(h)
+
+        def apply(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.weights[:, None] * self.h).sum(0) * x
+
+        def weighted_sum(self, c: torch.Tensor) -> torch.Tensor:
+            return (self.weights[:, None] * self.h * c).sum(0)
+
+        def dense(self, task: int) -> torch.Tensor:
+            return torch.diag(self.weights[task] * self.h[task])
+
+        def preconditioner(self) -> Any:
+            return lambda r: r / (self.weights[:, None] * self.h).sum(0)
+
+    tuned, measured = models(base_state), statistics("fisher", 3)
+    assert measured is not None
+    start = base_state[VECTOR].double()
+    c = torch.stack([m[VECTOR].double() - start for m in tuned])
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    cases = {
+        "task-arithmetic": (torch.ones_like(c), {"config": TaskArithmeticConfig(alpha=1 / 3)}),
+        "fisher": (torch.stack([f[VECTOR].double() for f in measured]), {"statistics": measured}),
+        "gradient-matching": (torch.stack([f[VECTOR].double() + 1e-8 for f in measured]), {"statistics": measured}),
+    }
+    for method, (h, arguments) in cases.items():
+        for exact in (False, True):
+            x = frechet_mean(Diagonal(h, weights), c, weights, exact=exact, tolerance=1e-8).value
+            found = merged(method, base_state, tuned, weights=weights.tolist(), **arguments)[VECTOR]
+            assert reference.relative_error(found, start + x, start) < 1e-4, method
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_option_rejects_nonsense(method: str) -> None:
+    from dataclasses import fields
+
+    for item in fields(METHODS[method].config):
+        bad = "nonsense" if "Literal" in str(item.type) else float("nan")
+        with pytest.raises(UsageError, match="--" + item.name.replace("_", "-")):
+            METHODS[method].config(**{item.name: bad})
+
+
+def test_ranks_and_shares_out_of_range() -> None:
+    for make in (lambda: EpiMerConfig(rank=0), lambda: TIESConfig(density=1.5), lambda: EpiMerConfig(damping=-1)):
+        with pytest.raises(UsageError):
+            make()
