@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -197,15 +196,12 @@ def write_tensors(
     Returns:
         The names of the files written.
     """
-    width = dtype.itemsize
-    split = split_state_dict_into_shards_factory(
-        {name: _numel(shape) * width for name, shape in shapes.items()},
-        get_storage_size=int,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_bytes,
-    )
+    groups = _consecutive_groups({n: _numel(shape) * dtype.itemsize for n, shape in shapes.items()}, max_shard_bytes)
     stream = iter(tensors)
-    for filename, names in split.filename_to_tensors.items():
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        filename = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, filename)
         with open(folder / filename, "wb") as file:
             file.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
@@ -215,12 +211,26 @@ def write_tensors(
                 file.write(memoryview(raw.numpy()))
             file.flush()
             os.fsync(file.fileno())
-    written = list(split.filename_to_tensors)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    written = sorted(set(weight_map.values()))
+    if len(groups) > 1:
+        total = sum(_numel(shape) * dtype.itemsize for shape in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         written.append(WEIGHTS_INDEX)
     return written
+
+
+def _consecutive_groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut wherever a group would outgrow the limit: tensors arrive in this order and are not kept."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
 
 
 def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:

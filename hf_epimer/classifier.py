@@ -26,7 +26,7 @@ from transformers.utils import logging
 try:
     from transformers import CLIPImageProcessorPil as ImageProcessor
 except ImportError:  # before it existed, the plain name was the one that needs no torchvision
-    from transformers import CLIPImageProcessor as ImageProcessor
+    from transformers import CLIPImageProcessor as ImageProcessor  # type: ignore[assignment]
 
 from hf_epimer.errors import CheckpointError, TaskError
 from hf_epimer.tasks import Task
@@ -144,10 +144,10 @@ def _read_head(path: str) -> Tensor:
 
 def _load(kind: type[PreTrainedModel], folder: str | Path) -> Any:
     """Load fp32 weights from safetensors and refuse a model of which any tensor is missing."""
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     with _quiet():
-        model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        loaded: Any = kind.from_pretrained(folder, **options)
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors of {kind.__name__} are missing, first {missing[0]!r}")

@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
 
 from hf_epimer.config import ModelRef
@@ -142,9 +143,12 @@ def resolve(ref: ModelRef) -> Source:
         return Source(ref, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
     if constants.is_offline_mode():
         return _resolve_offline(ref, label)
-    info = _persist(
-        lambda: HfApi().model_info(ref.location, revision=ref.revision, files_metadata=True), str(ref)
-    )
+    api = HfApi()
+    info = _persist(lambda: api.model_info(ref.location, revision=ref.revision, files_metadata=True), str(ref))
+    with contextlib.suppress(RevisionResolutionError):
+        # notes in the cache which commit the revision was, so that the same command works offline later; the commit
+        # itself is not taken from here, because this call falls back to an old note when the Hub is in trouble
+        api.resolve_revision(ref.location, revision=ref.revision)
     siblings = info.siblings or []
     return Source(
         ModelRef(ref.location, info.sha, ref.label),
@@ -158,8 +162,7 @@ def resolve(ref: ModelRef) -> Source:
 def _resolve_offline(ref: ModelRef, label: str) -> Source:
     """From the local cache alone: the commit it last saw for this revision, and the files it has of it."""
     with _translated(str(ref)):
-        revision = HfApi().resolve_revision(ref.location, revision=ref.revision, local_files_only=True)
-    commit = getattr(revision, "resolved", str(revision))
+        commit = HfApi().resolve_revision(ref.location, revision=ref.revision, local_files_only=True).resolved
     config = try_to_load_from_cache(ref.location, "config.json", revision=commit)
     if not isinstance(config, str):
         raise HubError(f"{ref}: not in the local cache, and HF_HUB_OFFLINE is set")
@@ -319,6 +322,8 @@ def _translated(what: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError:
         raise
+    except RevisionResolutionError as error:
+        raise HubError(f"{what}: not in the local cache, and HF_HUB_OFFLINE is set") from error
     except GatedRepoError as error:
         raise AccessError(
             f"{what} is gated: accept its terms on its page and set HF_TOKEN to a token that may read it"

@@ -263,12 +263,16 @@ def _merge_into(
     layers: list[dict[str, Any]] = []
     anonymous = 0
     total = len(plan.shapes)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else _dtype_of(ingredients.base)
 
     def keep(merged: MergedLayer) -> tuple[str, torch.Tensor]:
         nonlocal anonymous
         layers.append(merged.report)
         anonymous = max(anonymous, _memory("RssAnon"))
-        return merged.name, merged.tensor
+        stored = merged.tensor.to(dtype)
+        if not bool(stored.isfinite().all()):
+            raise ArithmeticError(f"{merged.name}: the merged values do not fit into {dtype}; choose another --dtype")
+        return merged.name, stored
 
     stream = merge_layers(
         ingredients,
@@ -279,7 +283,6 @@ def _merge_into(
         device=recipe.device,
         on_layer=lambda stage, done: progress("merging" if stage == "merge" else "surveying", done, total),
     )
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else _dtype_of(ingredients.base)
     progress("merging", 0, total)
     write_tensors(folder, plan.shapes, dtype, map(keep, stream))
     seconds = {**seconds, "merging": time.monotonic() - started}

@@ -55,7 +55,7 @@ def test_local_paths_start_at_the_files_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"class_name": ["cat"]}, "class_name"),
+        ({"class_name": ["cat"]}, "unknown key 'class_name'"),
         ({"dataset": None}, "dataset"),
         ({"templates": []}, "templates"),
         ({"templates": ["a photo"]}, "a photo"),

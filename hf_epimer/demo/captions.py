@@ -85,7 +85,7 @@ def make_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
     # The end of the text comes last: CLIP's text tower may look for it as the largest number in a row.
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LONGEST_TEXT)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LONGEST_TEXT)  # type: ignore[arg-type]
 
 
 def _join(pieces: list[str], pair: tuple[str, str]) -> list[str]:

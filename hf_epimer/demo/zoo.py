@@ -36,7 +36,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PretrainedConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hf_epimer.classifier import Classifier, ImageProcessor, classifier_of, preprocess, text_head
 from hf_epimer.demo.captions import FAMILIES, LONGEST_TEXT, all_texts, captioned_drawings, make_tokenizer
@@ -245,7 +245,7 @@ def _write_tower(folder: Path, name: str, model: Classifier, fine_tuned: float) 
     _write_card(folder, card, body)
 
 
-def _write_weights(folder: Path, config: PretrainedConfig, architecture: str, tensors: Mapping[str, Tensor]) -> None:
+def _write_weights(folder: Path, config: Any, architecture: str, tensors: Mapping[str, Tensor]) -> None:
     """Configuration and fp32 tensors, written directly: save_pretrained renames tensors and shows a progress bar."""
     config.architectures = [architecture]
     config.save_pretrained(folder)

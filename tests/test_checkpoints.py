@@ -1,0 +1,282 @@
+"""Reading every layout of a checkpoint, writing atomically, and refusing what is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from hf_epimer import checkpoints, merge_state_dicts
+from hf_epimer.architectures import CLIP_VISION
+from hf_epimer.checkpoints import Checkpoint, atomic_folder, weight_files, write_tensors
+from hf_epimer.errors import CheckpointError, NotFoundError, OutputError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def strip(state: StateDict) -> StateDict:
+    return {name.removeprefix("vision_model."): value for name, value in state.items()}
+
+
+def full_clip(state: StateDict) -> StateDict:
+    extra = {
+        "text_model.final_layer_norm.weight": torch.ones(8),
+        "text_projection.weight": torch.ones(24, 8),
+        "visual_projection.weight": torch.ones(24, 32),
+        "logit_scale": torch.tensor(4.6),
+        "vision_model.embeddings.position_ids": torch.arange(5)[None],
+    }
+    return state | extra
+
+
+LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
+    "vision_model prefix (transformers 4)": lambda s: s,
+    "no prefix (transformers 5.6)": strip,
+    "full CLIPModel": full_clip,
+    "nested below clip": lambda s: {f"clip.{n}": v for n, v in s.items()},
+    "nested below model": lambda s: {f"model.{n}": v for n, v in s.items()},
+    "with projection": lambda s: s | {"visual_projection.weight": torch.ones(24, 32)},
+    "fp16": lambda s: {n: v.half() for n, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_same_canonical_names(layout: str, tmp_path: Path, base_state: StateDict) -> None:
+    folder = write_checkpoint(tmp_path / "m", LAYOUTS[layout](base_state))
+    found = Checkpoint("m", weight_files(folder, "m"), CLIP_VISION.canonical)
+    assert found.shapes == CLIP_VISION.shapes(TINY) == {n: tuple(v.shape) for n, v in base_state.items()}
+    assert all(torch.allclose(found.tensor(n).float(), base_state[n], atol=1e-2) for n in base_state)
+
+
+def test_unknown_tensors_keep_their_names_so_that_they_are_reported() -> None:
+    assert CLIP_VISION.canonical("adapter.lora_A.weight") == "adapter.lora_A.weight"
+
+
+def test_old_and_new_layouts_give_the_same_merge(tmp_path: Path, run: Run, base_state: StateDict) -> None:
+    results = []
+    for name in ("vision_model prefix (transformers 4)", "no prefix (transformers 5.6)", "full CLIPModel"):
+        folder = tmp_path / name.split()[0]
+        config = {"model_type": "clip", "vision_config": TINY} if name.startswith("full") else {}
+        write_checkpoint(folder / "base", LAYOUTS[name](base_state), config=config)
+        tuned = [tiny_state(seed, base_state) for seed in (1, 2)]
+        paths = [write_checkpoint(folder / f"t{i}", LAYOUTS[name](s), config=config) for i, s in enumerate(tuned)]
+        code, _, complaint = run("merge", *paths, "--base", folder / "base", "--method", "tsv-m", "--out", folder / "o")
+        assert code == 0, complaint
+        results.append(load_file(folder / "o" / "model.safetensors"))
+    assert all(torch.equal(results[0][n], other[n]) for other in results[1:] for n in results[0])
+    assert all(name.startswith("vision_model.") for name in results[0])
+
+
+def test_sharded_checkpoints_are_read_and_written(tmp_path: Path, run: Run, base_state: StateDict) -> None:
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    shapes = {name: tuple(value.shape) for name, value in base_state.items()}
+    written = write_tensors(folder, shapes, torch.float32, base_state.items(), max_shard_bytes=20_000)
+    assert len(written) > 3
+    assert written[-1] == "model.safetensors.index.json"
+    found = Checkpoint("s", weight_files(folder, "s"), CLIP_VISION.canonical)
+    assert all(torch.equal(found.tensor(n), base_state[n]) for n in base_state)
+    index = json.loads((folder / written[-1]).read_text())
+    (folder / index["weight_map"]["vision_model.post_layernorm.bias"]).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        weight_files(folder, "s")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_written_files_are_ordinary_safetensors(dtype: torch.dtype, tmp_path: Path, base_state: StateDict) -> None:
+    shapes = {name: tuple(value.shape) for name, value in base_state.items()}
+    assert write_tensors(tmp_path, shapes, dtype, base_state.items()) == ["model.safetensors"]
+    read = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[n], base_state[n].to(dtype)) for n in base_state)
+
+
+def test_streamed_is_the_same_as_in_memory(tiny_zoo: Path, run: Run, base_state: StateDict) -> None:
+    for method in ("epimer", "ties", "dare", "iso-cts"):
+        out = tiny_zoo / method
+        paths = [tiny_zoo / name for name in "abc"]
+        code, _, complaint = run("merge", *paths, "--base", tiny_zoo / "base", "--method", method, "--out", out)
+        assert code == 0, complaint
+        tuned = [tiny_state(seed, base_state) for seed in (1, 2, 3)]
+        fisher = [tiny_fisher(10 + seed) for seed in (1, 2, 3)] if method == "epimer" else None
+        expected = merge_state_dicts(base_state, tuned, method=method, statistics=fisher, labels=list("abc"))
+        read = load_file(out / "model.safetensors")
+        assert all(torch.equal(read[n], expected[n]) for n in expected), method
+
+
+def test_transformers_loads_the_result_with_nothing_missing_or_left_over(tiny_zoo: Path, run: Run) -> None:
+    from transformers import CLIPVisionModel
+
+    code, _, complaint = run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "o")
+    assert code == 0, complaint
+    model, report = CLIPVisionModel.from_pretrained(tiny_zoo / "o", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.config.hidden_size == TINY["hidden_size"]
+    assert model.config.patch_size == TINY["patch_size"]
+
+
+# --- damaged and foreign files --------------------------------------------------------------------------------------
+
+
+def test_truncated_and_corrupt_files(tmp_path: Path, base_state: StateDict) -> None:
+    folder = write_checkpoint(tmp_path / "m", base_state)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], content[:5], b"", b"\xff" * 100):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="truncated or corrupt"):
+            Checkpoint("m", [file], CLIP_VISION.canonical)
+
+
+@pytest.mark.parametrize("suffix", checkpoints.PICKLED)
+def test_pickles_are_never_opened(suffix: str, tmp_path: Path, base_state: StateDict) -> None:
+    folder = write_checkpoint(tmp_path / "m", base_state)
+    (folder / "model.safetensors").rename(folder / f"pytorch_model{suffix}")
+    with pytest.raises(CheckpointError, match=r"pickled.*save_pretrained"):
+        weight_files(folder, "m")
+    (folder / f"pytorch_model{suffix}").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        weight_files(folder, "m")
+    with pytest.raises(NotFoundError):
+        weight_files(tmp_path / "nowhere", "m")
+
+
+def test_a_tensor_stored_under_two_prefixes_is_an_error(tmp_path: Path, base_state: StateDict) -> None:
+    name = "vision_model.post_layernorm.bias"
+    twice = base_state | {name.removeprefix("vision_model."): base_state[name].clone()}
+    save_file(twice, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="twice"):
+        Checkpoint("x", [tmp_path / "x.safetensors"], CLIP_VISION.canonical)
+
+
+# --- atomicity ------------------------------------------------------------------------------------------------------
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "x").write_text("x")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
+    def fill() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "x").write_text("x")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="No space left on device"):
+        fill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_really_full_disk(tiny_zoo: Path) -> None:
+    """A limit on file sizes makes the operating system refuse the write itself."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "from hf_epimer.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--method", "mean", "--out", tiny_zoo / "o"]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot write")
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tiny_zoo.iterdir()) == ["a", "b", "base", "c"]
+
+
+def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".out.partial-{dead.pid}").mkdir()
+    (tmp_path / f".other.partial-{dead.pid}").mkdir()
+    (tmp_path / f".out.partial-{os.getppid()}").mkdir()
+    with atomic_folder(tmp_path / "out"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [f".other.partial-{dead.pid}", f".out.partial-{os.getppid()}", "out"]
+    )
+
+
+def test_an_overwrite_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    old = tmp_path / f".out.partial-{dead.pid}.old"
+    old.mkdir()
+    (old / "result").write_text("precious")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert (tmp_path / "out" / "result").read_text() == "precious"
+
+
+SLOW_MERGE = """
+import sys, time
+from hf_epimer import merging, cli
+original = merging.merge_layers
+def slowly(*args, **kwargs):
+    for layer in original(*args, **kwargs):
+        time.sleep(0.02)
+        yield layer
+import hf_epimer.pipeline as pipeline
+pipeline.merge_layers = slowly
+print("ready", flush=True)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("delay", [0.05, 0.35, 0.7])
+def test_an_interrupted_merge_leaves_the_target_complete_or_absent(
+    number: signal.Signals, delay: float, tiny_zoo: Path
+) -> None:
+    out = tiny_zoo / "out"
+    words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_MERGE, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    deadline = time.monotonic() + 20
+    while not leftovers(tiny_zoo) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(number)
+    _, complaint = process.communicate(timeout=30)
+    if out.exists():
+        assert set(load_file(out / "model.safetensors")) == set(CLIP_VISION.shapes(TINY))
+        assert (out / "README.md").exists()
+    else:
+        assert process.returncode != 0
+    if number != signal.SIGKILL:
+        assert not leftovers(tiny_zoo)
+        if process.returncode:
+            assert complaint == "error: interrupted; nothing was left behind\n"

@@ -1,0 +1,373 @@
+"""`hf-epimer merge` on local folders: what it writes, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from hf_epimer import MergeRecipe, ModelRef, merge
+from hf_epimer.methods import METHODS
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def fails(result: tuple[int, str, str], pattern: str, code: int = 1) -> None:
+    found, output, complaint = result
+    errors = [line for line in complaint.splitlines() if not line.startswith("warning: ")]
+    assert found == code, (found, complaint)
+    assert output == ""
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert re.search(pattern, errors[0]), errors[0]
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_merged_folder_is_complete(tiny_zoo: Path, run: Run) -> None:
+    out = tiny_zoo / "out"
+    code, output, complaint = run(
+        "merge", f"dtd={tiny_zoo / 'a'}", f"svhn={tiny_zoo / 'b'}", "--base", tiny_zoo / "base", "--rank", 4, "--out", out
+    )  # fmt: skip
+    assert (code, complaint) == (0, "")
+    assert str(out) in output
+    assert contents(out) == [
+        "README.md",
+        "config.json",
+        "merge_config.json",
+        "merge_report.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "clip_vision_model"
+    assert config["architectures"] == ["CLIPVisionModel"]
+    assert {name: config[name] for name in TINY} == TINY
+    report = json.loads((out / "merge_report.json").read_text())
+    assert report["totals"]["layers"] == len(report["layers"]) == len(load_file(out / "model.safetensors"))
+    matrix = next(layer for layer in report["layers"] if layer["name"].endswith("0.mlp.fc1.weight"))
+    assert matrix["rank"] == 4
+    assert matrix["steps"] >= 1
+    assert matrix["eta"] > 0
+    assert len(matrix["task_vector_norms"]) == 2
+    assert report["totals"]["eta"] > 0
+    assert report["totals"]["capped"] == ["vision_model.embeddings.position_embedding.weight"]
+    merged = json.loads((out / "merge_config.json").read_text())
+    assert merged["options"]["rank"] == 4
+    assert merged["versions"]["torch"] == torch.__version__
+    assert merged["models"] == [f"dtd={tiny_zoo / 'a'}", f"svhn={tiny_zoo / 'b'}"]
+
+
+def test_the_card_says_what_was_done_and_keeps_paths_to_itself(tiny_zoo: Path, run: Run) -> None:
+    from huggingface_hub import ModelCard
+
+    out = tiny_zoo / "out"
+    run("merge", f"dtd={tiny_zoo / 'a'}", tiny_zoo / "b", "--base", tiny_zoo / "base", "--alpha", 0.9, "--out", out)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["base_model_relation"] == "merge"
+    assert {"merge", "hf-epimer", "clip"} <= set(card.data.tags or [])
+    assert card.data.datasets == ["tanganke/dtd"]
+    text = str(card)
+    assert str(tiny_zoo) not in text
+    assert METHODS["epimer"].formula in text
+    assert "| alpha | 0.9 |" in text
+    assert "CLIPVisionModel.from_pretrained" in text
+    assert "@misc{epimer" in text
+    assert "hf-epimer merge dtd=a b --base base --alpha 0.9" in text
+
+
+def test_the_code_in_the_card_runs(tiny_zoo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    out = tiny_zoo / "out"
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config=TINY, text_config={**text, "vocab_size": 20}, projection_dim=24)
+    CLIPModel(config).save_pretrained(tiny_zoo / "base")
+    code, _, complaint = run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", out)
+    assert code == 0, complaint
+    snippet = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    assert snippet
+    monkeypatch.chdir(tiny_zoo)
+    names: dict[str, object] = {}
+    exec(snippet[1], names)
+    clip = names["clip"]
+    assert isinstance(clip, CLIPModel)
+    expected = load_file(out / "model.safetensors")["vision_model.post_layernorm.weight"]
+    assert torch.equal(clip.vision_model.post_layernorm.weight, expected)
+
+
+def test_merge_config_repeats_the_merge_bit_for_bit(tiny_zoo: Path, run: Run) -> None:
+    first, second = tiny_zoo / "first", tiny_zoo / "second"
+    code, _, complaint = run(
+        "merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--method", "dare", "--drop", 0.5,
+        "--weights", 2, 1, "--seed", 3, "--dtype", "float16", "--out", first,
+    )  # fmt: skip
+    assert code == 0, complaint
+    code, _, complaint = run("merge", "--config", first / "merge_config.json", "--out", second)
+    assert code == 0, complaint
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert load_file(second / "model.safetensors")["vision_model.post_layernorm.bias"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs != "gram"])
+def test_every_method_merges_files(method: str, tiny_zoo: Path, run: Run) -> None:
+    out = tiny_zoo / "out"
+    words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--method", method, "--out", out]
+    code, output, complaint = run(*words, "--json")
+    assert (code, complaint) == (0, "")
+    assert json.loads(output)["method"] == method
+    assert len(output.splitlines()) == 1
+
+
+def test_default_folder_and_python_recipe(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_zoo)
+    report = merge(MergeRecipe((ModelRef.parse("./a"), ModelRef.parse("b")), ModelRef.parse("base"), method="mean"))
+    assert report.out == Path("merged-mean")
+    assert (tiny_zoo / "merged-mean" / "model.safetensors").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny_zoo: Path, run: Run) -> None:
+    before = contents(tiny_zoo)
+    words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out"]
+    code, output, complaint = run(*words, "--dry-run", "--json")
+    assert (code, complaint) == (0, "")
+    plan = json.loads(output)
+    assert plan["capped_ranks"]["vision_model.embeddings.position_embedding.weight"] == 2
+    size = sum((tiny_zoo / name / "model.safetensors").stat().st_size for name in ("a", "b", "base"))
+    assert plan["bytes_to_read"] == size + sum((tiny_zoo / n / "fisher.safetensors").stat().st_size for n in "ab")
+    code, output, _ = run(*words, "--dry-run")
+    assert code == 0
+    assert "capped" in output
+    assert contents(tiny_zoo) == before
+
+
+def test_fisher_given_apart_and_by_label(tiny_zoo: Path, run: Run) -> None:
+    together, apart = tiny_zoo / "together", tiny_zoo / "apart"
+    words = [f"x={tiny_zoo / 'a'}", f"y={tiny_zoo / 'b'}", "--base", tiny_zoo / "base"]
+    assert run("merge", *words, "--out", together)[0] == 0
+    for name in "ab":
+        (tiny_zoo / name / "fisher.safetensors").rename(tiny_zoo / f"{name}.fisher.safetensors")
+    fails(run("merge", *words, "--out", apart), r"Fisher information of x=.*--fisher.*tsv-m")
+    given = [f"y={tiny_zoo / 'b.fisher.safetensors'}", f"x={tiny_zoo / 'a.fisher.safetensors'}"]
+    code, _, complaint = run("merge", *words, "--out", apart, "--fisher", *given)
+    assert code == 0, complaint
+    assert (together / "model.safetensors").read_bytes() == (apart / "model.safetensors").read_bytes()
+    again = tiny_zoo / "again"
+    assert run("merge", "--config", apart / "merge_config.json", "--out", again)[0] == 0
+    assert (again / "model.safetensors").read_bytes() == (apart / "model.safetensors").read_bytes()
+    fails(run("merge", *words, "--fisher", given[0], tiny_zoo / "a.fisher.safetensors"), "label all", 2)
+    fails(run("merge", *words, "--fisher", f"z={tiny_zoo / 'b.fisher.safetensors'}"), "no model is labelled z", 2)
+    fails(run("merge", *words, "--fisher", tiny_zoo / "b.fisher.safetensors"), "2 models but 1", 2)
+
+
+# --- the base -------------------------------------------------------------------------------------------------------
+
+
+def card(base: str) -> str:
+    return f"---\nbase_model: {base}\n---\n"
+
+
+def test_base_from_cards(tmp_path: Path, run: Run, base_state: StateDict) -> None:
+    write_checkpoint(tmp_path / "base", base_state)
+    a = write_checkpoint(tmp_path / "a", tiny_state(1, base_state), card=card(str(tmp_path / "base")))
+    b = write_checkpoint(tmp_path / "b", tiny_state(2, base_state))
+    code, _, complaint = run("merge", a, b, "--method", "mean", "--out", tmp_path / "out")
+    assert code == 0, complaint
+    (b / "README.md").write_text(card("org/other"))
+    fails(run("merge", a, b, "--method", "mean", "--out", tmp_path / "o"), r"disagree.*a says.*b says org/other.*--base")
+    for folder in (a, b):
+        (folder / "README.md").unlink()
+    fails(run("merge", a, b, "--method", "mean", "--out", tmp_path / "o"), "name the base with --base", 2)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["merge"], "give the checkpoints"),
+        (["merge", "a", "--rank", "0"], "--rank must be at least 1"),
+        (["merge", "a", "--rank", "x"], "--rank"),
+        (["merge", "a", "--alpha", "nan"], "--alpha must be a finite number"),
+        (["merge", "a", "--alpha", "inf"], "--alpha must be a finite number"),
+        (["merge", "a", "--density", "0.1"], "epimer has no option --density; ties have it"),
+        (["merge", "a", "--method", "mean", "--alpha", "1"], "mean has no option --alpha; epimer, tsv-m"),
+        (["merge", "a", "--method", "magic"], "no method 'magic'; there are epimer"),
+        (["merge", "a", "--aggregator", "max"], "--aggregator 'max' is not one of sum, mean"),
+        (["merge", "a", "b", "--weights", "1"], "2 models, 1 weights"),
+        (["merge", "a", "b", "--weights", "1", "-1"], "negative"),
+        (["merge", "a", "b", "--weights", "0", "0"], "something positive"),
+        (["merge", "a", "b", "--weights", "1", "nan"], "finite"),
+        (["merge", "a", "--dtype", "int8"], "--dtype"),
+        (["merge", "a", "--push-to", "nothing"], "--push-to 'nothing'"),
+        (["merge", "a", "--create-pr"], "--create-pr needs --push-to"),
+        (["merge", "a", "--device", "cuda:7"], "--device cuda:7 is not available"),
+        (["merge", "a", "--config", "nowhere.json"], "nowhere.json"),
+        (["merge", "what is this"], "neither a folder nor a Hub id"),
+        (["merge", "bad label=a"], "label"),
+        (["merge", "a", "--no-such-flag"], "--no-such-flag"),
+        (["mrege"], "no command 'mrege'"),
+        ([], "required"),
+        (["merge", "a", "--fisher", "b", "--method", "mean"], "mean uses no Fisher"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    words: list[str], pattern: str, tiny_zoo: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_zoo)
+    before = contents(tiny_zoo)
+    fails(run(*words, *(["--base", "base"] if words and words[-1] in ("inf", "mean") else [])), pattern, 2)
+    assert contents(tiny_zoo) == before
+
+
+def refuse(tiny_zoo: Path, run: Run, pattern: str, *extra: object, models: tuple[str, ...] = ("a", "b")) -> None:
+    """The merge fails with one line, and neither the target nor anything temporary is left."""
+    before = contents(tiny_zoo)
+    paths = [tiny_zoo / name for name in models]
+    fails(run("merge", *paths, "--base", tiny_zoo / "base", "--out", tiny_zoo / "out", *extra), pattern)
+    assert contents(tiny_zoo) == before
+
+
+def test_folders_that_are_not_there_or_not_checkpoints(tiny_zoo: Path, run: Run) -> None:
+    (tiny_zoo / "empty").mkdir()
+    refuse(tiny_zoo, run, "nowhere.*does not exist", models=("nowhere",))
+    refuse(tiny_zoo, run, r"empty.*no config\.json", models=("a", "empty"))
+    (tiny_zoo / "a" / "config.json").write_text("{not json")
+    refuse(tiny_zoo, run, r"config\.json is not readable JSON")
+    (tiny_zoo / "a" / "config.json").write_text('{"model_type": "bert"}')
+    refuse(tiny_zoo, run, "model type 'bert' is not a CLIP vision model")
+
+
+def test_pickled_weights_are_refused_before_any_work(tiny_zoo: Path, run: Run) -> None:
+    (tiny_zoo / "b" / "model.safetensors").rename(tiny_zoo / "b" / "pytorch_model.bin")
+    refuse(tiny_zoo, run, r"b: only pickled weights \(pytorch_model\.bin\).*Convert")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 3), ("hidden_size", 64), ("patch_size", 4), ("image_size", 32), ("hidden_act", "gelu")],
+)
+def test_unlike_architectures_are_listed_side_by_side(field: str, value: object, tiny_zoo: Path, run: Run) -> None:
+    config = json.loads((tiny_zoo / "b" / "config.json").read_text()) | {field: value}
+    (tiny_zoo / "b" / "config.json").write_text(json.dumps(config))
+    refuse(tiny_zoo, run, rf"b is another architecture than the base base \({field}: {TINY[field]} \| {value}\)")
+
+
+def rewrite(folder: Path, change: Callable[[StateDict], object], file: str = "model.safetensors") -> None:
+    state = load_file(folder / file)
+    change(state)
+    save_file(state, folder / file, metadata={"format": "hf-epimer.fisher/1"})
+
+
+NAME = "vision_model.encoder.layers.1.mlp.fc2.weight"
+
+
+def test_missing_extra_and_unlike_tensors(tiny_zoo: Path, run: Run) -> None:
+    rewrite(tiny_zoo / "a", lambda s: s.pop(NAME))
+    refuse(tiny_zoo, run, rf"a: the checkpoint does not fit the base: missing {NAME}")
+    rewrite(tiny_zoo / "a", lambda s: s.update({NAME: torch.zeros(32, 48), "lora.weight": torch.zeros(2)}))
+    refuse(tiny_zoo, run, r"a: .*unexpected lora\.weight")
+    rewrite(tiny_zoo / "a", lambda s: (s.pop("lora.weight"), s.update({NAME: torch.zeros(4, 48)})))
+    refuse(tiny_zoo, run, rf"{NAME} has shape \[4, 48\] instead of \[32, 48\]")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_name_the_checkpoint_and_the_tensor(bad: float, tiny_zoo: Path, run: Run) -> None:
+    rewrite(tiny_zoo / "b", lambda s: s[NAME].view(-1)[7].fill_(bad))
+    refuse(tiny_zoo, run, rf"b: NaN or Inf in {NAME}")
+    rewrite(tiny_zoo / "base", lambda s: s[NAME].view(-1)[7].fill_(bad))
+    refuse(tiny_zoo, run, rf"base: NaN or Inf in {NAME}")
+
+
+def test_unusable_fisher_files(tiny_zoo: Path, run: Run) -> None:
+    file = "fisher.safetensors"
+    rewrite(tiny_zoo / "b", lambda s: s[NAME].view(-1)[7].fill_(float("nan")), file)
+    refuse(tiny_zoo, run, rf"Fisher information of b .*NaN or Inf in {NAME}")
+    rewrite(tiny_zoo / "b", lambda s: s[NAME].view(-1)[7].fill_(-1), file)
+    refuse(tiny_zoo, run, rf"Fisher information of b .*negative values in {NAME}")
+    rewrite(tiny_zoo / "b", lambda s: s.pop(NAME), file)
+    refuse(tiny_zoo, run, rf"Fisher information of b .*missing {NAME}")
+    (tiny_zoo / "b" / file).write_bytes((tiny_zoo / "b" / file).read_bytes()[:1000])
+    refuse(tiny_zoo, run, r"Fisher information of b .*truncated or corrupt")
+    (tiny_zoo / "b" / file).unlink()
+    refuse(tiny_zoo, run, r"epimer needs the Fisher information of b=.*--fisher.*tsv-m, iso-c")
+
+
+def test_a_fisher_file_without_metadata_is_taken_with_a_warning(tiny_zoo: Path, run: Run) -> None:
+    save_file(tiny_fisher(1), tiny_zoo / "a" / "fisher.safetensors")
+    code, _, complaint = run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out")
+    assert code == 0
+    assert complaint.startswith("warning: a: ")
+    assert "metadata" in complaint
+
+
+def test_a_model_cannot_be_its_own_base(tiny_zoo: Path, run: Run, base_state: StateDict) -> None:
+    refuse(tiny_zoo, run, "is its own base", "--method", "mean", models=("a", "base"))
+    write_checkpoint(tiny_zoo / "copy", {name: value.half() for name, value in base_state.items()})
+    rewrite(tiny_zoo / "base", lambda s: [s.update({n: v.half()}) for n, v in list(s.items())])
+    refuse(tiny_zoo, run, "copy: every tensor equals the base's", "--method", "mean", models=("a", "copy"))
+
+
+def test_the_same_checkpoint_twice_is_a_warning(tiny_zoo: Path, run: Run) -> None:
+    words = ["merge", tiny_zoo / "a", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base"]
+    code, _, complaint = run(*words, "--out", tiny_zoo / "out")
+    assert code == 0
+    assert complaint == "warning: a is merged twice (as a and a-2)\n"
+
+
+def test_an_existing_result_is_not_overwritten_by_accident(tiny_zoo: Path, run: Run) -> None:
+    (tiny_zoo / "out").mkdir()
+    (tiny_zoo / "out" / "precious").write_text("x")
+    refuse(tiny_zoo, run, "not empty.*--overwrite", "--method", "mean")
+    assert contents(tiny_zoo / "out") == ["precious"]
+    words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out", "--method", "mean"]
+    assert run(*words, "--overwrite")[0] == 0
+    assert "precious" not in contents(tiny_zoo / "out")
+    (tiny_zoo / "file").write_text("x")
+    fails(run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "file"), "is a file")
+
+
+def test_an_overflow_in_the_written_dtype_is_an_error(tiny_zoo: Path, run: Run) -> None:
+    rewrite(tiny_zoo / "a", lambda s: s[NAME].view(-1)[0].fill_(1e6))
+    refuse(tiny_zoo, run, rf"{NAME}.*float16", "--method", "mean", "--dtype", "float16")
+
+
+def test_the_traceback_is_there_for_those_who_ask(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_epimer.cli import main
+    from hf_epimer.errors import NotFoundError
+
+    monkeypatch.setenv("HF_EPIMER_DEBUG", "1")
+    with pytest.raises(NotFoundError):
+        main(["merge", str(tiny_zoo / "nowhere")])
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from hf_epimer.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_lists(run: Run) -> None:
+    code, output, _ = run("methods", "--json")
+    assert code == 0
+    assert list(json.loads(output)) == list(METHODS)
+    code, output, _ = run("tasks", "--json")
+    assert json.loads(output)["dtd"]["dataset"] == "tanganke/dtd"
+    assert run("methods")[0] == run("tasks")[0] == 0
