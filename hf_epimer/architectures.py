@@ -67,7 +67,7 @@ class Architecture:
         Raises:
             CheckpointError: the config is of another model type.
         """
-        model_type = config.get("model_type")
+        model_type = str(config.get("model_type"))
         if model_type not in self.model_types:
             known = ", ".join(sorted(self.model_types))
             raise CheckpointError(f"{where}: model type {model_type!r} is not a {self.name} ({known} are)")

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -47,6 +48,9 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """The tensor, in whatever dtype it is stored."""
 
+    def copy_to(self, name: str, out: Tensor) -> None:
+        """Copy the tensor to `out`, converting to its dtype."""
+
 
 class StateDict:
     """A `TensorSource` over tensors in memory."""
@@ -58,6 +62,9 @@ class StateDict:
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach()
+
+    def copy_to(self, name: str, out: Tensor) -> None:
+        out.copy_(self.tensor(name))
 
 
 class Checkpoint:
@@ -80,6 +87,8 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
         self._places: dict[str, tuple[Any, str, Path]] = {}
+        self._descriptors: dict[Path, _Descriptor] = {}
+        self._opening = threading.Lock()
         for file in files:
             with _readable(label, file):
                 handle = safe_open(file, framework="pt")
@@ -101,13 +110,59 @@ class Checkpoint:
             tensor: Tensor = handle.get_tensor(stored)
         return tensor
 
+    def copy_to(self, name: str, out: Tensor) -> None:
+        _, stored, file = self._places[name]
+        if self.dtypes[name] != _FORMATS.get(out.dtype) or not out.is_contiguous() or out.device.type != "cpu":
+            out.copy_(self.tensor(name))
+            return
+        with _readable(self.label, file):
+            self._descriptor(file).read(stored, out.flatten().view(torch.uint8).numpy().data)
+
     def read_ahead(self, name: str) -> None:
-        """Bring a tensor's pages into memory: one byte of each, which neither copies nor wakes torch's threads."""
-        self.tensor(name).view(torch.uint8).flatten()[::4096].sum()
+        """Ask the system to bring a tensor from the disk while something else is computed; returns at once."""
+        _, stored, file = self._places[name]
+        with _readable(self.label, file):
+            self._descriptor(file).will_need(stored)
+
+    def _descriptor(self, file: Path) -> _Descriptor:
+        with self._opening:
+            if file not in self._descriptors:
+                self._descriptors[file] = _Descriptor(file)
+            return self._descriptors[file]
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(_numel(shape) * _WIDTHS[self.dtypes[name]] for name, shape in self.shapes.items())
+
+
+class _Descriptor:
+    """An open safetensors file and where its tensors lie.
+
+    Reading into a buffer that is used again and again is twice as fast as copying from a mapped file, whose every page
+    the system has to map first, and threads that do so wait for each other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "rb")  # noqa: SIM115  (lives as long as the checkpoint)
+        length = struct.unpack("<Q", self.file.read(8))[0]
+        header = json.loads(self.file.read(length))
+        self.places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        self.start = 8 + length
+
+    def read(self, name: str, target: memoryview) -> None:
+        """Fill `target` with the tensor's bytes; safe to call from several threads."""
+        begin, _ = self.places[name]
+        done = 0
+        while done < len(target):
+            count = os.preadv(self.file.fileno(), [target[done:]], self.start + begin + done)
+            if count == 0:
+                raise OSError(f"{name} ends early")
+            done += count
+
+    def will_need(self, name: str) -> None:
+        if hasattr(os, "posix_fadvise"):  # not on macOS, whose own read-ahead has to do
+            begin, end = self.places[name]
+            os.posix_fadvise(self.file.fileno(), self.start + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -208,7 +263,7 @@ def write_tensors(
                 arrived, tensor = next(stream)
                 assert arrived == name and tuple(tensor.shape) == tuple(shapes[name])
                 raw = tensor.to(dtype).contiguous().flatten().view(torch.uint8)
-                file.write(memoryview(raw.numpy()))
+                file.write(raw.numpy().data)
             file.flush()
             os.fsync(file.fileno())
     written = sorted(set(weight_map.values()))

@@ -197,7 +197,7 @@ def _options(given: dict[str, Any], method: Method, options: Any) -> Any:
 
 def _run_merge(namespace: argparse.Namespace) -> None:
     recipe = _recipe(namespace)
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from hf_epimer import pipeline
 
@@ -286,14 +286,12 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_push(namespace: argparse.Namespace) -> None:
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from hf_epimer.pipeline import push_merged
 
     disable_progress_bars()
-    url = push_merged(
-        Path(namespace.folder), namespace.repo, private=namespace.private, create_pr=namespace.create_pr
-    )
+    url = push_merged(Path(namespace.folder), namespace.repo, private=namespace.private, create_pr=namespace.create_pr)
     print(json.dumps({"url": url}) if namespace.json else f"pushed  {url}")
 
 

@@ -58,16 +58,14 @@ def class_names_of(task: Task, data: Dataset) -> tuple[str, ...]:
     stored = getattr(data.features[task.label_column], "names", None)
     if task.class_names is None and stored is None:
         raise DataError(f"{task.dataset}: the labels carry no names; give class_names for task {task.name!r}")
-    names = task.class_names or tuple(stored)
+    names = task.class_names or tuple(stored or ())
     if stored is not None and len(stored) != len(names):
         raise DataError(f"task {task.name!r} names {len(names)} classes, the labels of {task.dataset} {len(stored)}")
     return names
 
 
 @torch.inference_mode()
-def accuracy(
-    model: Classifier, task: Task, split: str, limit: int | None = None, batch_size: int = 64
-) -> Accuracy:
+def accuracy(model: Classifier, task: Task, split: str, limit: int | None = None, batch_size: int = 64) -> Accuracy:
     """Classify a split and count the hits."""
     data = read_split(task, split, limit)
     classes = len(class_names_of(task, data))
@@ -97,7 +95,9 @@ def evaluate_folder(
     rows: dict[str, dict[str, Any]] = {}
     for task in tasks:
         names = class_names_of(task, read_split(task, task.test_split, limit=1))
-        found = accuracy(load_classifier(folder, base_folder, task_head(task, base_folder, names)), task, task.test_split)
+        found = accuracy(
+            load_classifier(folder, base_folder, task_head(task, base_folder, names)), task, task.test_split
+        )
         rows[task.name] = {"accuracy": found.accuracy, "correct": found.correct, "samples": found.samples}
         on_task()
     worst = min(rows, key=lambda task: rows[task]["accuracy"])
@@ -107,5 +107,7 @@ def evaluate_folder(
         "tasks": rows,
         "average": fmean(row["accuracy"] for row in rows.values()),
         "worst": {"task": worst, "accuracy": rows[worst]["accuracy"]},
-        "datasets": {task.name: Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset for task in tasks},
+        "datasets": {
+            task.name: Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset for task in tasks
+        },
     }

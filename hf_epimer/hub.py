@@ -47,7 +47,9 @@ BACKOFF = (1.0, 2.0, 4.0, 8.0)
 """Seconds between tries of a request that may work the next time."""
 
 # the HTTP library of huggingface_hub was renamed between releases; its base error is in every release's own error
-_HTTP_ERRORS = tuple(base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
+_HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
+    base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx")
+)
 
 Result = TypeVar("Result")
 
@@ -95,9 +97,7 @@ class Source:
 
     def _download(self, name: str, force: bool = False) -> Path:
         def download() -> Path:
-            return Path(
-                hf_hub_download(self.ref.location, name, revision=self.ref.revision, force_download=force)
-            )
+            return Path(hf_hub_download(self.ref.location, name, revision=self.ref.revision, force_download=force))
 
         return _persist(download, f"{self}: {name}")
 
@@ -268,7 +268,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False, create_pr:
                 new = _open_pull_requests(api, repo_id, title).items() - opened_before.items()
                 if new:
                     return next(iter(new))[1]
-            operations = [
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 *(CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths),
                 *(CommitOperationDelete(path_in_repo=name) for name in stale),
             ]

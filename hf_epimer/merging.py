@@ -1,16 +1,21 @@
-"""The streaming loop: one layer of all models in memory at a time.
+"""The streaming loop: as many layers in memory as there are cores to solve them, in one bounded set of buffers.
 
-For every parameter of the base: subtract it from the fine-tuned weights into one reused buffer, hand the layer to the
-method, add the merged task vector to the base, check that it is finite, pass it on. While a layer is solved, a thread
-brings the next one's pages from the disk. Memory is that of the largest layer, whatever the number of layers.
+For every parameter of the base: subtract it from the fine-tuned weights into a reused buffer, hand the layer to the
+method, add the merged task vector to the base, check that it is finite, pass it on. Layers are solved side by side, one
+per worker, while the system brings the next layers from the disk. Memory is that of the largest layer times the workers
+(fewer of them when layers are large), whatever the number of layers.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +50,7 @@ class Ingredients:
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """One merged parameter (in the dtype of the computation) and its line in the report."""
+    """One merged parameter and its line in the report."""
 
     name: str
     tensor: Tensor
@@ -107,6 +112,7 @@ def merge_layers(
     seed: int = 0,
     exact: bool = False,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
     on_layer: Callable[[str, int], None] = lambda stage, layers: None,
 ) -> Iterator[MergedLayer]:
     """Merge parameter by parameter, in the order of the base.
@@ -118,68 +124,150 @@ def merge_layers(
         seed: of everything random.
         exact: float64, full decompositions, dense solves.
         device: where layers are solved; files are always read to the CPU.
+        dtype: of the merged tensors; None for that of the base.
         on_layer: called with the stage ("survey" or "merge") and 1 after every layer.
 
     Raises:
         CheckpointError, StatisticsError: NaN or Inf in an input (tensor named), negative statistics.
-        ArithmeticError: the merged tensor is not finite.
+        ArithmeticError: a merged tensor is not finite, or does not fit into `dtype`.
     """
-
-    def read(stage: str) -> Iterator[Layer]:
-        for layer in _read_layers(ingredients, method, seed=seed, exact=exact, device=device):
-            yield layer
-            on_layer(stage, 1)
-
-    survey = method.survey(config, lambda: read("survey")) if method.survey else None
-    for layer in read("merge"):
-        merged = method.merge(layer, config, survey)
-        norm = float(torch.linalg.vector_norm(merged.task_vector))
-        if not math.isfinite(norm) and not bool(merged.task_vector.isfinite().all()):
-            raise ArithmeticError(f"{layer.name}: {method.name} gave NaN or Inf; try a larger --damping or --exact")
-        report = {
-            "name": layer.name,
-            "shape": list(layer.base.shape),
-            **merged.report,
-            "merged_norm": norm,
-            "task_vector_norms": _norms(layer.task_vectors).tolist(),
-        }
-        yield MergedLayer(layer.name, (layer.base + merged.task_vector).cpu(), report)
-
-
-def _read_layers(
-    ingredients: Ingredients, method: Method, *, seed: int, exact: bool, device: str
-) -> Iterator[Layer]:
-    """Layers one after the other; each is valid until the next one is asked for, since buffers are reused."""
-    dtype = torch.float64 if exact else torch.float32
-    models = ingredients.models
     names = list(ingredients.base.shapes)
-    largest = max(math.prod(shape) for shape in ingredients.base.shapes.values())
-    differences = torch.empty(len(models), largest, dtype=dtype)
-    statistics = _StatisticsBuffer(ingredients.statistics or (), method.needs, dtype) if method.needs else None
-    labels = tuple(model.label for model in models)
-    weights = torch.tensor(normalized_weights(ingredients.weights, len(models)), dtype=dtype, device=device)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as thread:
-        for index, name in enumerate(names):
-            if index + 1 < len(names):
-                thread.submit(_read_ahead, ingredients.sources(), names[index + 1])
-            base = ingredients.base.tensor(name).to(dtype)
-            _check_finite(ingredients.base, name, base)
-            task_vectors = differences[:, : base.numel()].view(-1, *base.shape)
-            for model, difference in zip(models, task_vectors, strict=True):
-                stored = model.tensor(name)
-                torch.sub(stored if stored.dtype.itemsize <= dtype.itemsize else stored.to(dtype), base, out=difference)
-                _check_finite(model, name, difference)
-            yield Layer(
-                name=name,
-                base=base.to(device),
-                task_vectors=task_vectors.to(device),
-                weights=weights,
-                is_matrix=base.ndim == 2,
-                labels=labels,
-                statistics=statistics.read(name, device) if statistics else None,
-                seed=seed,
-                exact=exact,
-            )
+    make_reader = partial(_LayerReader, ingredients, method.needs, seed=seed, exact=exact, device=device)
+
+    def read() -> Iterator[Layer]:
+        reader = make_reader()
+        for name in names:
+            yield reader.read(name)
+            on_layer("survey", 1)
+
+    survey = method.survey(config, read) if method.survey else None
+    own = threading.local()
+
+    def work(index: int) -> MergedLayer:
+        if not hasattr(own, "reader"):
+            own.reader = make_reader()
+        name = names[index]
+        merged = _merge_layer(own.reader.read(name), method, config, survey)
+        stored = merged.tensor.to(dtype or ingredients.base.tensor(name).dtype)
+        if not _is_finite(stored):
+            raise ArithmeticError(f"{name}: the merged values do not fit into {stored.dtype}; choose another --dtype")
+        return replace(merged, tensor=stored)
+
+    workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
+    with _pool(workers) as pool:
+        pending: deque[Future[MergedLayer]] = deque()
+        for index in range(len(names)):
+            if index + workers < len(names):
+                _read_ahead(ingredients.sources(), names[index + workers])
+            pending.append(pool.submit(work, index))
+            if len(pending) > 2 * workers:  # a few finished layers, so that nobody waits while one is being written
+                yield pending.popleft().result()
+                on_layer("merge", 1)
+        while pending:
+            yield pending.popleft().result()
+            on_layer("merge", 1)
+
+
+MEMORY_FOR_BUFFERS = 10**9
+"""Bytes that the layers under work may take together; a single layer may take more."""
+
+
+def _workers(layer_bytes: int) -> int:
+    return max(1, min(torch.get_num_threads(), MEMORY_FOR_BUFFERS // max(layer_bytes, 1)))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers that share torch's threads between them, and leave the setting as it was.
+
+    A layer is hundreds of small decompositions, on which several threads mostly wait for each other; one layer per
+    thread keeps every core busy, and the work of others on the machine costs its share and no more.
+    """
+    threads = torch.get_num_threads()
+    share = max(1, threads // workers)
+    pool = ThreadPoolExecutor(workers, "merge", torch.set_num_threads, (share,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any) -> MergedLayer:
+    merged = method.merge(layer, config, survey)
+    if not _is_finite(merged.task_vector):
+        raise ArithmeticError(f"{layer.name}: {method.name} gave NaN or Inf; try a larger --damping or --exact")
+    report = {
+        "name": layer.name,
+        "shape": list(layer.base.shape),
+        **merged.report,
+        "merged_norm": float(torch.linalg.vector_norm(merged.task_vector)),
+        "task_vector_norms": _norms(layer.task_vectors).tolist(),
+    }
+    return MergedLayer(layer.name, (layer.base + merged.task_vector).cpu(), report)
+
+
+class _LayerReader:
+    """Reads layers into buffers that are reused: a layer is valid until the next one is read."""
+
+    def __init__(
+        self, ingredients: Ingredients, needs: Statistic | None, *, seed: int, exact: bool, device: str
+    ) -> None:
+        self.ingredients = ingredients
+        self.needs = needs
+        self.device = device
+        self.dtype = torch.float64 if exact else torch.float32
+        weights = normalized_weights(ingredients.weights, len(ingredients.models))
+        self.common: dict[str, Any] = {
+            "weights": torch.tensor(weights, dtype=self.dtype, device=device),
+            "labels": tuple(model.label for model in ingredients.models),
+            "seed": seed,
+            "exact": exact,
+        }
+        self.statistics = list(ingredients.statistics or ()) if needs else []
+        self.task_vectors = self._buffer(ingredients.models)
+        self.values = self._buffer(self.statistics)
+
+    def _buffer(self, sources: Sequence[TensorSource]) -> Tensor:
+        largest = max((math.prod(shape) for source in sources for shape in source.shapes.values()), default=0)
+        return torch.empty(len(sources), largest, dtype=self.dtype)
+
+    def nbytes(self) -> int:
+        """Bytes of the buffers, and about as many again for what a method makes of them."""
+        return 2 * (self.task_vectors.nbytes + self.values.nbytes)
+
+    def read(self, name: str) -> Layer:
+        base = self.ingredients.base.tensor(name).to(self.dtype)
+        _check_finite(self.ingredients.base.label, name, base)
+        task_vectors = self.task_vectors[:, : base.numel()].view(-1, *base.shape)
+        for model, difference in zip(self.ingredients.models, task_vectors, strict=True):
+            model.copy_to(name, difference)
+            difference.sub_(base)
+            _check_finite(model.label, name, difference)
+        return Layer(
+            name=name,
+            base=base.to(self.device),
+            task_vectors=task_vectors.to(self.device),
+            is_matrix=base.ndim == 2,
+            statistics=self._read_statistics(name),
+            **self.common,
+        )
+
+    def _read_statistics(self, name: str) -> Tensor | None:
+        present = [name in source.shapes for source in self.statistics]
+        if not any(present):
+            return None
+        if not all(present):
+            raise StatisticsError(f"{self.statistics[present.index(False)].label}: no statistics for {name}")
+        shape = self.statistics[0].shapes[name]
+        values = self.values[:, : math.prod(shape)].view(-1, *shape)
+        for source, value in zip(self.statistics, values, strict=True):
+            source.copy_to(name, value)
+            if not _is_finite(value):
+                raise StatisticsError(f"{source.label}: NaN or Inf in {name}")
+            if float((value if self.needs == "fisher" else value.diagonal()).amin()) < 0:
+                raise StatisticsError(f"{source.label}: negative values in {name}")
+        return values.to(self.device)
 
 
 def _read_ahead(sources: Sequence[TensorSource], name: str) -> None:
@@ -188,37 +276,14 @@ def _read_ahead(sources: Sequence[TensorSource], name: str) -> None:
             source.read_ahead(name)
 
 
-class _StatisticsBuffer:
-    """T statistics of one parameter in one reused buffer."""
-
-    def __init__(self, sources: Sequence[TensorSource], kind: Statistic, dtype: torch.dtype) -> None:
-        self.sources = sources
-        self.kind = kind
-        largest = max((math.prod(shape) for source in sources for shape in source.shapes.values()), default=0)
-        self.buffer = torch.empty(len(sources), largest, dtype=dtype)
-
-    def read(self, name: str, device: str) -> Tensor | None:
-        present = [name in source.shapes for source in self.sources]
-        if not any(present):
-            return None
-        if not all(present):
-            raise StatisticsError(f"{self.sources[present.index(False)].label}: no statistics for {name}")
-        shape = self.sources[0].shapes[name]
-        values = self.buffer[:, : math.prod(shape)].view(-1, *shape)
-        for source, value in zip(self.sources, values, strict=True):
-            value.copy_(source.tensor(name))
-            lowest, highest = torch.aminmax(value)
-            if not (math.isfinite(float(lowest)) and math.isfinite(float(highest))):
-                raise StatisticsError(f"{source.label}: NaN or Inf in {name}")
-            if float(lowest if self.kind == "fisher" else value.diagonal().min()) < 0:
-                raise StatisticsError(f"{source.label}: negative values in {name}")
-        return values.to(device)
+def _check_finite(label: str, name: str, values: Tensor) -> None:
+    if not _is_finite(values):
+        raise CheckpointError(f"{label}: NaN or Inf in {name}; this checkpoint is damaged or diverged")
 
 
-def _check_finite(source: TensorSource, name: str, values: Tensor) -> None:
+def _is_finite(values: Tensor) -> bool:
     # a sum is finite unless an entry is not, or it overflows: one fast pass decides nearly always
-    if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
-        raise CheckpointError(f"{source.label}: NaN or Inf in {name}; this checkpoint is damaged or diverged")
+    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(values.isfinite().all())
 
 
 def _norms(task_vectors: Tensor) -> Tensor:
@@ -282,7 +347,7 @@ def merge_state_dicts(
                 check_shapes(source.shapes, entry, "its Fisher information")
     ingredients = Ingredients(source, models, normalized_weights(weights, len(models)), measured)
     merged = {
-        layer.name: layer.tensor.to(base[layer.name].dtype)
+        layer.name: layer.tensor
         for layer in merge_layers(ingredients, chosen, config, seed=seed, exact=exact, device=device)
     }
     return {name: merged.get(name, tensor) for name, tensor in base.items()}  # counters and the like stay the base's

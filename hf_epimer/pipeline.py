@@ -2,8 +2,8 @@
 
 resolve -> find the base -> check that everything fits -> stream layer by layer -> card and reports -> rename -> push
 
-Whatever can go wrong for reasons known beforehand (rights, configs, missing statistics, a full target folder) goes wrong
-before a weight is read; whatever goes wrong later leaves nothing behind.
+Whatever can go wrong for reasons known beforehand (rights, configs, missing statistics, a target folder in use) goes
+wrong before a weight is read; whatever goes wrong later leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -158,7 +158,11 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     if recipe.push_to:
         progress("pushing", 0, 0)
         url = hub.push_folder(
-            out, recipe.push_to, private=recipe.private, create_pr=recipe.create_pr, title=_commit_title(len(plan.models), plan.method.name)
+            out,
+            recipe.push_to,
+            private=recipe.private,
+            create_pr=recipe.create_pr,
+            title=_commit_title(len(plan.models), plan.method.name),
         )
     return replace(report, out=out, url=url)
 
@@ -269,10 +273,7 @@ def _merge_into(
         nonlocal anonymous
         layers.append(merged.report)
         anonymous = max(anonymous, _memory("RssAnon"))
-        stored = merged.tensor.to(dtype)
-        if not bool(stored.isfinite().all()):
-            raise ArithmeticError(f"{merged.name}: the merged values do not fit into {dtype}; choose another --dtype")
-        return merged.name, stored
+        return merged.name, merged.tensor
 
     stream = merge_layers(
         ingredients,
@@ -281,6 +282,7 @@ def _merge_into(
         seed=recipe.seed,
         exact=recipe.exact,
         device=recipe.device,
+        dtype=dtype,
         on_layer=lambda stage, done: progress("merging" if stage == "merge" else "surveying", done, total),
     )
     progress("merging", 0, total)
@@ -403,7 +405,9 @@ def _given_statistics(recipe: MergeRecipe, models: Sequence[Source]) -> dict[str
     given = {}
     for ref in labelled:
         if ref.label not in labels:
-            raise UsageError(f"--fisher {ref}: no model is labelled {ref.label} (there are {', '.join(sorted(labels))})")
+            raise UsageError(
+                f"--fisher {ref}: no model is labelled {ref.label} (there are {', '.join(sorted(labels))})"
+            )
         given[str(ref.label)] = _statistics_source(ref)
     return given
 
@@ -522,7 +526,10 @@ def _totals(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _diagnostics(report: MergeReport) -> dict[str, str]:
     totals = report.totals
-    shown = {"parameters": f"{totals['parameters']:,}", "norm of the merged task vector": f"{totals['merged_norm']:.4g}"}
+    shown = {
+        "parameters": f"{totals['parameters']:,}",
+        "norm of the merged task vector": f"{totals['merged_norm']:.4g}",
+    }
     if totals["capped"]:
         shown["layers with capped rank"] = str(len(totals["capped"]))
     if "eta" in totals:
@@ -579,5 +586,3 @@ def _memory(field: str) -> int:
 
 def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-

@@ -69,12 +69,12 @@ def write_checkpoint(
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def base_state() -> StateDict:
     return tiny_state(0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_zoo(tmp_path: Path) -> Path:
     """base/ and three fine-tuned checkpoints a/, b/, c/ with Fisher information."""
     base = tiny_state(0)
@@ -84,7 +84,7 @@ def tiny_zoo(tmp_path: Path) -> Path:
     return tmp_path / "zoo"
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """The command in this process: (exit code, stdout, stderr)."""
     from hf_epimer.cli import main

@@ -60,6 +60,7 @@ def test_metrics_are_the_projected_diagonals_up_to_one_scale(normalize: str, dam
     x = torch.randn(basis.size, dtype=s.dtype, generator=torch.Generator().manual_seed(2))
     h_bar = sum(metrics.dense(t) for t in range(TASKS))
     assert torch.allclose(metrics.apply(x), h_bar @ x)
+    assert torch.allclose(metrics.dense(), h_bar)
     c = projected_coordinates(basis, deltas)
     assert torch.allclose(metrics.weighted_sum(c), sum(metrics.dense(t) @ c[t] for t in range(TASKS)))
     assert metrics.scale * h_bar[0, 0] == pytest.approx(
@@ -123,3 +124,19 @@ def test_rank_deficient_task_vectors_bring_fewer_atoms() -> None:
     assert basis is not None
     assert basis.tags.bincount().tolist() == [RANK, 0, 1, RANK]
     assert tagged_basis(torch.zeros(3, 10, 10), 2) is None
+
+
+def test_rounded_products_stay_within_the_promised_accuracy() -> None:
+    """Layers of 512 and more use bfloat16 operands where the processor has them; sums over all entries keep 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randn(2, 640, 512, generator=generator)
+    basis = tagged_basis(deltas, 24)
+    assert basis is not None
+    curvature = torch.rand(2, 640, 512, generator=generator).square()
+    metrics = DiagonalMetrics(basis, curvature, torch.tensor([0.5, 0.5]))
+    x = torch.randn(basis.size, generator=generator)
+    exact = basis.project(basis.expand(x) * metrics.mean_curvature)
+    assert (metrics.apply(x) - exact).norm() / exact.norm() < 1e-3
+    c = projected_coordinates(basis, deltas)
+    plain = torch.stack([basis.project(d) for d in deltas])
+    assert (c - plain).norm() / plain.norm() < 1e-3

@@ -1,4 +1,4 @@
-"""The real huggingface_hub client against a local stand-in Hub: the mission command, pinning, rights, faults, pushes."""
+"""The real huggingface_hub client against a stand-in Hub: the mission command, pinning, rights, faults, pushes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WRITER, READER, STRANGER = "hf_writer_secret", "hf_reader_secret", "hf_stranger_
 TOKENS = (WRITER, READER, STRANGER)
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_state: StateDict) -> Iterator[StandInHub]:
     """A Hub with org/base, org/vit-b32-dtd and org/vit-b32-svhn; the client of this process talks to it."""
     from huggingface_hub import constants
@@ -70,7 +70,9 @@ def downloads(hub: StandInHub) -> list[str]:
 
 
 def writes(hub: StandInHub) -> list[str]:
-    return [f"{r.method} {r.path}" for r in hub.requests if r.method in ("POST", "PUT") and "validate-yaml" not in r.path]
+    return [
+        f"{r.method} {r.path}" for r in hub.requests if r.method in ("POST", "PUT") and "validate-yaml" not in r.path
+    ]
 
 
 def test_the_mission_command(hub: StandInHub, tmp_path: Path) -> None:
@@ -225,7 +227,9 @@ def test_private_and_gated_repos(hub: StandInHub, run: Run, tmp_path: Path, monk
 
 def test_unknown_repos_and_revisions(hub: StandInHub, run: Run) -> None:
     fails(run("merge", "org/nothing", "--out", "o"), "org/nothing: there is no such repo")
-    fails(run("merge", "org/vit-b32-dtd@nowhere", "--out", "o"), "org/vit-b32-dtd@nowhere: the repo has no such revision")
+    fails(
+        run("merge", "org/vit-b32-dtd@nowhere", "--out", "o"), "org/vit-b32-dtd@nowhere: the repo has no such revision"
+    )
     fails(run("merge", "org/vit-b32-dtd", "--base", "org/nobase", "--out", "o"), "org/nobase: there is no such repo")
 
 
@@ -275,7 +279,9 @@ def test_lasting_trouble_is_an_error(status: int, pattern: str, hub: StandInHub,
 
 
 def test_retry_after_is_honoured(hub: StandInHub, run: Run) -> None:
-    hub.inject(Fault(method="GET", path="/api/models/org/vit-b32-dtd", status=429, headers={"Retry-After": "2"}, times=1))
+    hub.inject(
+        Fault(method="GET", path="/api/models/org/vit-b32-dtd", status=429, headers={"Retry-After": "2"}, times=1)
+    )
     started = time.monotonic()
     assert run("merge", "org/vit-b32-dtd", "--out", "o")[0] == 0
     assert time.monotonic() - started >= 2
@@ -337,7 +343,9 @@ def test_pull_requests(hub: StandInHub, run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_second_push_removes_the_shards_of_the_first(hub: StandInHub, run: Run) -> None:
-    hub.add_repo("org/merged", {"model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "k": b""})
+    hub.add_repo(
+        "org/merged", {"model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "k": b""}
+    )
     assert run(*MISSION)[0] == 0
     files = hub.commits("org/merged")[0].files
     assert "k" in files

@@ -35,7 +35,8 @@ def contents(folder: Path) -> list[str]:
 def test_a_merged_folder_is_complete(tiny_zoo: Path, run: Run) -> None:
     out = tiny_zoo / "out"
     code, output, complaint = run(
-        "merge", f"dtd={tiny_zoo / 'a'}", f"svhn={tiny_zoo / 'b'}", "--base", tiny_zoo / "base", "--rank", 4, "--out", out
+        "merge", f"dtd={tiny_zoo / 'a'}", f"svhn={tiny_zoo / 'b'}", "--base", tiny_zoo / "base", "--rank", 4,
+        "--out", out,
     )  # fmt: skip
     assert (code, complaint) == (0, "")
     assert str(out) in output
@@ -183,7 +184,9 @@ def test_base_from_cards(tmp_path: Path, run: Run, base_state: StateDict) -> Non
     code, _, complaint = run("merge", a, b, "--method", "mean", "--out", tmp_path / "out")
     assert code == 0, complaint
     (b / "README.md").write_text(card("org/other"))
-    fails(run("merge", a, b, "--method", "mean", "--out", tmp_path / "o"), r"disagree.*a says.*b says org/other.*--base")
+    fails(
+        run("merge", a, b, "--method", "mean", "--out", tmp_path / "o"), r"disagree.*a says.*b says org/other.*--base"
+    )
     for folder in (a, b):
         (folder / "README.md").unlink()
     fails(run("merge", a, b, "--method", "mean", "--out", tmp_path / "o"), "name the base with --base", 2)

@@ -175,9 +175,7 @@ def test_epimer_caps_the_rank_where_orthonormal_columns_end(base_state: StateDic
     name = "vision_model.embeddings.position_embedding.weight"  # 5 x 32: with three tasks, one direction each
     tuned, measured = models(base_state), statistics("epimer", 3)
     assert measured is not None
-    expected, _ = reference.epimer(
-        base_state[name], [m[name] for m in tuned], [f[name] for f in measured], rank=32
-    )
+    expected, _ = reference.epimer(base_state[name], [m[name] for m in tuned], [f[name] for f in measured], rank=32)
     found = merged("epimer", base_state, tuned, statistics=measured)
     assert reference.relative_error(found[name], expected, base_state[name]) < 1e-3
 
@@ -323,8 +321,10 @@ def test_fisher_averaging_and_gradient_matching_are_frechet_means_with_s_the_ide
         def weighted_sum(self, c: torch.Tensor) -> torch.Tensor:
             return (self.weights[:, None] * self.h * c).sum(0)
 
-        def dense(self, task: int) -> torch.Tensor:
-            return torch.diag(self.weights[task] * self.h[task])
+        def dense(self, task: int | None = None) -> torch.Tensor:
+            return torch.diag(
+                (self.weights[:, None] * self.h).sum(0) if task is None else self.weights[task] * self.h[task]
+            )
 
         def preconditioner(self) -> Any:
             return lambda r: r / (self.weights[:, None] * self.h).sum(0)

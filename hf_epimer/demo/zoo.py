@@ -85,9 +85,7 @@ class Split:
     targets: Tensor
 
 
-def make_zoo(
-    root: Path, on_progress: Progress | None = None, seed: int = 0, size: ZooSize | None = None
-) -> Path:
+def make_zoo(root: Path, on_progress: Progress | None = None, seed: int = 0, size: ZooSize | None = None) -> Path:
     """The folder of the zoo, built if it is not there; it appears under its name only when it is complete."""
     root = Path(root)
     if (root / "zoo.json").is_file():
@@ -238,8 +236,13 @@ def _write_tower(folder: Path, name: str, model: Classifier, fine_tuned: float) 
     title = FAMILIES[name].title
     result = EvalResult("image-classification", f"{OWNER}/{name}", title, "accuracy", round(fine_tuned, 4))
     card = ModelCardData(
-        license="apache-2.0", library_name="transformers", pipeline_tag="image-feature-extraction",
-        datasets=[f"{OWNER}/{name}"], tags=["clip", "vision"], model_name=name, eval_results=[result],
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        datasets=[f"{OWNER}/{name}"],
+        tags=["clip", "vision"],
+        model_name=name,
+        eval_results=[result],
     )
     body = f"# {name}\n\nThe demonstration base, tuned on: {title.lower()}. Test accuracy {fine_tuned:.3f}."
     _write_card(folder, card, body)

@@ -1,8 +1,8 @@
 """Weighted averages of whole task vectors: the arithmetic mean, task arithmetic, NAN.
 
-    mean                W_0 + sum l_t D_t                     Wortsman et al., ICML 2022
-    task-arithmetic     W_0 + alpha T sum l_t D_t             Ilharco et al., ICLR 2023; alpha sum D_t for equal l_t
-    nan                 W_0 + alpha sum q_t D_t,  q_t ~ l_t / ||theta_t||,  sum q_t = 1          Si et al., 2025
+mean                W_0 + sum l_t D_t                     Wortsman et al., ICML 2022
+task-arithmetic     W_0 + alpha T sum l_t D_t             Ilharco et al., ICLR 2023; alpha sum D_t for equal l_t
+nan                 W_0 + alpha sum q_t D_t,  q_t ~ l_t / ||theta_t||,  sum q_t = 1          Si et al., 2025
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ MEAN = Method(
     Paper(
         "wortsman2022model",
         "Wortsman, Mitchell and others",
-        "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time",
+        "Model soups: averaging weights of multiple fine-tuned models improves accuracy "
+        "without increasing inference time",
         "ICML",
         2022,
         "https://arxiv.org/abs/2203.05482",
@@ -121,4 +122,3 @@ NAN = Method(
     merge_nan,
     survey=survey_norms,
 )
-

@@ -9,7 +9,7 @@ not matrices take the mean of the task vectors, times alpha.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
+from typing import Any
 
 from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option
 from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, tagged_basis
@@ -26,7 +26,7 @@ class TSVMConfig:
         check_options(self)
 
 
-def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dict[str, int | bool]]:
+def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dict[str, Any]]:
     """The layer's tagged basis at the capped rank, and the report entries that go with it.
 
     None for parameters that are not matrices, matrices with fewer rows or columns than there are tasks, and layers
@@ -36,7 +36,7 @@ def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dic
         return None, {}
     shape = (int(layer.base.shape[0]), int(layer.base.shape[1]))
     k = capped_rank(rank or min(shape), shape, layer.tasks)
-    report: dict[str, int | bool] = {"rank": k, "capped": rank is not None and k < rank}
+    report: dict[str, Any] = {"rank": k, "capped": rank is not None and k < rank}
     basis = tagged_basis(layer.task_vectors, k, exact=layer.exact, seed=layer.seed) if k else None
     return basis, report | {"atoms": basis.size if basis else 0}
 
@@ -65,4 +65,3 @@ TSV_M = Method(
     TSVMConfig,
     merge_tsv,
 )
-

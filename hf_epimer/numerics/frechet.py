@@ -52,8 +52,7 @@ def frechet_mean(
     flat = weights @ coordinates
     correlation = metrics.weighted_sum(coordinates - flat)
     if exact:
-        matrix = sum(metrics.dense(task) for task in range(metrics.tasks))
-        assert isinstance(matrix, Tensor)
+        matrix = metrics.dense()
         values, vectors = torch.linalg.eigh(matrix)
         # the pseudo-inverse: atoms of one checkpoint given twice are dependent, and H is then singular
         kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1]

@@ -33,8 +33,8 @@ class ProjectedMetrics(Protocol):
     def weighted_sum(self, coordinates: Tensor) -> Tensor:
         """sum l_t H_t c_t for coordinates T x p, length p."""
 
-    def dense(self, task: int) -> Tensor:
-        """l_t H_t of one task, p x p."""
+    def dense(self, task: int | None = None) -> Tensor:
+        """l_t H_t of one task, or the sum of all for None, p x p."""
 
     def preconditioner(self) -> Callable[[Tensor], Tensor]:
         """An approximate inverse of sum l_t H_t."""
@@ -77,26 +77,27 @@ class DiagonalMetrics:
         self.flat = not self.scale > 0  # no curvature anywhere in this layer: the metric is Euclidean
         self.gains = gains / scale if not self.flat else torch.zeros_like(gains)
         self.shifts = self.gains * damping * means if not self.flat else weights.clone()
-        self.mean_curvature = torch.einsum("t,tmn->mn", self.gains, curvature) + self.shifts.sum()
+        self.mean_curvature = (self.gains @ curvature.flatten(1)).view(curvature.shape[1:]) + self.shifts.sum()
 
     @property
     def tasks(self) -> int:
         return int(self.curvature.shape[0])
 
     def apply(self, x: Tensor) -> Tensor:
-        return self.basis.project(self.basis.expand(x).mul_(self.mean_curvature))
+        return self.basis.project_fast(self.basis.expand_fast(x).mul_(self.mean_curvature))
 
     def weighted_sum(self, coordinates: Tensor) -> Tensor:
-        total = torch.zeros_like(self.mean_curvature)
-        for gain, shift, v, c in zip(self.gains, self.shifts, self.curvature, coordinates, strict=True):
-            expanded = self.basis.expand(c)
-            total.addcmul_(v, expanded, value=float(gain)).add_(expanded, alpha=float(shift))
-        return self.basis.project(total)
+        total = self.basis.expand_fast(self.shifts @ coordinates)
+        for gain, v, c in zip(self.gains, self.curvature, coordinates, strict=True):
+            total.addcmul_(v, self.basis.expand_fast(c), value=float(gain))
+        return self.basis.project_fast(total)
 
-    def dense(self, task: int) -> Tensor:
+    def dense(self, task: int | None = None) -> Tensor:
         u, v = self.basis.u, self.basis.v
-        diagonal = self.gains[task] * self.curvature[task] + self.shifts[task]
-        return torch.stack([((diagonal @ (v * v[:, i : i + 1])) * (u * u[:, i : i + 1])).sum(0) for i in range(len(v.T))])
+        own = self.gains[task] * self.curvature[task] + self.shifts[task] if task is not None else None
+        diagonal = self.mean_curvature if own is None else own
+        rows = [((diagonal @ (v * v[:, i : i + 1])) * (u * u[:, i : i + 1])).sum(0) for i in range(self.basis.size)]
+        return torch.stack(rows)
 
     def preconditioner(self) -> Callable[[Tensor], Tensor]:
         """Exact inverse for a rank-one v_bar = r c^T: H = (U^T diag(r) U) o (V^T diag(c) V), by Cholesky."""
