@@ -1,29 +1,26 @@
-"""Checkpoint files: a lazy reader of (sharded) safetensors and an atomic writer. Files only, no Hub, no model class.
+"""Checkpoint files: a lazy reader of (sharded) safetensors. Files only, no Hub, no model class.
 
 Everything that has one tensor per parameter is a checkpoint: base, fine-tuned models, Fisher diagonals, Gram matrices.
-The reader maps files into memory, so that a tensor costs no anonymous memory until it is copied; the writer streams one
-tensor at a time into a file whose header, with all shapes and offsets, is known beforehand.
+Opening one reads headers only; a tensor is read when it is asked for, into a buffer that the caller owns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-import shutil
-import signal
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_epimer.errors import CheckpointError, NotFoundError, OutputError
+from hf_epimer.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
@@ -31,9 +28,8 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 FISHER = "fisher.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-MAX_SHARD_BYTES = 5 * 10**9
 
-_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 class TensorSource(Protocol):
@@ -112,7 +108,7 @@ class Checkpoint:
 
     def copy_to(self, name: str, out: Tensor) -> None:
         _, stored, file = self._places[name]
-        if self.dtypes[name] != _FORMATS.get(out.dtype) or not out.is_contiguous() or out.device.type != "cpu":
+        if self.dtypes[name] != FORMATS.get(out.dtype) or not out.is_contiguous() or out.device.type != "cpu":
             out.copy_(self.tensor(name))
             return
         with _readable(self.label, file):
@@ -132,7 +128,7 @@ class Checkpoint:
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(_numel(shape) * _WIDTHS[self.dtypes[name]] for name, shape in self.shapes.items())
+        return sum(math.prod(shape) * _WIDTHS[self.dtypes[name]] for name, shape in self.shapes.items())
 
 
 class _Descriptor:
@@ -168,10 +164,6 @@ class _Descriptor:
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def _numel(shape: Shape) -> int:
-    return int(torch.Size(shape).numel())
-
-
 @contextlib.contextmanager
 def _readable(label: str, file: Path) -> Iterator[None]:
     try:
@@ -182,33 +174,29 @@ def _readable(label: str, file: Path) -> Iterator[None]:
         ) from error
 
 
-def weight_files(folder: Path, label: str) -> list[Path]:
-    """The safetensors file or shards of a checkpoint folder.
+def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], str]) -> list[str]:
+    """Which files of a checkpoint hold its weights.
+
+    Args:
+        names: of all its files.
+        label: how messages name it.
+        read_index: gives the text of the index of a sharded checkpoint.
 
     Raises:
-        NotFoundError: the folder does not exist.
-        CheckpointError: there are only pickled weights, none at all, or a shard named by the index is missing.
+        CheckpointError: there are only pickled weights, none at all, or a shard that the index names is missing.
     """
-    if not folder.is_dir():
-        raise NotFoundError(f"{label}: folder {folder} does not exist")
-    names = {path.name for path in folder.iterdir()}
-    wanted = choose_weights(names, label, lambda: (folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        raise CheckpointError(f"{label}: shard {missing[0]} named by {WEIGHTS_INDEX} is missing")
-    return [folder / name for name in wanted]
-
-
-def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], str]) -> list[str]:
-    """Which files of a checkpoint hold its weights, given the names of all its files."""
     names = set(names)
     if WEIGHTS in names:
         return [WEIGHTS]
     if WEIGHTS_INDEX in names:
         try:
-            return sorted(set(json.loads(read_index())["weight_map"].values()))
+            shards = sorted(set(json.loads(read_index())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{label}: {WEIGHTS_INDEX} is not a safetensors index ({error})") from error
+        missing = [name for name in shards if name not in names]
+        if missing:
+            raise CheckpointError(f"{label}: shard {missing[0]} named by {WEIGHTS_INDEX} is missing")
+        return shards
     pickled = sorted(name for name in names if name.endswith(PICKLED))
     if pickled:
         raise CheckpointError(
@@ -233,156 +221,3 @@ def read_json(file: Path, label: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{label}: {file.name} is not a JSON object")
     return content
-
-
-def write_tensors(
-    folder: Path,
-    shapes: Mapping[str, Shape],
-    dtype: torch.dtype,
-    tensors: Iterable[tuple[str, Tensor]],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> list[str]:
-    """Stream tensors into `folder` as one safetensors file, or as shards with an index.
-
-    Args:
-        shapes: canonical name -> shape of everything that will come.
-        tensors: (name, tensor) in the order of `shapes`.
-
-    Returns:
-        The names of the files written.
-    """
-    groups = _consecutive_groups({n: _numel(shape) * dtype.itemsize for n, shape in shapes.items()}, max_shard_bytes)
-    stream = iter(tensors)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(groups, start=1):
-        filename = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, filename)
-        with open(folder / filename, "wb") as file:
-            file.write(_header({name: shapes[name] for name in names}, dtype))
-            for name in names:
-                arrived, tensor = next(stream)
-                assert arrived == name and tuple(tensor.shape) == tuple(shapes[name])
-                raw = tensor.to(dtype).contiguous().flatten().view(torch.uint8)
-                file.write(raw.numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-    written = sorted(set(weight_map.values()))
-    if len(groups) > 1:
-        total = sum(_numel(shape) * dtype.itemsize for shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        written.append(WEIGHTS_INDEX)
-    return written
-
-
-def _consecutive_groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut wherever a group would outgrow the limit: tensors arrive in this order and are not kept."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    return groups
-
-
-def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        size = _numel(shape) * dtype.itemsize
-        entries[name] = {"dtype": _FORMATS[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that cannot become the result, before any work.
-
-    Raises:
-        OutputError: it is a file, a non-empty folder without `overwrite`, or its parent cannot be written to.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"--out {folder} is a file, not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise OutputError(f"--out {folder} exists and is not empty: choose another folder or add --overwrite")
-    parent = folder.absolute().parent
-    existing = next(path for path in (parent, *parent.parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
-        raise OutputError(f"--out {folder}: cannot write to {existing}")
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when the block ends well and disappears when it does not.
-
-    SIGTERM inside the block counts as an interruption. What a SIGKILL left behind is removed by the next run.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
-    """
-    target = target.absolute()
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        partial.mkdir()
-        with _interruptible():
-            yield partial
-            _install(partial, target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _install(partial: Path, target: Path) -> None:
-    if not target.is_dir() or not any(target.iterdir()):
-        os.replace(partial, target)
-        return
-    replaced = partial.with_name(partial.name + ".old")
-    os.replace(target, replaced)
-    os.replace(partial, target)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.partial-*"):
-        process = path.name.rsplit("partial-", 1)[1].split(".")[0]
-        if process.isdigit() and not _alive(int(process)):
-            if path.name.endswith(".old") and not target.exists():
-                os.replace(path, target)  # killed between the two renames of an overwrite: the old result comes back
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM unwind the stack like Ctrl-C does; outside the main thread signals are not ours to handle."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -24,7 +24,8 @@ from hf_epimer.errors import EpimerError, UsageError
 if TYPE_CHECKING:
     from hf_epimer.config import MergeRecipe
     from hf_epimer.methods.base import Method
-    from hf_epimer.pipeline import Plan, Progress
+    from hf_epimer.pipeline import Progress
+    from hf_epimer.planning import Plan
 
 
 @dataclass(frozen=True)
@@ -199,11 +200,11 @@ def _run_merge(namespace: argparse.Namespace) -> None:
     recipe = _recipe(namespace)
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from hf_epimer import pipeline
+    from hf_epimer import pipeline, planning
 
     disable_progress_bars()
     if namespace.dry_run:
-        _print_plan(pipeline.make_plan(recipe), namespace.json)
+        _print_plan(planning.make_plan(recipe), namespace.json)
         return
     with _progress(namespace.quiet or namespace.json) as progress:
         report = pipeline.merge(recipe, progress)

@@ -18,10 +18,19 @@ from safetensors.torch import load_file, save_file
 
 from hf_epimer import checkpoints, merge_state_dicts
 from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.checkpoints import Checkpoint, atomic_folder, weight_files, write_tensors
-from hf_epimer.errors import CheckpointError, NotFoundError, OutputError
+from hf_epimer.checkpoints import Checkpoint
+from hf_epimer.config import ModelRef
+from hf_epimer.errors import CheckpointError, OutputError
+from hf_epimer.hub import resolve
+from hf_epimer.planning import weight_names
+from hf_epimer.writing import atomic_folder, write_tensors
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    source = resolve(ModelRef.parse(str(folder)))
+    return [source.fetch(name) for name in weight_names(source)]
 
 
 def strip(state: StateDict) -> StateDict:
@@ -53,7 +62,7 @@ LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_has_the_same_canonical_names(layout: str, tmp_path: Path, base_state: StateDict) -> None:
     folder = write_checkpoint(tmp_path / "m", LAYOUTS[layout](base_state))
-    found = Checkpoint("m", weight_files(folder, "m"), CLIP_VISION.canonical)
+    found = Checkpoint("m", weight_files(folder), CLIP_VISION.canonical)
     assert found.shapes == CLIP_VISION.shapes(TINY) == {n: tuple(v.shape) for n, v in base_state.items()}
     assert all(torch.allclose(found.tensor(n).float(), base_state[n], atol=1e-2) for n in base_state)
 
@@ -84,12 +93,12 @@ def test_sharded_checkpoints_are_read_and_written(tmp_path: Path, run: Run, base
     written = write_tensors(folder, shapes, torch.float32, base_state.items(), max_shard_bytes=20_000)
     assert len(written) > 3
     assert written[-1] == "model.safetensors.index.json"
-    found = Checkpoint("s", weight_files(folder, "s"), CLIP_VISION.canonical)
+    found = Checkpoint("s", weight_files(folder), CLIP_VISION.canonical)
     assert all(torch.equal(found.tensor(n), base_state[n]) for n in base_state)
     index = json.loads((folder / written[-1]).read_text())
     (folder / index["weight_map"]["vision_model.post_layernorm.bias"]).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        weight_files(folder, "s")
+        weight_files(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -143,12 +152,10 @@ def test_pickles_are_never_opened(suffix: str, tmp_path: Path, base_state: State
     folder = write_checkpoint(tmp_path / "m", base_state)
     (folder / "model.safetensors").rename(folder / f"pytorch_model{suffix}")
     with pytest.raises(CheckpointError, match=r"pickled.*save_pretrained"):
-        weight_files(folder, "m")
+        weight_files(folder)
     (folder / f"pytorch_model{suffix}").unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
-        weight_files(folder, "m")
-    with pytest.raises(NotFoundError):
-        weight_files(tmp_path / "nowhere", "m")
+        weight_files(folder)
 
 
 def test_a_tensor_stored_under_two_prefixes_is_an_error(tmp_path: Path, base_state: StateDict) -> None:

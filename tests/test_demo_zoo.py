@@ -137,3 +137,60 @@ def test_every_word_of_every_caption_is_one_known_token() -> None:
         pieces = tokenizer.tokenize(caption)
         assert "".join(pieces).replace("</w>", " ").strip() == caption.lower().replace(".", " .")
         assert all(piece.endswith("</w>") for piece in pieces)
+
+
+def test_the_demo_command_merges_and_measures_with_four_methods(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_epimer.cli import main
+    from hf_epimer.demo import run
+
+    monkeypatch.setattr(run, "zoo_folder", lambda: zoo)
+    assert main(["demo", "--json", "--out", str(tmp_path / "merges")]) == 0
+    accuracy_of = json.loads(capsys.readouterr().out)["accuracy"]
+    assert set(accuracy_of) == {"zero-shot", "fine-tuned", *run.METHODS}
+    for method in run.METHODS:
+        assert set(accuracy_of[method]) == set(FAMILIES)
+        assert (tmp_path / "merges" / method / "README.md").is_file()
+    assert main(["demo", "--quiet", "--out", str(tmp_path / "merges")]) == 0
+    shown = capsys.readouterr().out
+    assert "merged: epimer" in shown and "average" in shown and "worst" in shown and "try next" in shown
+
+
+def test_merge_with_evaluate_writes_results_and_puts_them_into_the_card(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import ModelCard
+
+    from hf_epimer.cli import main
+
+    names = list(FAMILIES)[:2]
+    files = [str(zoo / "tasks" / f"{name}.yaml") for name in names]
+    models = [str(zoo / name) for name in names]
+    words = [
+        "merge",
+        *models,
+        "--base",
+        str(zoo / "base"),
+        "--evaluate",
+        "--task",
+        *files,
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(words) == 0, capsys.readouterr().err
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert set(results) == {"model", "base", "tasks", "average", "worst"}
+    for name in names:
+        row = results["tasks"][name]
+        task = load_task_file(zoo / "tasks" / f"{name}.yaml")
+        head = task_head(task, zoo / "base", task.class_names or ())
+        found = accuracy(load_classifier(tmp_path / "o", zoo / "base", head), task, "test")
+        assert (row["correct"], row["samples"]) == (found.correct, found.samples)
+        assert row["accuracy"] == pytest.approx(found.accuracy)
+    assert results["average"] == pytest.approx(np.mean([row["accuracy"] for row in results["tasks"].values()]))
+    assert results["worst"]["accuracy"] == min(row["accuracy"] for row in results["tasks"].values())
+    card = ModelCard.load(tmp_path / "o" / "README.md")
+    shown = {(entry.dataset_name, entry.metric_value) for entry in card.data.eval_results or ()}
+    assert shown == {(name, round(row["accuracy"], 4)) for name, row in results["tasks"].items()}
+    assert "| **average** |" in str(card)
