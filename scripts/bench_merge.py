@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,7 +45,7 @@ OURS = {
 }
 
 FUSIONBENCH = """
-import json, sys, time, resource
+import json, sys, time
 from safetensors.torch import load_file
 from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 base, *tuned = [load_file(f + "/model.safetensors") for f in sys.argv[1:]]
@@ -101,33 +102,50 @@ def _write(folder: Path, tower: dict[str, object], state: dict[str, torch.Tensor
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def timed(command: list[str]) -> dict[str, float]:
-    """Run a command; whole-process seconds, peak resident GiB, and what its last line of JSON says."""
+def timed(command: list[str]) -> dict[str, Any]:
+    """Run a command; whole-process seconds, peak memory in GiB, and what its last line of JSON says.
+
+    Memory is looked at every 20 ms in /proc: all of it (resident), and what no file backs (anonymous).
+    """
     started = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True)
-        _, _, usage = os.wait4(process.pid, 0)
-        process.returncode = 0
+    peaks = {"RssAnon": 0, "VmRSS": 0}
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as complaints:
+        process = subprocess.Popen(command, stdout=output, stderr=complaints, text=True)
+        while process.poll() is None:
+            for field, value in _memory(process.pid).items():
+                peaks[field] = max(peaks[field], value)
+            time.sleep(0.02)
         seconds = time.perf_counter() - started
-        output.seek(0)
+        for file in (output, complaints):
+            file.seek(0)
         lines = output.read().strip().splitlines()
-    if not lines:
-        raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read() if process.stderr else ''}")
-    return {"process": seconds, "resident": usage.ru_maxrss / 2**20, "told": json.loads(lines[-1])}
+        if process.returncode or not lines:
+            raise SystemExit(f"{command[:4]} failed: {complaints.read()}")
+    memory = {"anonymous": peaks["RssAnon"] / 2**20, "resident": peaks["VmRSS"] / 2**20}
+    return {"process": seconds, **memory, "told": json.loads(lines[-1])}
 
 
-def run_ours(folder: Path, names: list[str], arguments: list[str]) -> dict[str, float]:
+def _memory(process: int) -> dict[str, int]:
+    """RssAnon and VmRSS of a process in KiB; nothing once it is gone."""
+    try:
+        with open(f"/proc/{process}/status", encoding="ascii") as status:
+            entries = dict(line.split(":", 1) for line in status)
+        return {field: int(entries[field].split()[0]) for field in ("RssAnon", "VmRSS")}
+    except (OSError, KeyError, ValueError):
+        return {}
+
+
+def run_ours(folder: Path, names: list[str], arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder) as out:
         models = [str(folder / name) for name in names]
         result = timed(
             [sys.executable, "-m", "hf_epimer", "merge", *models, "--base", str(folder / "base"), *arguments,
              "--out", f"{out}/merged", "--json"]
         )  # fmt: skip
-    told = result.pop("told")
-    return {**result, "merging": told["seconds"]["merging"], "anonymous": told["memory"]["peak_anonymous"] / 2**30}
+    return {**result, "merging": result.pop("told")["seconds"]["merging"]}
 
 
-def run_fusionbench(python: str, folder: Path, names: list[str]) -> dict[str, float]:
+def run_fusionbench(python: str, folder: Path, names: list[str]) -> dict[str, Any]:
     result = timed([python, "-c", FUSIONBENCH, str(folder / "base"), *(str(folder / name) for name in names)])
     return {**result, "merging": result.pop("told")["merging"]}
 
@@ -148,7 +166,7 @@ def main() -> None:
         with open(file, "rb") as handle:  # into the page cache
             while handle.read(1 << 24):
                 pass
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in options.methods}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
     for _ in range(options.runs):  # methods take turns, so that a slow minute of the machine hits all of them
         for name in options.methods:
             rows[name].append(run_ours(folder, names, OURS[name]))
@@ -157,7 +175,7 @@ def main() -> None:
     _show(options.model, options.tasks, rows)
 
 
-def _show(model: str, tasks: int, rows: dict[str, list[dict[str, float]]]) -> None:
+def _show(model: str, tasks: int, rows: dict[str, list[dict[str, Any]]]) -> None:
     table = Table(title=f"{model}, {tasks} tasks, fp32, {os.cpu_count()} cores; medians", title_justify="left")
     for column in ("method", "merge s", "process s", "anonymous GiB", "resident GiB", "x tsv-m", "x FusionBench"):
         table.add_column(column, justify="left" if column == "method" else "right")

@@ -13,6 +13,7 @@ from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from hf_epimer import MergeRecipe, ModelRef, merge
+from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.methods import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -374,3 +375,27 @@ def test_lists(run: Run) -> None:
     code, output, _ = run("tasks", "--json")
     assert json.loads(output)["dtd"]["dataset"] == "tanganke/dtd"
     assert run("methods")[0] == run("tasks")[0] == 0
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    """Twenty more layers are 63 MB more of every model; the merge must not hold on to any of them."""
+    import subprocess
+    import sys
+
+    peaks = []
+    for depth in (4, 24):
+        tower = {**TINY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": depth}
+        generator = torch.Generator().manual_seed(0)
+        shapes = CLIP_VISION.shapes(tower)
+        base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        folder = tmp_path / str(depth)
+        write_checkpoint(folder / "base", base, config=tower)
+        for name in "ab":
+            tuned = {n: v + 0.1 * torch.randn(v.shape, generator=generator) for n, v in base.items()}
+            write_checkpoint(folder / name, tuned, config=tower, fisher={n: v.square() for n, v in base.items()})
+        words = ["merge", folder / "a", folder / "b", "--base", folder / "base", "--out", folder / "o", "--json"]
+        done = subprocess.run([sys.executable, "-m", "hf_epimer", *map(str, words)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads(done.stdout)["memory"]["peak_anonymous"])
+    assert peaks[0] > 0
+    assert peaks[1] - peaks[0] < 30e6

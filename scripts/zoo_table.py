@@ -1,0 +1,92 @@
+"""Merge a zoo of checkpoints with every method and measure each merge on each task.
+
+    python scripts/zoo_table.py --zoo DIR [--tasks mnist flags ...] [--rank 16] [--samples 256] [--out DIR]
+
+DIR has base/, tasks/NAME/ (checkpoints) and task_files/NAME.yaml. Fisher files that do not lie beside a checkpoint are
+estimated on the first training samples (shuffled, seed 0) and kept in --out. Every method runs at its default options,
+rank methods at --rank; nothing is chosen on the test sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from rich.console import Console
+from rich.table import Table
+
+from hf_epimer import METHODS, MergeRecipe, ModelRef, merge
+from hf_epimer.classifier import load_classifier, task_head
+from hf_epimer.evaluation import class_names_of, evaluate_folder, read_split
+from hf_epimer.statistics import FisherMetadata, estimate_fisher, save_fisher
+from hf_epimer.tasks import Task, load_task_file
+
+
+def fisher_file(zoo: Path, task: Task, samples: int, folder: Path) -> Path:
+    """The task's Fisher information: beside the checkpoint, or estimated once into `folder`."""
+    beside = zoo / "tasks" / task.name / "fisher.safetensors"
+    kept = folder / f"{task.name}-{samples}.fisher.safetensors"
+    if beside.exists() or kept.exists():
+        return beside if beside.exists() else kept
+    data = read_split(task, task.train_split).shuffle(seed=0)
+    data = data.select(range(min(samples, len(data))))
+    head = task_head(task, zoo / "base", class_names_of(task, data))
+    model = load_classifier(zoo / "tasks" / task.name, zoo / "base", head)
+    fisher = estimate_fisher(model, list(data[task.image_column]), list(data[task.label_column]))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_fisher(kept, fisher, FisherMetadata(len(data), task.name, task.dataset, "local", task.name, "", "true", 0))
+    return kept
+
+
+def accuracies(
+    zoo: Path, tasks: Sequence[Task], method: str, rank: int, fisher: Sequence[Path], out: Path
+) -> list[float]:
+    """Test accuracy on every task of one merge."""
+    config = METHODS[method].config
+    options = config(rank=rank) if "rank" in config.__dataclass_fields__ else config()
+    recipe = MergeRecipe(
+        models=tuple(ModelRef.parse(f"{task.name}={zoo / 'tasks' / task.name}") for task in tasks),
+        base=ModelRef.parse(str(zoo / "base")),
+        method=method,
+        options=options,
+        fisher=tuple(ModelRef.parse(str(file)) for file in fisher) if METHODS[method].needs else (),
+        out=str(out / f"{method}-{len(tasks)}"),
+        overwrite=True,
+    )
+    results = evaluate_folder(merge(recipe).out, zoo / "base", tasks, name=method, base_name="base")
+    return [results["tasks"][task.name]["accuracy"] for task in tasks]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("zoo-merges"))
+    options = parser.parse_args()
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    names = options.tasks or sorted(file.stem for file in (options.zoo / "task_files").glob("*.yaml"))
+    tasks = [load_task_file(options.zoo / "task_files" / f"{name}.yaml") for name in names]
+    fisher = [fisher_file(options.zoo, task, options.samples, options.out) for task in tasks]
+    rows = {}
+    for method in [name for name, entry in METHODS.items() if entry.needs != "gram"]:
+        rows[method] = accuracies(options.zoo, tasks, method, options.rank, fisher, options.out)
+        Console(stderr=True).print(f"{method}: {sum(rows[method]) / len(tasks):.3f}")
+    table = Table(title=f"{len(tasks)} tasks, rank {options.rank}", title_justify="left")
+    for column in ("method", *names, "average", "worst"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, values in rows.items():
+        table.add_row(method, *(f"{v:.3f}" for v in values), f"{sum(values) / len(values):.3f}", f"{min(values):.3f}")
+    Console().print(table)
+    file = options.out / f"accuracy-{len(tasks)}-rank{options.rank}.json"
+    file.write_text(json.dumps({"tasks": names, "rank": options.rank, "accuracy": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
