@@ -108,7 +108,8 @@ class Checkpoint:
 
     def copy_to(self, name: str, out: Tensor) -> None:
         _, stored, file = self._places[name]
-        if self.dtypes[name] != FORMATS.get(out.dtype) or not out.is_contiguous() or out.device.type != "cpu":
+        as_stored = self.dtypes[name] == FORMATS.get(out.dtype) and out.is_contiguous() and out.device.type == "cpu"
+        if not as_stored or not hasattr(os, "preadv"):
             out.copy_(self.tensor(name))
             return
         with _readable(self.label, file):

@@ -56,13 +56,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved reference: a local folder, or a Hub repo at one commit with the list of its files."""
+    """A resolved reference: a local folder, or a Hub repo at one commit with the list of its files.
+
+    Attributes:
+        ref: the reference, its revision a commit.
+        label: unique among the models of a merge.
+        files: names at the top level.
+        sizes, sha256: by name, as far as they are known.
+        intact: files whose content has been checked in this process, so that no file is hashed twice.
+    """
 
     ref: ModelRef
     label: str
     files: frozenset[str]
     sizes: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
     sha256: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    intact: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def pinned(self) -> ModelRef:
@@ -86,14 +95,16 @@ class Source:
         if self.ref.is_local:
             location = Path(self.ref.location)
             return location if location.is_file() else location / name
+        if name in self.intact:
+            return self.intact[name]
         path = self._download(name)
-        if self._intact(name, path):
-            return path
+        if self._is_intact(name, path):
+            return self.intact.setdefault(name, path)
         logger.warning("%s: the cached copy %s is damaged (its sha256 is not the Hub's); fetching it again", self, path)
         path = self._download(name, force=True)
-        if not self._intact(name, path):
+        if not self._is_intact(name, path):
             raise CheckpointError(f"{self}: {name} arrives with another sha256 than the Hub lists; try again later")
-        return path
+        return self.intact.setdefault(name, path)
 
     def _download(self, name: str, force: bool = False) -> Path:
         def download() -> Path:
@@ -101,7 +112,7 @@ class Source:
 
         return _persist(download, f"{self}: {name}")
 
-    def _intact(self, name: str, path: Path) -> bool:
+    def _is_intact(self, name: str, path: Path) -> bool:
         expected = self.sha256.get(name)
         if expected is None:
             return True

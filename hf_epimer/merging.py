@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from hf_epimer.checkpoints import Checkpoint, Shape, StateDict, TensorSource
 from hf_epimer.errors import CheckpointError, MismatchError, StatisticsError, UsageError
 from hf_epimer.methods import METHODS, Layer, Method
 from hf_epimer.methods.base import Statistic
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -133,39 +135,36 @@ def merge_layers(
     """
     names = list(ingredients.base.shapes)
     make_reader = partial(_LayerReader, ingredients, method.needs, seed=seed, exact=exact, device=device)
-
-    def read() -> Iterator[Layer]:
-        reader = make_reader()
-        for name in names:
-            yield reader.read(name)
-            on_layer("survey", 1)
-
-    survey = method.survey(config, read) if method.survey else None
-    own = threading.local()
-
-    def work(index: int) -> MergedLayer:
-        if not hasattr(own, "reader"):
-            own.reader = make_reader()
-        name = names[index]
-        merged = _merge_layer(own.reader.read(name), method, config, survey)
-        stored = merged.tensor.to(dtype or ingredients.base.tensor(name).dtype)
-        if not _is_finite(stored):
-            raise ArithmeticError(f"{name}: the merged values do not fit into {stored.dtype}; choose another --dtype")
-        return replace(merged, tensor=stored)
-
     workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
-    with _pool(workers) as pool:
-        pending: deque[Future[MergedLayer]] = deque()
-        for index in range(len(names)):
-            if index + workers < len(names):
-                _read_ahead(ingredients.sources(), names[index + workers])
-            pending.append(pool.submit(work, index))
-            if len(pending) > 2 * workers:  # a few finished layers, so that nobody waits while one is being written
+
+    def over_layers(work: Callable[[Layer], Result], stage: str = "survey") -> Iterator[Result]:
+        own = threading.local()
+
+        def one(name: str) -> Result:
+            if not hasattr(own, "reader"):
+                own.reader = make_reader()
+            return work(own.reader.read(name))
+
+        with _pool(workers) as pool:
+            pending: deque[Future[Result]] = deque()
+            for index, name in enumerate(names):
+                if index + workers < len(names):
+                    _read_ahead(ingredients.sources(), names[index + workers])
+                pending.append(pool.submit(one, name))
+                if len(pending) > 2 * workers:  # a few results, so that nobody waits while one is being written
+                    yield pending.popleft().result()
+                    on_layer(stage, 1)
+            while pending:
                 yield pending.popleft().result()
-                on_layer("merge", 1)
-        while pending:
-            yield pending.popleft().result()
-            on_layer("merge", 1)
+                on_layer(stage, 1)
+
+    survey = method.survey(config, over_layers) if method.survey else None
+
+    def merge(layer: Layer) -> MergedLayer:
+        stored_as = dtype or ingredients.base.tensor(layer.name).dtype
+        return _merge_layer(layer, method, config, survey, stored_as)
+
+    yield from over_layers(merge, "merge")
 
 
 MEMORY_FOR_BUFFERS = 10**9
@@ -193,7 +192,7 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any) -> MergedLayer:
+def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any, dtype: torch.dtype) -> MergedLayer:
     merged = method.merge(layer, config, survey)
     if not _is_finite(merged.task_vector):
         raise ArithmeticError(f"{layer.name}: {method.name} gave NaN or Inf; try a larger --damping or --exact")
@@ -204,7 +203,10 @@ def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any) -> Merg
         "merged_norm": float(torch.linalg.vector_norm(merged.task_vector)),
         "task_vector_norms": _norms(layer.task_vectors).tolist(),
     }
-    return MergedLayer(layer.name, (layer.base + merged.task_vector).cpu(), report)
+    stored = (layer.base + merged.task_vector).to("cpu", dtype)
+    if not _is_finite(stored):
+        raise ArithmeticError(f"{layer.name}: the merged values do not fit into {dtype}; choose another --dtype")
+    return MergedLayer(layer.name, stored, report)
 
 
 class _LayerReader:

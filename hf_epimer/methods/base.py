@@ -70,6 +70,9 @@ class LayerMerge:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+OverLayers = Callable[[Callable[[Layer], Tensor]], Iterable[Tensor]]
+
+
 @dataclass(frozen=True)
 class Paper:
     """Where a method comes from."""
@@ -100,7 +103,8 @@ class Method:
         config: the frozen dataclass with the method's options.
         merge: (layer, config, survey result) -> LayerMerge.
         needs: the statistic it cannot do without.
-        survey: (config, read) -> anything; each call of `read` streams all layers once more.
+        survey: (config, over_layers) -> anything; `over_layers(f)` streams all layers once more and gives f(layer) of
+            each, in order, computed side by side.
     """
 
     name: str
@@ -110,7 +114,7 @@ class Method:
     config: type[Any]
     merge: Callable[[Layer, Any, Any], LayerMerge]
     needs: Statistic | None = None
-    survey: Callable[[Any, Callable[[], Iterable[Layer]]], Any] | None = None
+    survey: Callable[[Any, OverLayers], Any] | None = None
 
 
 def option(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:

@@ -35,14 +35,12 @@ class DAREConfig:
 
 def merge_dare(layer: Layer, config: DAREConfig, survey: None = None) -> LayerMerge:
     """Drop, rescale, combine."""
-    thinned = torch.stack(
-        [
-            torch.where(_mask(layer, label, config.drop), d, 0) / (1 - config.drop)
-            for label, d in zip(layer.labels, layer.task_vectors, strict=True)
-        ]
+    thinned = (
+        torch.where(_mask(layer, label, config.drop), d, 0) / (1 - config.drop)
+        for label, d in zip(layer.labels, layer.task_vectors, strict=True)
     )
     if config.combine == "mean":
-        return LayerMerge(weighted_sum(layer.weights, thinned) * config.alpha)
+        return LayerMerge(weighted_sum(layer.weights, torch.stack(list(thinned))) * config.alpha)
     return LayerMerge(elect_and_average(thinned, layer.weights, "mass") * config.alpha)
 
 

@@ -7,14 +7,14 @@ nan                 W_0 + alpha sum q_t D_t,  q_t ~ l_t / ||theta_t||,  sum q_t 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option, weighted_sum
+from hf_epimer.methods.base import Layer, LayerMerge, Method, OverLayers, Paper, check_options, option, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def merge_task_arithmetic(layer: Layer, config: TaskArithmeticConfig, survey: No
     return LayerMerge(layer.mean() * (config.alpha * layer.tasks))
 
 
-def survey_norms(config: NANConfig, read: Callable[[], Iterable[Layer]]) -> Tensor:
+def survey_norms(config: NANConfig, over_layers: OverLayers) -> Tensor:
     """Global norm of every model (or task vector), length T, float64."""
-    total: Tensor | None = None
-    for layer in read():
+
+    def squares(layer: Layer) -> Tensor:
         values = layer.task_vectors if config.norm == "task-vector" else layer.task_vectors + layer.base
-        squares = values.flatten(1).norm(dim=1).double().square().cpu()
-        total = squares if total is None else total + squares
-    assert total is not None
+        return values.flatten(1).norm(dim=1).double().square().cpu()
+
+    total = torch.stack(list(over_layers(squares))).sum(0)
     if not bool((total > 0).all()):
         raise UsageError(f"nan cannot weigh a model whose {config.norm} norm is zero")
     return total.sqrt()

@@ -10,14 +10,15 @@ passes (the high 16 bits of all entries, then the low 16 bits of the one bin in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, OverLayers, Paper, check_options, option
 
 Election = Literal["mass", "count"]
 
@@ -35,25 +36,19 @@ class TIESConfig:
         check_options(self)
 
 
-def survey_thresholds(config: TIESConfig, read: Callable[[], Iterable[Layer]]) -> Tensor | None:
+def survey_thresholds(config: TIESConfig, over_layers: OverLayers) -> Tensor | None:
     """The smallest kept |D_t| over the whole model, length T; None when trimming per layer."""
     if config.trim == "layer":
         return None
-    high: Tensor | None = None
-    entries = 0
-    for layer in read():
-        entries += layer.base.numel()
-        counts = torch.stack([_count(_bits(d) >> 16) for d in layer.task_vectors])
-        high = counts if high is None else high + counts
-    assert high is not None
-    kept = max(1, round(config.density * entries))
+    high = _total(over_layers(lambda layer: torch.stack([_count(_bits(d) >> 16, 0) for d in layer.task_vectors])))
+    kept = max(1, round(config.density * int(high[0].sum())))
     bins, above = _locate(high, kept)
-    low = torch.zeros_like(high)
-    for layer in read():
-        for task, d in enumerate(layer.task_vectors):
-            bits = _bits(d)
-            low[task] += _count(bits[(bits >> 16) == bins[task]] & 0xFFFF)
-    lowest, _ = _locate(low, kept - above)
+    first = [int(number) << 16 for number in bins]
+
+    def low_patterns(layer: Layer) -> Tensor:
+        return torch.stack([_count(_bits(d), start) for d, start in zip(layer.task_vectors, first, strict=True)])
+
+    lowest, _ = _locate(_total(over_layers(low_patterns)), kept - above)
     return ((bins << 16) | lowest).to(torch.int32).view(torch.float32)
 
 
@@ -61,8 +56,14 @@ def _bits(d: Tensor) -> Tensor:
     return d.float().abs().flatten().view(torch.int32)
 
 
-def _count(values: Tensor) -> Tensor:
-    return torch.bincount(values, minlength=1 << 16).cpu()
+def _count(values: Tensor, first: int) -> Tensor:
+    """How often each of the 2^16 integers from `first` on occurs."""
+    shifted = (values - first).clamp_(-1, 1 << 16).add_(1)  # everything else falls into the two outer bins
+    return torch.bincount(shifted, minlength=(1 << 16) + 2)[1:-1].cpu()
+
+
+def _total(counts: Iterable[Tensor]) -> Tensor:
+    return sum(counts, start=torch.zeros((), dtype=torch.int64))
 
 
 def _locate(counts: Tensor, kept: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -80,25 +81,36 @@ def merge_ties(layer: Layer, config: TIESConfig, survey: Tensor | None) -> Layer
         magnitudes = layer.task_vectors.abs().flatten(1)
         thresholds = magnitudes.kthvalue(magnitudes.shape[1] - kept + 1, dim=1).values
     else:
-        thresholds = survey.to(layer.task_vectors)
-    shape = (-1, *[1] * layer.base.ndim)
-    trimmed = torch.where(layer.task_vectors.abs() >= thresholds.view(shape), layer.task_vectors, 0)
+        thresholds = survey
+    # hardshrink keeps what is strictly larger: the largest float below the threshold keeps the threshold itself
+    below = torch.nextafter(thresholds.float().cpu(), torch.tensor(0.0)).tolist()
+    trimmed = (hardshrink(d, limit) for d, limit in zip(layer.task_vectors, below, strict=True))
     return LayerMerge(elect_and_average(trimmed, layer.weights, config.election) * config.alpha)
 
 
-def elect_and_average(task_vectors: Tensor, weights: Tensor, election: Election) -> Tensor:
+def elect_and_average(task_vectors: Iterable[Tensor], weights: Tensor, election: Election) -> Tensor:
     """TIES' elect and merge steps: weighted average of the non-zero entries that carry the elected sign.
 
+    With a = sum l_t d_t, b = sum l_t |d_t|, and the same sums c, e over signs, the entries with sign s sum to
+    (a + s b) / 2 and weigh (e + s c) / 2: one task at a time, and no masks.
+
     Args:
-        task_vectors: trimmed, T x ...
+        task_vectors: trimmed, T tensors of one shape.
         weights: l_t, length T.
         election: `mass` or `count`.
     """
-    w = weights.view(-1, *[1] * (task_vectors.ndim - 1))
-    votes = task_vectors if election == "mass" else task_vectors.sign()
-    elected = (w * votes).sum(0).sign()
-    agreeing = w * ((task_vectors.sign() == elected) & (elected != 0))
-    return (agreeing * task_vectors).sum(0) / agreeing.sum(0).clamp_min(torch.finfo(task_vectors.dtype).tiny)
+    sums: list[Tensor] = []
+    for weight, d in zip(weights.tolist(), task_vectors, strict=True):
+        sums = sums or [torch.zeros_like(d) for _ in range(4)]
+        a, b, c, e = sums
+        sign = d.sign()
+        a.add_(d, alpha=weight)
+        b.add_(d.abs(), alpha=weight)
+        c.add_(sign, alpha=weight)
+        e.add_(sign.abs_(), alpha=weight)
+    elected = (a if election == "mass" else c).sign()
+    total = (a + elected * b) / (e + elected * c).clamp_min(torch.finfo(a.dtype).tiny)
+    return torch.where(elected != 0, total, 0)
 
 
 TIES = Method(
