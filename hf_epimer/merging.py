@@ -289,7 +289,7 @@ def _is_finite(values: Tensor) -> bool:
 
 
 def _norms(task_vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(task_vectors.flatten(1), dim=1)
+    return torch.linalg.vector_norm(task_vectors.reshape(len(task_vectors), -1), dim=1)
 
 
 def merge_state_dicts(
@@ -312,8 +312,8 @@ def merge_state_dicts(
         tuned: one mapping per task with the names and shapes of `base`, any floating dtype.
         method: a name from METHODS.
         config: an instance of that method's config dataclass; its defaults for None.
-        statistics: one mapping per task: Fisher diagonals (shaped like the parameters) for `epimer`, `fisher` and
-            `gradient-matching`, Gram matrices (n x n) for `regmean`.
+        statistics: one mapping per task: Fisher diagonals (shaped like the parameters; `epimer` can do without those
+            of non-matrices) for `epimer`, `fisher` and `gradient-matching`, Gram matrices (n x n) for `regmean`.
         weights: l_t, normalised to sum to 1.
         labels: unique task names; only random masks depend on them.
         seed, exact, device: as in `merge_layers`.
@@ -333,10 +333,12 @@ def merge_state_dicts(
     if not tuned:
         raise UsageError("there is nothing to merge: give at least one fine-tuned model")
     names = list(labels) if labels is not None else [f"model {index}" for index in range(len(tuned))]
-    source = StateDict("base", {name: tensor for name, tensor in base.items() if tensor.is_floating_point()})
+    mergeable = {name: tensor for name, tensor in base.items() if tensor.is_floating_point() and tensor.numel()}
+    source = StateDict("base", mergeable)
     models = [StateDict(label, tensors) for label, tensors in zip(names, tuned, strict=True)]
+    everything = StateDict("base", base).shapes
     for model in models:
-        check_shapes(StateDict("base", base).shapes, model, "the checkpoint")
+        check_shapes(everything, model, "the checkpoint")
     measured = None
     if chosen.needs:
         if statistics is None:
@@ -346,7 +348,8 @@ def merge_state_dicts(
         measured = [StateDict(label, tensors) for label, tensors in zip(names, statistics, strict=True)]
         if chosen.needs == "fisher":
             for entry in measured:
-                check_shapes(source.shapes, entry, "its Fisher information")
+                expected = {name: shape for name, shape in everything.items() if name in entry.shapes}
+                check_shapes(expected, entry, "its Fisher information")
     ingredients = Ingredients(source, models, normalized_weights(weights, len(models)), measured)
     merged = {
         layer.name: layer.tensor

@@ -10,7 +10,7 @@ import torch
 from conftest import StateDict, tiny_fisher, tiny_state
 
 from hf_epimer import EpiMerConfig, merge_state_dicts
-from hf_epimer.errors import UsageError
+from hf_epimer.errors import MismatchError, StatisticsError, UsageError
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.linear import NANConfig, TaskArithmeticConfig
 from hf_epimer.methods.regmean import RegMeanConfig
@@ -363,3 +363,52 @@ def test_ranks_and_shares_out_of_range() -> None:
     for make in (lambda: EpiMerConfig(rank=0), lambda: TIESConfig(density=1.5), lambda: EpiMerConfig(damping=-1)):
         with pytest.raises(UsageError):
             make()
+
+
+# --- merge_state_dicts ----------------------------------------------------------------------------------------------
+
+
+def test_any_architecture_and_any_kind_of_tensor() -> None:
+    """Counters, empty tensors, scalars, parameters with gradients, transposed views, rows: nothing special needed."""
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        "w": torch.nn.Parameter(torch.randn(6, 4, generator=generator)),
+        "transposed": torch.randn(4, 6, generator=generator).mT,
+        "row": torch.randn(1, 5, generator=generator),
+        "scale": torch.tensor(2.0),
+        "kernel": torch.randn(2, 3, 3, 3, generator=generator),
+        "empty": torch.zeros(0, 3),
+        "steps": torch.tensor(7),
+    }
+    tuned = [{n: v.detach() + 1 if v.is_floating_point() else v for n, v in base.items()} for _ in range(2)]
+    fisher = [{n: torch.ones_like(v) for n, v in base.items() if v.ndim == 2 and v.numel()} for _ in tuned]
+    for method in ALL:
+        measured = fisher if METHODS[method].needs == "fisher" else [{} for _ in tuned]
+        if method in ("fisher", "gradient-matching"):
+            measured = [{n: torch.ones_like(v) for n, v in base.items() if v.is_floating_point()} for _ in tuned]
+        result = merge_state_dicts(base, tuned, method=method, statistics=measured)
+        assert list(result) == list(base)
+        assert all(result[n].shape == base[n].shape and result[n].dtype == base[n].dtype for n in base), method
+        assert int(result["steps"]) == 7
+        assert not result["w"].requires_grad
+
+
+def test_misuse_is_explained(base_state: StateDict) -> None:
+    tuned = models(base_state)
+    fisher = [tiny_fisher(t) for t in range(3)]
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (StatisticsError, "needs fisher", {}),
+        (StatisticsError, "3 models but 2", {"statistics": fisher[:2]}),
+        (StatisticsError, "no statistics", {"statistics": [{}, {}, {}]}),
+        (UsageError, "takes a EpiMerConfig", {"statistics": fisher, "config": TSVMConfig()}),
+        (UsageError, "no method", {"method": "magic"}),
+        (UsageError, "3 models, 2 weights", {"statistics": fisher, "weights": [1, 2]}),
+        (MismatchError, "has shape", {"statistics": [*fisher[:2], {**fisher[2], MATRIX: torch.ones(2, 2)}]}),
+    ]
+    for kind, message, arguments in cases:
+        with pytest.raises(kind, match=message):
+            merge_state_dicts(base_state, tuned, **arguments)
+    with pytest.raises(MismatchError, match="missing"):
+        merge_state_dicts(base_state, [{MATRIX: tuned[0][MATRIX]}], method="mean")
+    with pytest.raises(UsageError, match="nothing to merge"):
+        merge_state_dicts(base_state, [])

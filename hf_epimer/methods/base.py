@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hf_epimer.errors import UsageError
+from hf_epimer.errors import StatisticsError, UsageError
 
 Statistic = Literal["fisher", "gram"]
 
@@ -52,6 +52,16 @@ class Layer:
         """T."""
         return int(self.task_vectors.shape[0])
 
+    def measured(self) -> Tensor:
+        """The statistics, for a method that cannot do without them.
+
+        Raises:
+            StatisticsError: there are none for this parameter.
+        """
+        if self.statistics is None:
+            raise StatisticsError(f"{self.name}: there are no statistics for this parameter")
+        return self.statistics
+
     def mean(self) -> Tensor:
         """sum l_t D_t, shaped like W_0."""
         return weighted_sum(self.weights, self.task_vectors)
@@ -59,7 +69,7 @@ class Layer:
 
 def weighted_sum(weights: Tensor, tensors: Tensor) -> Tensor:
     """sum w_t X_t over the first dimension of T x ..., one pass over memory."""
-    return (weights @ tensors.flatten(1)).view(tensors.shape[1:])
+    return (weights @ tensors.reshape(len(tensors), -1)).view(tensors.shape[1:])
 
 
 @dataclass(frozen=True)

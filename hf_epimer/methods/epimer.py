@@ -51,9 +51,8 @@ def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> Lay
             fisher = merge_fisher(layer, FisherConfig(damping=config.damping))
             return LayerMerge(fisher.task_vector * config.alpha, report)
         return LayerMerge(layer.mean() * config.alpha, report)
-    assert layer.statistics is not None
     metrics = DiagonalMetrics(
-        basis, layer.statistics, layer.weights, damping=config.damping, normalize=config.normalize
+        basis, layer.measured(), layer.weights, damping=config.damping, normalize=config.normalize
     )
     coordinates = _coordinates(basis, layer, config)
     if metrics.flat:

@@ -58,7 +58,7 @@ def survey_norms(config: NANConfig, over_layers: OverLayers) -> Tensor:
 
     def squares(layer: Layer) -> Tensor:
         values = layer.task_vectors if config.norm == "task-vector" else layer.task_vectors + layer.base
-        return values.flatten(1).norm(dim=1).double().square().cpu()
+        return values.reshape(layer.tasks, -1).norm(dim=1).double().square().cpu()
 
     total = torch.stack(list(over_layers(squares))).sum(0)
     if not bool((total > 0).all()):

@@ -78,7 +78,7 @@ def merge_ties(layer: Layer, config: TIESConfig, survey: Tensor | None) -> Layer
     """Trim, elect and average one layer."""
     if survey is None:
         kept = max(1, round(config.density * layer.base.numel()))
-        magnitudes = layer.task_vectors.abs().flatten(1)
+        magnitudes = layer.task_vectors.abs().reshape(layer.tasks, -1)
         thresholds = magnitudes.kthvalue(magnitudes.shape[1] - kept + 1, dim=1).values
     else:
         thresholds = survey
