@@ -42,22 +42,29 @@ def fisher_file(zoo: Path, task: Task, samples: int, folder: Path) -> Path:
     return kept
 
 
-def accuracies(
-    zoo: Path, tasks: Sequence[Task], method: str, rank: int, fisher: Sequence[Path], out: Path
-) -> list[float]:
+def variants() -> dict[str, tuple[str, dict[str, str]]]:
+    """Row of the table -> method and options; RegMean's statistics do not come from files."""
+    rows: dict[str, tuple[str, dict[str, str]]] = {
+        name: (name, {}) for name, entry in METHODS.items() if entry.needs != "gram"
+    }
+    return {"epimer": rows.pop("epimer"), "epimer, trace": ("epimer", {"normalize": "trace"}), **rows}
+
+
+def accuracies(zoo: Path, tasks: Sequence[Task], row: str, rank: int, fisher: Sequence[Path], out: Path) -> list[float]:
     """Test accuracy on every task of one merge."""
+    method, chosen = variants()[row]
     config = METHODS[method].config
-    options = config(rank=rank) if "rank" in config.__dataclass_fields__ else config()
+    options = config(**chosen, **({"rank": rank} if "rank" in config.__dataclass_fields__ else {}))
     recipe = MergeRecipe(
         models=tuple(ModelRef.parse(f"{task.name}={zoo / 'tasks' / task.name}") for task in tasks),
         base=ModelRef.parse(str(zoo / "base")),
         method=method,
         options=options,
         fisher=tuple(ModelRef.parse(str(file)) for file in fisher) if METHODS[method].needs else (),
-        out=str(out / f"{method}-{len(tasks)}"),
+        out=str(out / f"{row.replace(', ', '-')}-{len(tasks)}"),
         overwrite=True,
     )
-    results = evaluate_folder(merge(recipe).out, zoo / "base", tasks, name=method, base_name="base")
+    results = evaluate_folder(merge(recipe).out, zoo / "base", tasks, name=row, base_name="base")
     return [results["tasks"][task.name]["accuracy"] for task in tasks]
 
 
@@ -65,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--methods", nargs="+", choices=list(variants()))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("zoo-merges"))
@@ -75,7 +83,7 @@ def main() -> None:
     tasks = [load_task_file(options.zoo / "task_files" / f"{name}.yaml") for name in names]
     fisher = [fisher_file(options.zoo, task, options.samples, options.out) for task in tasks]
     rows = {}
-    for method in [name for name, entry in METHODS.items() if entry.needs != "gram"]:
+    for method in options.methods or variants():
         rows[method] = accuracies(options.zoo, tasks, method, options.rank, fisher, options.out)
         Console(stderr=True).print(f"{method}: {sum(rows[method]) / len(tasks):.3f}")
     table = Table(title=f"{len(tasks)} tasks, rank {options.rank}", title_justify="left")

@@ -301,6 +301,8 @@ def test_dare_keeps_the_mean_and_the_share() -> None:
     assert float(result.mean()) == pytest.approx(1.0, abs=0.03)
     other = merge_state_dicts(big, [{"w": torch.ones(400, 400)}], method="dare", labels=["x"], seed=1)["w"]
     assert not torch.equal(result, other)
+    both = merge_state_dicts(big, [{"w": torch.ones(400, 400)}] * 2, method="dare", labels=["x", "y"])["w"]
+    assert torch.allclose(both.unique(), torch.tensor([0.0, 5.0, 10.0]))  # every task has a mask of its own
 
 
 # --- Proposition 2: the methods are one method ----------------------------------------------------------------------
