@@ -1,6 +1,6 @@
 """`python -m hf_epimer` is `hf-epimer`."""
 
-from hf_epimer.cli import main
+from hf_epimer.cli import console
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console()

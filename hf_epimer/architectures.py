@@ -73,7 +73,13 @@ class Architecture:
             raise CheckpointError(f"{where}: model type {model_type!r} is not a {self.name} ({known} are)")
         nested = self.model_types[model_type]
         section = config.get(nested) or {} if nested else config
-        return {field: section.get(field, default) for field, default in self.defaults.items()}
+        if not isinstance(section, dict):
+            raise CheckpointError(f"{where}: {nested} in config.json is not an object")
+        tower = {field: section.get(field, default) for field, default in self.defaults.items()}
+        for field, default in self.defaults.items():
+            if isinstance(default, int) and (not isinstance(tower[field], int) or tower[field] < 1):
+                raise CheckpointError(f"{where}: {field} in config.json is {tower[field]!r}, not a positive number")
+        return tower
 
     def known_base(self, tower: Mapping[str, Any]) -> str | None:
         """The Hub id of the well-known base model with this shape."""

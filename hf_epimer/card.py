@@ -14,7 +14,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_epimer.config import MergeRecipe, ModelRef
+from hf_epimer.config import MergeRecipe, ModelRef, is_repo_id
+from hf_epimer.errors import MismatchError
 from hf_epimer.hub import Source
 from hf_epimer.methods.base import Method
 
@@ -40,7 +41,9 @@ def merge_card(
         datasets: Hub ids of the data sets the models were tuned on.
         results: contents of results.json, with the data set of every task under `datasets`.
     """
-    name = recipe.push_to.split("/")[1] if recipe.push_to else Path(recipe.out or f"merged-{method.name}").name
+    name = (
+        recipe.push_to.split("/")[1] if recipe.push_to else Path(recipe.out or f"merged-{method.name}").resolve().name
+    )
     on_hub = [model.ref.location for model in models if not model.ref.is_local]
     data = ModelCardData(
         base_model=on_hub or None,
@@ -73,7 +76,8 @@ def merge_card(
 def _row(source: Source) -> dict[str, str]:
     ref = source.ref
     if ref.is_local:
-        return {"label": source.label, "link": f"`{ref.name}` (local folder)", "commit": "", "load": ref.name}
+        name = ref.name.replace("|", "\\|")
+        return {"label": source.label, "link": f"`{name}` (local folder)", "commit": "", "load": ref.name}
     link = f"[{ref.location}](https://huggingface.co/{ref.location})"
     return {"label": source.label, "link": link, "commit": f"`{(ref.revision or '')[:12]}`", "load": ref.location}
 
@@ -118,22 +122,36 @@ def _results_table(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def base_from_cards(cards: Sequence[tuple[str, dict[str, Any]]]) -> tuple[ModelRef | None, str]:
+def base_from_cards(cards: Sequence[tuple[Source, dict[str, Any]]]) -> tuple[ModelRef | None, str]:
     """The base model on which all cards that name one agree, or None and why not.
 
+    A card with several base models is a merge's: it names none. The card of a local folder may name a folder, absolute
+    or relative to itself; one from the Hub names Hub ids and nothing else.
+
     Args:
-        cards: (label, card metadata) of every checkpoint. A card with several base models is a merge's: it names none.
+        cards: every checkpoint with its card's metadata.
+
+    Raises:
+        MismatchError: a card names something that is neither.
     """
-    named: dict[str, str] = {}
-    for label, card in cards:
+    named: dict[str, ModelRef] = {}
+    for source, card in cards:
         base = card.get("base_model")
-        choices = [base] if isinstance(base, str) else list(base or ())
-        if len(choices) == 1:
-            named[label] = choices[0]
-    bases = sorted(set(named.values()))
+        choices = base if isinstance(base, list) else [base]
+        if len(choices) == 1 and choices[0]:
+            named[source.label] = _named_base(source, str(choices[0]))
+    bases = sorted({str(ref) for ref in named.values()})
     if len(bases) == 1:
-        return ModelRef.parse(bases[0]), ""
+        return next(iter(named.values())), ""
     if not bases:
         return None, "no model card names a base_model"
     listed = ", ".join(f"{label} says {base}" for label, base in named.items())
     return None, f"the model cards disagree on base_model: {listed}"
+
+
+def _named_base(source: Source, name: str) -> ModelRef:
+    if source.ref.is_local and (Path(source.ref.location) / name).is_dir():
+        return ModelRef(str((Path(source.ref.location) / name).resolve()))
+    if not is_repo_id(name):
+        raise MismatchError(f"{source}: its card names base_model {name!r}, which cannot be found; name it with --base")
+    return ModelRef(name)

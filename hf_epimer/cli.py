@@ -11,11 +11,14 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_epimer import __version__
@@ -48,8 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's threads spin while they wait; beside another busy program that makes small decompositions 30x slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Complaints()], force=True)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a path or an accent must not fail a merge that is done
     try:
-        _dispatch(words)
+        with _interruptible():
+            _dispatch(words)
     except EpimerError as error:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt as error:
@@ -62,6 +69,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def console() -> NoReturn:
+    """The `hf-epimer` program: after a failure it does not wait for downloads still under way in threads."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the stack like Ctrl-C does; outside the main thread signals are not ours."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _dispatch(words: list[str]) -> None:
     chosen = next((word for word in words if not word.startswith("-")), None)
     if chosen is not None and chosen not in COMMANDS:
@@ -70,12 +105,17 @@ def _dispatch(words: list[str]) -> None:
     parser.add_argument("--version", action="version", version=f"hf-epimer {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
-        if name == chosen:
-            command.add_arguments(sub)
-            sub.set_defaults(run=command.run, words=words)
-    namespace = parser.parse_args(words)
-    namespace.run(namespace)
+        subparsers.add_parser(name, help=command.summary)
+    if chosen is None:
+        parser.parse_args(words)
+        return
+    command = COMMANDS[chosen]
+    own = _Parser(prog=f"hf-epimer {chosen}", description=command.summary, allow_abbrev=False)
+    command.add_arguments(own)
+    # intermixed: references may stand before, between and after the flags
+    namespace = own.parse_intermixed_args(words[: words.index(chosen)] + words[words.index(chosen) + 1 :])
+    namespace.words = words
+    command.run(namespace)
 
 
 def _fail(error: BaseException, code: int, message: str | None = None) -> int:
@@ -160,7 +200,9 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     if namespace.models:
         arguments["models"] = tuple(map(ModelRef.parse, namespace.models))
     if "models" not in arguments:
-        raise UsageError("give the checkpoints to merge: hf-epimer merge REF REF ... (see `hf-epimer merge --help`)")
+        raise UsageError(
+            "give the checkpoints to merge, before flags that take several values: hf-epimer merge REF REF"
+        )
     method = find_method(given.get("method", arguments.get("method", "epimer")))
     if arguments.get("method", method.name) != method.name:
         arguments.pop("options")
@@ -203,6 +245,10 @@ def _run_merge(namespace: argparse.Namespace) -> None:
     from hf_epimer import pipeline, planning
 
     disable_progress_bars()
+    if recipe.evaluate:
+        import datasets
+
+        datasets.disable_progress_bars()
     if namespace.dry_run:
         _print_plan(planning.make_plan(recipe), namespace.json)
         return
@@ -212,6 +258,7 @@ def _run_merge(namespace: argparse.Namespace) -> None:
         print(json.dumps({"out": str(report.out), "url": report.url, **_without_layers(report.to_json())}))
         return
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
     totals = report.totals
@@ -223,9 +270,9 @@ def _run_merge(namespace: argparse.Namespace) -> None:
         console.print(f"rank capped at floor(min(m, n) / T) in {len(totals['capped'])} of them: {totals['capped'][0]}")
     if report.results:
         for task, row in report.results["tasks"].items():
-            console.print(f"  {task:<16} {row['accuracy']:.3f}")
+            console.print(f"  {escape(task):<16} {row['accuracy']:.3f}")
         console.print(f"  {'average':<16} {report.results['average']:.3f}")
-    console.print(f"folder  {report.out}")
+    console.print(f"folder  {escape(str(report.out))}")
     if report.url:
         console.print(f"pushed  {report.url}")
 
@@ -240,6 +287,7 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
         print(json.dumps(summary))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
@@ -250,7 +298,7 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
             value = "\n".join(f"{key}: {entry}" for key, entry in value.items())
         elif isinstance(value, list):
             value = "\n".join(map(str, value))
-        table.add_row(f"[bold]{name.replace('_', ' ')}", str(value) if value not in (None, "") else "none")
+        table.add_row(f"[bold]{name.replace('_', ' ')}", escape(str(value)) if value not in (None, "") else "none")
     Console(highlight=False, soft_wrap=True).print(table)
 
 

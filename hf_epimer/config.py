@@ -17,6 +17,12 @@ from hf_epimer.errors import NotFoundError, UsageError
 _LABEL = re.compile(r"[A-Za-z0-9][\w.-]*")
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form org/name."""
+    return _REPO.fullmatch(text) is not None
+
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -114,14 +120,19 @@ class MergeRecipe:
     def __post_init__(self) -> None:
         if not self.models:
             raise UsageError("give at least one checkpoint to merge")
-        if self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, not {self.samples}")
+        if not all(isinstance(ref, ModelRef) for ref in self.models):
+            raise UsageError("models are ModelRef objects: ModelRef.parse('org/name')")
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise UsageError(f"--samples must be a whole number of at least 1, not {self.samples!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.push_to is not None and not _REPO.fullmatch(self.push_to):
+        if self.push_to is not None and not is_repo_id(self.push_to):
             raise UsageError(f"--push-to {self.push_to!r} is not of the form org/name")
-        if self.create_pr and self.push_to is None:
-            raise UsageError("--create-pr needs --push-to")
+        for flag in ("create_pr", "private"):
+            if getattr(self, flag) and self.push_to is None:
+                raise UsageError(f"--{flag.replace('_', '-')} needs --push-to")
 
 
 _DECIDES = ("weights", "samples", "evaluate", "tasks", "device", "dtype", "seed", "exact")
@@ -169,5 +180,7 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
         }
     except OSError as error:
         raise UsageError(f"--config {file}: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"--config {file} is not a merge_config.json of hf-epimer ({error})") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -39,7 +41,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_epimer.config import ModelRef
-from hf_epimer.errors import AccessError, CheckpointError, EpimerError, HubError, NotFoundError, PushError
+from hf_epimer.errors import AccessError, CheckpointError, EpimerError, HubError, NotFoundError, PushError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +131,8 @@ class Source:
             return {}
         try:
             return dict(ModelCard(self.read_text("README.md"), ignore_metadata_errors=True).data.to_dict())
-        except (ValueError, UnicodeDecodeError) as error:
-            logger.warning("%s: its README.md has no readable metadata (%s)", self, error)
+        except (ValueError, yaml.YAMLError) as error:
+            logger.warning("%s: its README.md has no readable metadata (%s)", self, _one_line(error))
             return {}
 
     def __str__(self) -> str:
@@ -196,23 +198,22 @@ def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] =
         source.fetch(name)
         on_file(source.sizes.get(name, 0))
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        futures = [pool.submit(one, item) for item in wanted]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(max_workers=2)
+    try:
+        for future in [pool.submit(one, item) for item in wanted]:
+            future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for what is under way
 
 
-def check_push_access(repo_id: str, create_pr: bool = False) -> None:
+def check_push_access(repo_id: str, *, create_pr: bool = False, private: bool = False) -> None:
     """Find out before any work whether the token may push to `repo_id`.
 
     Raises:
+        UsageError: it is to be private and is public already.
         AccessError: no token, an invalid or read-only one, or a namespace it may not write to.
     """
-    where = f"--push-to {repo_id}"
+    where = f"pushing to {repo_id}"
     api = HfApi()
     try:
         user = _persist(api.whoami, where)
@@ -223,6 +224,8 @@ def check_push_access(repo_id: str, create_pr: bool = False) -> None:
     try:
         _persist(lambda: api.auth_check(repo_id, write=not create_pr), where)
         exists = True
+        if private and not create_pr and not _persist(lambda: api.model_info(repo_id), where).private:
+            raise UsageError(f"{where}: the repo exists and is public; push without --private, or to another repo")
     except AccessError:
         raise
     except NotFoundError:
@@ -253,7 +256,8 @@ def _may_create(user: dict[str, Any], namespace: str) -> bool:
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False, title: str) -> str:
-    """Push a merged folder as one commit, or one pull request; weights of an older push are deleted in it.
+    """Push a merged folder as one commit, or one pull request; weights, Fisher information and
+    results of an older push are deleted in it.
 
     A lost answer is asked for again: files that already arrived make no second commit.
 
@@ -264,14 +268,16 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False, create_pr:
         PushError: with the command that tries again.
     """
     api = HfApi()
-    retry = f"; the merged folder is complete, push it again with: hf-epimer push {folder} {repo_id}"
+    flags = ["--private"] * private + ["--create-pr"] * create_pr
+    again = shlex.join(["hf-epimer", "push", str(folder), repo_id, *flags])
+    retry = f"; the merged folder is complete, push it again with: {again}"
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     try:
         if not create_pr:
             _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
         present = _persist(lambda: api.list_repo_files(repo_id), repo_id)
         names = {path.name for path in paths}
-        stale = [name for name in present if name.startswith("model") and ".safetensors" in name and name not in names]
+        stale = [name for name in present if _is_ours(name) and name not in names]
         opened_before = _open_pull_requests(api, repo_id, title) if create_pr else {}
 
         def commit() -> str:
@@ -289,8 +295,16 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False, create_pr:
         return _persist(commit, repo_id)
     except EpimerError as error:
         raise PushError(f"{error}{retry}") from error
+    except KeyboardInterrupt as error:
+        raise PushError(f"{repo_id}: interrupted{retry}") from error
     except (ValueError, OSError) as error:
         raise PushError(f"{repo_id}: {_one_line(error)}{retry}") from error
+
+
+def _is_ours(name: str) -> bool:
+    """Files that would speak of other weights than those now pushed."""
+    is_weights = name.startswith("model") and ".safetensors" in name
+    return is_weights or name in ("fisher.safetensors", "results.json")
 
 
 def _open_pull_requests(api: HfApi, repo_id: str, title: str) -> dict[int, str]:
@@ -308,7 +322,8 @@ def _persist(request: Callable[[], Result], what: str) -> Result:
             pause = _retry_after(error.__cause__, wait)
             if pause is None:
                 raise
-            logger.info("%s; trying again in %.0f s", error, pause)
+            log = logger.warning if pause > 10 else logger.info
+            log("%s; trying again in %.0f s", error, pause)
             time.sleep(pause)
     raise AssertionError("the last try either returns or raises")
 

@@ -73,7 +73,9 @@ def normalized_weights(weights: Sequence[float] | None, tasks: int) -> list[floa
         raise UsageError("--weights must be finite numbers")
     if any(w < 0 for w in weights):
         raise UsageError(f"--weights must not be negative: {min(weights)}")
-    total = math.fsum(weights)
+    total = sum(weights)
+    if math.isinf(total):
+        raise UsageError("--weights are too large to be added up")
     if total <= 0:
         raise UsageError("--weights must sum to something positive")
     return [w / total for w in weights]
@@ -333,6 +335,8 @@ def merge_state_dicts(
     if not tuned:
         raise UsageError("there is nothing to merge: give at least one fine-tuned model")
     names = list(labels) if labels is not None else [f"model {index}" for index in range(len(tuned))]
+    if len(names) != len(tuned) or len(set(names)) != len(names):
+        raise UsageError(f"labels must be {len(tuned)} different names, not {names}")
     mergeable = {name: tensor for name, tensor in base.items() if tensor.is_floating_point() and tensor.numel()}
     source = StateDict("base", mergeable)
     models = [StateDict(label, tensors) for label, tensors in zip(names, tuned, strict=True)]

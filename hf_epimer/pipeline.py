@@ -24,8 +24,8 @@ import torch
 from hf_epimer import hub
 from hf_epimer.card import merge_card
 from hf_epimer.checkpoints import TensorSource, read_json
-from hf_epimer.config import MergeRecipe, recipe_to_json
-from hf_epimer.errors import NotFoundError
+from hf_epimer.config import MergeRecipe, is_repo_id, recipe_to_json
+from hf_epimer.errors import NotFoundError, UsageError
 from hf_epimer.hub import Source
 from hf_epimer.merging import Ingredients, MergedLayer, merge_layers
 from hf_epimer.planning import Plan, make_plan, open_ingredients, statistics_name, target_folder, weight_names
@@ -65,13 +65,15 @@ class MergeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but where it went."""
-        return {
+        content = {
             "method": self.method,
             "totals": self.totals,
             "seconds": self.seconds,
             "memory": self.memory,
+            "results": self.results,
             "layers": self.layers,
         }
+        return _strict(content)
 
 
 def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: None) -> MergeReport:
@@ -92,7 +94,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     fetched = time.monotonic()
     ingredients = open_ingredients(plan)
     out = target_folder(recipe)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, recipe.overwrite) as folder:
         report = _merge_into(folder, plan, ingredients, progress, {"fetching": fetched - started})
     url = None
     if recipe.push_to:
@@ -114,13 +116,18 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
         The address of the commit or pull request.
 
     Raises:
+        UsageError: `repo_id` is not of the form org/name.
         NotFoundError: it is no merged folder.
         AccessError, PushError: as in `merge`.
     """
+    if not is_repo_id(repo_id):
+        raise UsageError(f"{repo_id!r} is not of the form org/name")
     if not (folder / "merge_config.json").is_file():
         raise NotFoundError(f"{folder} is no merged folder: there is no merge_config.json")
     content = read_json(folder / "merge_config.json", str(folder))
-    hub.check_push_access(repo_id, create_pr)
+    if not content.get("models") or "method" not in content:
+        raise NotFoundError(f"{folder} is no merged folder: its merge_config.json names no models")
+    hub.check_push_access(repo_id, create_pr=create_pr, private=private)
     title = _commit_title(len(content["models"]), content["method"])
     return hub.push_folder(folder, repo_id, private=private, create_pr=create_pr, title=title)
 
@@ -288,4 +295,14 @@ def _memory(field: str) -> int:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _strict(content: Any) -> Any:
+    """NaN and Infinity, which JSON does not have, as null."""
+    if isinstance(content, dict):
+        return {key: _strict(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_strict(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -7,8 +7,10 @@ A `Plan` is a merge in which everything is known but the numbers. Whatever can g
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +91,13 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     weights = tuple(normalized_weights(recipe.weights, len(recipe.models)))
     if recipe.device != "cpu" and not _device_works(recipe.device):
         raise UsageError(f"--device {recipe.device} is not available here")
-    check_target(target_folder(recipe), recipe.overwrite)
+    named = (*recipe.models, *([recipe.base] if recipe.base else []), *recipe.fisher)
+    local = [Path(ref.location) for ref in named if ref.is_local] + [Path(task) for task in recipe.tasks]
+    check_target(target_folder(recipe), recipe.overwrite, local)
+    if recipe.push_to in {ref.location for ref in named if not ref.is_local}:
+        raise UsageError(f"--push-to {recipe.push_to} is one of the checkpoints to merge: push to another repo")
     if recipe.push_to:
-        hub.check_push_access(recipe.push_to, recipe.create_pr)
+        hub.check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
     found = [hub.resolve(ref) for ref in recipe.models]
     cards = [source.card() for source in found]
     tasks = _tasks_of(recipe, found, cards)
@@ -112,7 +118,12 @@ def make_plan(recipe: MergeRecipe) -> Plan:
         fisher=tuple(source.pinned for source in fisher or ()) if recipe.fisher else (),
         tasks=tuple(str(Path(task).absolute()) for task in recipe.tasks),
     )
-    return Plan(pinned, method, base, tuple(models), fisher, tuple(tasks), weights, tower)
+    plan = Plan(pinned, method, base, tuple(models), fisher, tuple(tasks), weights, tower)
+    for source in (base, *models):  # what lies here already can be checked now
+        if source.ref.is_local:
+            paths = [source.fetch(name) for name in weight_names(source)]
+            _check_checkpoint(plan, Checkpoint(source.label, paths, plan.architecture.canonical))
+    return plan
 
 
 def target_folder(recipe: MergeRecipe) -> Path:
@@ -141,7 +152,7 @@ def open_ingredients(plan: Plan) -> Ingredients:
     for source in (plan.base, *plan.models):
         paths = [source.fetch(name) for name in weight_names(source)]
         checkpoint = Checkpoint(source.label, paths, canonical)
-        check_shapes(plan.shapes, checkpoint, "the checkpoint")
+        _check_checkpoint(plan, checkpoint)
         opened.append(checkpoint)
     base, *models = opened
     base.label = str(replace(plan.base.pinned, label=None))
@@ -176,13 +187,25 @@ def _tasks_of(recipe: MergeRecipe, models: Sequence[Source], cards: Sequence[dic
 
 
 def _labelled(models: Sequence[Source], tasks: Sequence[Task | None]) -> list[Source]:
-    """Every model with a unique label: its own, its task's name, or its repo's name."""
-    labels: list[str] = []
+    """Every model with a unique label: its own, its task's name, or its repo's or folder's name.
+
+    Raises:
+        UsageError: two models were given the same label.
+    """
+    labels: list[str] = [source.ref.label for source in models if source.ref.label]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"two checkpoints are labelled {label}: labels must differ")
+    found = []
     for source, task in zip(models, tasks, strict=True):
-        wanted = source.ref.label or (task.name if task else source.ref.name)
-        taken = sum(label == wanted or label.startswith(f"{wanted}-") for label in labels)
-        labels.append(f"{wanted}-{taken + 1}" if wanted in labels else wanted)
-    return [replace(source, label=label) for source, label in zip(models, labels, strict=True)]
+        label = source.ref.label or ""
+        if not label:
+            wanted = task.name if task else re.sub(r"[^\w.-]+", "-", source.ref.name).strip("-._") or "model"
+            numbered = (f"{wanted}-{number}" for number in count(2))
+            label = next(name for name in chain([wanted], numbered) if name not in labels)
+            labels.append(label)
+        found.append(replace(source, label=label))
+    return found
 
 
 def _tower(source: Source) -> dict[str, Any]:
@@ -199,8 +222,7 @@ def _find_base(
 ) -> Source:
     if recipe.base is not None:
         return hub.resolve(recipe.base)
-    labelled = [(model.label, card) for model, card in zip(models, cards, strict=True)]
-    ref, why = base_from_cards(labelled)
+    ref, why = base_from_cards(list(zip(models, cards, strict=True)))
     if ref is not None:
         return hub.resolve(ref)
     if why.startswith("the model cards disagree"):
@@ -255,6 +277,8 @@ def _given_statistics(recipe: MergeRecipe, models: Sequence[Source]) -> dict[str
             raise UsageError(
                 f"--fisher {ref}: no model is labelled {ref.label} (there are {', '.join(sorted(labels))})"
             )
+        if ref.label in given:
+            raise UsageError(f"--fisher: {ref.label} is given twice")
         given[str(ref.label)] = _statistics_source(ref)
     return given
 
@@ -267,6 +291,21 @@ def _statistics_source(ref: ModelRef) -> Source:
     if FISHER not in source.files:
         raise NotFoundError(f"--fisher {ref}: there is no {FISHER}")
     return source
+
+
+def _check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
+    check_shapes(plan.shapes, checkpoint, "the checkpoint")
+    strange = {dtype for name, dtype in checkpoint.dtypes.items() if name in plan.shapes} - {
+        "F32",
+        "F16",
+        "BF16",
+        "F64",
+    }
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.label}: its weights are stored as {', '.join(sorted(strange))}; only float32, float16 and "
+            "bfloat16 can be merged (dequantise it first)"
+        )
 
 
 def _open_statistics(plan: Plan, source: Source, model: Source) -> Checkpoint:
@@ -311,7 +350,6 @@ def _check_not_the_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
 
 def _device_works(device: str) -> bool:
     try:
-        torch.empty(1, device=device)
+        return torch.empty(1, device=device).device.type != "meta"
     except (RuntimeError, AssertionError):
         return False
-    return True

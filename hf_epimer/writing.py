@@ -8,15 +8,15 @@ end: under its own name it is complete or not there.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
+import secrets
 import shutil
-import signal
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -93,14 +93,22 @@ def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse a folder that cannot become the result, before any work.
 
+    Args:
+        inputs: local files and folders the merge reads; overwriting may not take them away.
+
     Raises:
-        OutputError: it is a file, a non-empty folder without `overwrite`, or its parent cannot be written to.
+        OutputError: it is a file, a non-empty folder without `overwrite`, holds an input or the working directory, or
+            its parent cannot be written to.
     """
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"--out {folder} is a file, not a folder")
+    for kept in (Path.cwd(), *inputs):
+        if folder.exists() and Path(os.path.realpath(kept)).is_relative_to(folder) and any(folder.iterdir()):
+            raise OutputError(f"--out {folder} holds {kept}, which would be lost: choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise OutputError(f"--out {folder} exists and is not empty: choose another folder or add --overwrite")
     parent = folder.absolute().parent
@@ -110,33 +118,38 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling that becomes `target` when the block ends well and disappears when it does not.
 
-    SIGTERM inside the block counts as an interruption. What a SIGKILL left behind is removed by the next run.
+    What a killed process left behind is removed by the next run.
 
     Raises:
-        OutputError: the disk is full or the folder cannot be written.
+        OutputError: the disk is full, the folder cannot be written, or something else has meanwhile been put there.
     """
-    target = target.absolute()
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    target = Path(os.path.realpath(target))
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}.{secrets.token_hex(3)}"
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
         partial.mkdir()
-        with _interruptible():
-            yield partial
-            _install(partial, target)
+        yield partial
+        _install(partial, target, overwrite)
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}; nothing was left there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in missing:  # only empty folders go, from the innermost outwards
+                parent.rmdir()
 
 
-def _install(partial: Path, target: Path) -> None:
+def _install(partial: Path, target: Path, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         os.replace(partial, target)
         return
+    if not overwrite:
+        raise OutputError(f"{target} was filled by something else during the merge; merge again to another folder")
     replaced = partial.with_name(partial.name + ".old")
     os.replace(target, replaced)
     os.replace(partial, target)
@@ -144,7 +157,7 @@ def _install(partial: Path, target: Path) -> None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.partial-*"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         process = path.name.rsplit("partial-", 1)[1].split(".")[0]
         if process.isdigit() and not _alive(int(process)):
             if path.name.endswith(".old") and not target.exists():
@@ -161,21 +174,3 @@ def _alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM unwind the stack like Ctrl-C does; outside the main thread signals are not ours to handle."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

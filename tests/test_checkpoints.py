@@ -184,6 +184,18 @@ def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_parents_made_for_a_failed_merge_go_again_and_links_are_followed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "new" / "sub" / "out"):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "x").read_text() == "x"
+
+
 def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
     def fill() -> None:
         with atomic_folder(tmp_path / "out") as folder:
@@ -215,7 +227,10 @@ def test_a_really_full_disk(tiny_zoo: Path) -> None:
 def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with atomic_folder(tmp_path / "out") as folder:
+    with pytest.raises(OutputError, match="filled by something else"), atomic_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -352,6 +352,36 @@ def test_a_second_push_removes_the_shards_of_the_first(hub: StandInHub, run: Run
     assert not any(name in files for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"))
 
 
+def test_the_hint_after_a_failed_push_keeps_its_flags_and_is_quoted(hub: StandInHub, run: Run) -> None:
+    hub.inject(Fault(method="POST", path="/commit/main", status=500, times=None))
+    result = run(*MISSION, "--private", "--out", "my merge")
+    fails(result, r"hf-epimer push 'my merge' org/merged --private$")
+
+
+def test_a_public_repo_does_not_become_private_by_a_push(hub: StandInHub, run: Run) -> None:
+    hub.add_repo("org/merged", {"README.md": b"public"})
+    fails(run(*MISSION, "--private"), "exists and is public", 2)
+    assert writes(hub) == []
+
+
+def test_an_input_is_no_place_to_push_to(hub: StandInHub, run: Run) -> None:
+    fails(run(*MISSION[:3], "--push-to", "org/vit-b32-dtd"), "one of the checkpoints to merge", 2)
+
+
+def test_old_statistics_do_not_stay_beside_new_weights(hub: StandInHub, run: Run) -> None:
+    hub.add_repo("org/merged", {"fisher.safetensors": b"old", "results.json": b"{}", "notes.txt": b"mine"})
+    assert run(*MISSION)[0] == 0
+    files = hub.commits("org/merged")[0].files
+    assert "notes.txt" in files
+    assert not {"fisher.safetensors", "results.json"} & set(files)
+
+
+def test_a_card_from_the_hub_cannot_point_at_local_folders(hub: StandInHub, run: Run, tmp_path: Path) -> None:
+    for name in (str(tmp_path / "src" / "base"), "base", "[1]"):
+        hub.commit("org/vit-b32-svhn", {"README.md": f"---\nbase_model: {name}\n---\n".encode()})
+        fails(run("merge", "org/vit-b32-svhn", "--out", "o"), "its card names base_model .*--base")
+
+
 def test_private_push(hub: StandInHub, run: Run) -> None:
     from huggingface_hub import HfApi
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +189,8 @@ def test_base_from_cards(tmp_path: Path, run: Run, base_state: StateDict) -> Non
     fails(
         run("merge", a, b, "--method", "mean", "--out", tmp_path / "o"), r"disagree.*a says.*b says org/other.*--base"
     )
+    (b / "README.md").write_text("---\n: : :\n---\n")
+    assert run("merge", a, b, "--method", "mean", "--out", tmp_path / "broken-card")[0] == 0
     for folder in (a, b):
         (folder / "README.md").unlink()
     fails(run("merge", a, b, "--method", "mean", "--out", tmp_path / "o"), "name the base with --base", 2)
@@ -215,6 +218,12 @@ def test_base_from_cards(tmp_path: Path, run: Run, base_state: StateDict) -> Non
         (["merge", "a", "--dtype", "int8"], "--dtype"),
         (["merge", "a", "--push-to", "nothing"], "--push-to 'nothing'"),
         (["merge", "a", "--create-pr"], "--create-pr needs --push-to"),
+        (["merge", "a", "--private"], "--private needs --push-to"),
+        (["merge", "a", "--seed", "-1"], "--seed must be"),
+        (["merge", "a", "b", "--weights", "1e308", "1e308"], "too large"),
+        (["merge", "a", "--device", "meta"], "--device meta is not available"),
+        (["merge", "a", "--method", "ties", "--density", "0"], "--density must be above 0"),
+        (["push", "a", "nothing"], "not of the form org/name"),
         (["merge", "a", "--device", "cuda:7"], "--device cuda:7 is not available"),
         (["merge", "a", "--config", "nowhere.json"], "nowhere.json"),
         (["merge", "what is this"], "neither a folder nor a Hub id"),
@@ -339,6 +348,64 @@ def test_an_existing_result_is_not_overwritten_by_accident(tiny_zoo: Path, run: 
     assert "precious" not in contents(tiny_zoo / "out")
     (tiny_zoo / "file").write_text("x")
     fails(run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "file"), "is a file")
+
+
+def test_overwriting_never_takes_an_input_or_the_working_directory_away(
+    tiny_zoo: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--method", "mean", "--overwrite", "--out"]
+    for target in (tiny_zoo / "a", tiny_zoo / "base", tiny_zoo):
+        fails(run(*words, target), "would be lost")
+    monkeypatch.chdir(tiny_zoo / "b")
+    fails(run(*words, "."), "would be lost")
+    assert contents(tiny_zoo) == ["a", "b", "base", "c"]
+
+
+def test_labels_are_unique_and_fit_a_recipe(tiny_zoo: Path, run: Run) -> None:
+    base = ["--base", tiny_zoo / "base", "--method", "mean", "--out"]
+    fails(run("merge", f"x={tiny_zoo / 'a'}", f"x={tiny_zoo / 'b'}", *base, tiny_zoo / "o"), "two checkpoints are", 2)
+    for name in ("my model", "x@main", "a=b"):
+        (tiny_zoo / "a").rename(tiny_zoo / name)
+        first, second = tiny_zoo / "first", tiny_zoo / "second"
+        code, _, complaint = run("merge", tiny_zoo / name, tiny_zoo / "b", *base, first)
+        assert code == 0, complaint
+        assert run("merge", "--config", first / "merge_config.json", "--out", second)[0] == 0
+        assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+        for folder in (first, second):
+            shutil.rmtree(folder)
+        (tiny_zoo / name).rename(tiny_zoo / "a")
+
+
+def test_references_may_stand_between_the_flags(tiny_zoo: Path, run: Run) -> None:
+    words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", tiny_zoo / "b", "--method", "mean", "--json"]
+    code, output, complaint = run(*words, "--out", tiny_zoo / "out[bold]")
+    assert code == 0, complaint
+    assert json.loads(output)["out"] == str(tiny_zoo / "out[bold]")
+    code, output, _ = run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "x[/]y")
+    assert code == 0
+    assert str(tiny_zoo / "x[/]y") in output
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_quantised_weights_are_no_weights(kind: torch.dtype, tiny_zoo: Path, run: Run) -> None:
+    rewrite(tiny_zoo / "a", lambda s: [s.update({n: v.to(kind)}) for n, v in list(s.items())])
+    refuse(tiny_zoo, run, "a: its weights are stored as", "--method", "mean")
+
+
+@pytest.mark.parametrize("entry", [{"patch_size": 0}, {"hidden_size": "32"}, {"num_hidden_layers": None}])
+def test_a_config_that_makes_no_sense(entry: dict[str, object], tiny_zoo: Path, run: Run) -> None:
+    for folder in ("a", "b", "base"):
+        content = json.loads((tiny_zoo / folder / "config.json").read_text()) | entry
+        (tiny_zoo / folder / "config.json").write_text(json.dumps(content))
+    refuse(tiny_zoo, run, f"{next(iter(entry))} in config.json is", "--method", "mean")
+
+
+def test_reports_are_strict_json(tiny_zoo: Path, run: Run) -> None:
+    words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--damping", 1e38]
+    code, _, complaint = run(*words, "--out", tiny_zoo / "out")
+    assert code == 0, complaint
+    text = (tiny_zoo / "out" / "merge_report.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_an_overflow_in_the_written_dtype_is_an_error(tiny_zoo: Path, run: Run) -> None:

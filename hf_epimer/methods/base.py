@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -146,11 +147,11 @@ def check_options(config: Any) -> None:
             if value not in choices:
                 raise UsageError(f"{flag} {value!r} is not one of {', '.join(choices)}")
             continue
-        if isinstance(value, bool) or value is None:
+        if value is None and "None" in str(item.type):
             continue
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise UsageError(f"{flag} must be a finite number, not {value!r}")
-        if str(item.type).startswith("int") and not isinstance(value, int):
+        if str(item.type).startswith("int") and not isinstance(value, Integral):
             raise UsageError(f"{flag} must be a whole number, not {value!r}")
         low, high = item.metadata.get("low"), item.metadata.get("high")
         if low is not None and value < low:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from hf_epimer.errors import UsageError
 from hf_epimer.methods.base import Layer, LayerMerge, Method, OverLayers, Paper, check_options, option
 
 Election = Literal["mass", "count"]
@@ -34,6 +35,8 @@ class TIESConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.density == 0:
+            raise UsageError("--density must be above 0: nothing would be kept")
 
 
 def survey_thresholds(config: TIESConfig, over_layers: OverLayers) -> Tensor | None:
