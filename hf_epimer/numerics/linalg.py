@@ -85,8 +85,9 @@ def _block_krylov(a: Tensor, k: int, tolerance: float, seed: int) -> SVD | None:
         size += BLOCK
         basis = q[:size]
         following = image @ a
-        for _ in range(2):  # twice is enough: classical Gram-Schmidt alone loses orthogonality in float32
-            following = following - (following @ basis.mT) @ basis
+        # in exact arithmetic only the last two blocks matter (Lanczos); all of them are needed against rounding
+        for rows in (basis[-2 * BLOCK :], basis):
+            following = following - (following @ rows.mT) @ rows
         orthonormal, coupling = torch.linalg.qr(following.mT)
         block = orthonormal.mT
         if size < check:
