@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,13 +117,16 @@ def _show(zoo: Path, out: Path, results: Results) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     models = " ".join(f"{name}={zoo / name}" for name in names[:2])
+    program = "hf-epimer"
+    if shutil.which(program) is None:  # run through make: the environment's own copy, as seen from here
+        program = os.path.relpath(Path(sys.executable).with_name(program))
     console.print(
         f"\n[bold]merged models[/]  {out}/{{{','.join(METHODS)}}}, each with its model card (README.md)\n"
         f"[bold]the zoo[/]        {zoo}\n\n"
         "[bold]try next[/]\n"
-        f"  hf-epimer merge {models} --base {zoo / 'base'} --rank 16\n"
-        "  hf-epimer methods\n"
-        "  hf-epimer merge org/vit-b32-dtd org/vit-b32-svhn --push-to org/merged   # your own, from the Hub"
+        f"  {program} merge {models} --base {zoo / 'base'} --rank 16\n"
+        f"  {program} methods\n"
+        f"  {program} merge org/vit-b32-dtd org/vit-b32-svhn --push-to org/merged   # your own, from the Hub"
     )
 
 
