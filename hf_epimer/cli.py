@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EpimerError as error:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt as error:
-        return _fail(error, 1, "interrupted; nothing was left behind")
+        return _fail(error, 1, "interrupted; nothing half-written was left behind")
     except BrokenPipeError:
         return 1
     except Exception as error:
