@@ -148,7 +148,9 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default=absent, help="see `hf-epimer methods`; default epimer")
     parser.add_argument("--weights", nargs="+", type=float, default=absent, metavar="W", help="one per checkpoint")
     parser.add_argument("--fisher", nargs="+", default=absent, metavar="[LABEL=]REF", help="Fisher information")
-    parser.add_argument("--samples", type=int, default=absent, help="samples per task to estimate curvature on")
+    parser.add_argument(
+        "--samples", type=int, default=absent, help="samples per task for estimating curvature (not in this version)"
+    )
     parser.add_argument("--evaluate", action="store_true", default=absent, help="measure the merge on its tasks")
     parser.add_argument("--task", nargs="+", action="extend", default=absent, metavar="FILE", help="task files")
     parser.add_argument("--out", default=absent, metavar="DIR", help="folder to write; default ./merged-METHOD")

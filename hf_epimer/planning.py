@@ -104,6 +104,8 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     models = _labelled(found, tasks)
     towers = [_tower(source) for source in models]
     base = _find_base(recipe, models, cards, towers)
+    if base.ref.is_local:  # a base that a card names is an input too
+        check_target(target_folder(recipe), recipe.overwrite, [Path(base.ref.location)])
     tower = _tower(base)
     _check_towers(base, tower, models, towers)
     _check_distinct(base, models)

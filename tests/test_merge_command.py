@@ -356,6 +356,9 @@ def test_overwriting_never_takes_an_input_or_the_working_directory_away(
     words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--method", "mean", "--overwrite", "--out"]
     for target in (tiny_zoo / "a", tiny_zoo / "base", tiny_zoo):
         fails(run(*words, target), "would be lost")
+    (tiny_zoo / "b" / "README.md").write_text(card("../base"))
+    by_card = ["merge", tiny_zoo / "b", "--method", "mean", "--overwrite", "--out", tiny_zoo / "base"]
+    fails(run(*by_card), "base, which would be lost")
     monkeypatch.chdir(tiny_zoo / "b")
     fails(run(*words, "."), "would be lost")
     assert contents(tiny_zoo) == ["a", "b", "base", "c"]
