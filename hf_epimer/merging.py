@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,7 +24,9 @@ from torch import Tensor
 from hf_epimer.checkpoints import Checkpoint, Shape, StateDict, TensorSource
 from hf_epimer.errors import CheckpointError, MismatchError, StatisticsError, UsageError
 from hf_epimer.methods import METHODS, Layer, Method
-from hf_epimer.methods.base import Statistic
+from hf_epimer.methods.base import PARTS, Statistic
+from hf_epimer.methods.tsv import layer_basis
+from hf_epimer.numerics.subspace import TaggedBasis
 
 Result = TypeVar("Result")
 
@@ -37,13 +39,15 @@ class Ingredients:
         base: theta_0.
         models: theta_t, in any order, with unique labels.
         weights: l_t >= 0; normalised to sum to 1 on use.
-        statistics: per task, or None; a parameter missing there has no statistics.
+        statistics: per task, or None; a parameter missing there has no statistics. Tensors are named as in `PARTS`.
+        bases: parameter -> the tagged basis in which statistics were taken; empty to compute bases as they are needed.
     """
 
     base: TensorSource
     models: Sequence[TensorSource]
     weights: Sequence[float]
     statistics: Sequence[TensorSource] | None = None
+    bases: Mapping[str, TaggedBasis] = field(default_factory=dict)
 
     def sources(self) -> list[TensorSource]:
         """All of them."""
@@ -135,30 +139,12 @@ def merge_layers(
         CheckpointError, StatisticsError: NaN or Inf in an input (tensor named), negative statistics.
         ArithmeticError: a merged tensor is not finite, or does not fit into `dtype`.
     """
-    names = list(ingredients.base.shapes)
-    make_reader = partial(_LayerReader, ingredients, method.needs, seed=seed, exact=exact, device=device)
-    workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
+    needs = method.statistic(config)
 
     def over_layers(work: Callable[[Layer], Result], stage: str = "survey") -> Iterator[Result]:
-        own = threading.local()
-
-        def one(name: str) -> Result:
-            if not hasattr(own, "reader"):
-                own.reader = make_reader()
-            return work(own.reader.read(name))
-
-        with _pool(workers) as pool:
-            pending: deque[Future[Result]] = deque()
-            for index, name in enumerate(names):
-                if index + workers < len(names):
-                    _read_ahead(ingredients.sources(), names[index + workers])
-                pending.append(pool.submit(one, name))
-                if len(pending) > 2 * workers:  # a few results, so that nobody waits while one is being written
-                    yield pending.popleft().result()
-                    on_layer(stage, 1)
-            while pending:
-                yield pending.popleft().result()
-                on_layer(stage, 1)
+        for result in stream_layers(ingredients, work, needs, seed=seed, exact=exact, device=device):
+            yield result
+            on_layer(stage, 1)
 
     survey = method.survey(config, over_layers) if method.survey else None
 
@@ -167,6 +153,58 @@ def merge_layers(
         return _merge_layer(layer, method, config, survey, stored_as)
 
     yield from over_layers(merge, "merge")
+
+
+def stream_layers(
+    ingredients: Ingredients,
+    work: Callable[[Layer], Result],
+    needs: Statistic | None = None,
+    *,
+    seed: int = 0,
+    exact: bool = False,
+    device: str = "cpu",
+) -> Iterator[Result]:
+    """work(layer) for every parameter in the order of the base, several side by side.
+
+    Args:
+        ingredients: checked to fit together.
+        work: a pure function; it must keep no tensor of the layer, whose buffers are used again.
+        needs: the statistic to read.
+        seed, exact, device: as in `merge_layers`.
+    """
+    names = list(ingredients.base.shapes)
+    make_reader = partial(_LayerReader, ingredients, needs, seed=seed, exact=exact, device=device)
+    workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
+    own = threading.local()
+
+    def one(name: str) -> Result:
+        if not hasattr(own, "reader"):
+            own.reader = make_reader()
+        return work(own.reader.read(name))
+
+    with _pool(workers) as pool:
+        pending: deque[Future[Result]] = deque()
+        for index, name in enumerate(names):
+            if index + workers < len(names):
+                _read_ahead(ingredients.sources(), names[index + workers])
+            pending.append(pool.submit(one, name))
+            if len(pending) > 2 * workers:  # a few results, so that nobody waits while one is being written
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def tagged_bases(ingredients: Ingredients, rank: int, *, seed: int = 0, exact: bool = False) -> dict[str, TaggedBasis]:
+    """The tagged basis (eq 10) of every matrix that has one: for statistics that are taken in it.
+
+    Memory: p (m + n) numbers a matrix, p = rank times tasks.
+    """
+
+    def basis_of(layer: Layer) -> tuple[str, TaggedBasis | None]:
+        return layer.name, layer_basis(layer, rank)[0]
+
+    found = stream_layers(ingredients, basis_of, seed=seed, exact=exact)
+    return {name: basis for name, basis in found if basis is not None}
 
 
 MEMORY_FOR_BUFFERS = 10**9
@@ -218,7 +256,7 @@ class _LayerReader:
         self, ingredients: Ingredients, needs: Statistic | None, *, seed: int, exact: bool, device: str
     ) -> None:
         self.ingredients = ingredients
-        self.needs = needs
+        self.parts = PARTS[needs] if needs else {}
         self.device = device
         self.dtype = torch.float64 if exact else torch.float32
         weights = normalized_weights(ingredients.weights, len(ingredients.models))
@@ -229,16 +267,19 @@ class _LayerReader:
             "exact": exact,
         }
         self.statistics = list(ingredients.statistics or ()) if needs else []
-        self.task_vectors = self._buffer(ingredients.models)
-        self.values = self._buffer(self.statistics)
+        self.task_vectors = self._buffer(ingredients.models, list(ingredients.base.shapes))
+        self.values = {
+            part: self._buffer(self.statistics, [name + suffix for name in ingredients.base.shapes])
+            for part, suffix in self.parts.items()
+        }
 
-    def _buffer(self, sources: Sequence[TensorSource]) -> Tensor:
-        largest = max((math.prod(shape) for source in sources for shape in source.shapes.values()), default=0)
+    def _buffer(self, sources: Sequence[TensorSource], names: Sequence[str]) -> Tensor:
+        largest = max((math.prod(s.shapes[name]) for s in sources for name in names if name in s.shapes), default=0)
         return torch.empty(len(sources), largest, dtype=self.dtype)
 
     def nbytes(self) -> int:
         """Bytes of the buffers, and about as many again for what a method makes of them."""
-        return 2 * (self.task_vectors.nbytes + self.values.nbytes)
+        return 2 * (self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()))
 
     def read(self, name: str) -> Layer:
         base = self.ingredients.base.tensor(name).to(self.dtype)
@@ -253,23 +294,28 @@ class _LayerReader:
             base=base.to(self.device),
             task_vectors=task_vectors.to(self.device),
             is_matrix=base.ndim == 2,
-            statistics=self._read_statistics(name),
+            statistics={
+                part: values
+                for part, suffix in self.parts.items()
+                if (values := self._read_statistics(part, name + suffix)) is not None
+            },
+            basis=self.ingredients.bases.get(name),
             **self.common,
         )
 
-    def _read_statistics(self, name: str) -> Tensor | None:
+    def _read_statistics(self, part: str, name: str) -> Tensor | None:
         present = [name in source.shapes for source in self.statistics]
         if not any(present):
             return None
         if not all(present):
             raise StatisticsError(f"{self.statistics[present.index(False)].label}: no statistics for {name}")
         shape = self.statistics[0].shapes[name]
-        values = self.values[:, : math.prod(shape)].view(-1, *shape)
+        values = self.values[part][:, : math.prod(shape)].view(-1, *shape)
         for source, value in zip(self.statistics, values, strict=True):
             source.copy_to(name, value)
             if not _is_finite(value):
                 raise StatisticsError(f"{source.label}: NaN or Inf in {name}")
-            if float((value if self.needs == "fisher" else value.diagonal()).amin()) < 0:
+            if float((value.diagonal() if part in ("input", "output", "projected") else value).amin()) < 0:
                 raise StatisticsError(f"{source.label}: negative values in {name}")
         return values.to(self.device)
 
@@ -301,6 +347,7 @@ def merge_state_dicts(
     config: Any = None,
     statistics: Sequence[Mapping[str, Tensor]] | None = None,
     *,
+    bases: Mapping[str, TaggedBasis] | None = None,
     weights: Sequence[float] | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
@@ -315,7 +362,9 @@ def merge_state_dicts(
         method: a name from METHODS.
         config: an instance of that method's config dataclass; its defaults for None.
         statistics: one mapping per task: Fisher diagonals (shaped like the parameters; `epimer` can do without those
-            of non-matrices) for `epimer`, `fisher` and `gradient-matching`, Gram matrices (n x n) for `regmean`.
+            of non-matrices) for `epimer`, `fisher` and `gradient-matching`, Gram matrices (n x n) for `regmean`;
+            for other metrics of `epimer`, tensors named as in `hf_epimer.methods.base.PARTS`.
+        bases: where statistics were taken in a tagged basis, that basis by parameter (`tagged_bases`).
         weights: l_t, normalised to sum to 1.
         labels: unique task names; only random masks depend on them.
         seed, exact, device: as in `merge_layers`.
@@ -344,17 +393,21 @@ def merge_state_dicts(
     for model in models:
         check_shapes(everything, model, "the checkpoint")
     measured = None
-    if chosen.needs:
+    needs = chosen.statistic(config)
+    if needs:
         if statistics is None:
-            raise StatisticsError(f"{method} needs {chosen.needs} statistics, one mapping per model")
+            raise StatisticsError(f"{method} needs {needs} statistics, one mapping per model")
         if len(statistics) != len(models):
             raise StatisticsError(f"{len(models)} models but {len(statistics)} sets of statistics")
+        if needs == "gram":  # given under the parameters' own names
+            (suffix,) = PARTS[needs].values()
+            statistics = [{name + suffix: gram for name, gram in tensors.items()} for tensors in statistics]
         measured = [StateDict(label, tensors) for label, tensors in zip(names, statistics, strict=True)]
-        if chosen.needs == "fisher":
+        if needs == "fisher":
             for entry in measured:
                 expected = {name: shape for name, shape in everything.items() if name in entry.shapes}
                 check_shapes(expected, entry, "its Fisher information")
-    ingredients = Ingredients(source, models, normalized_weights(weights, len(models)), measured)
+    ingredients = Ingredients(source, models, normalized_weights(weights, len(models)), measured, bases or {})
     merged = {
         layer.name: layer.tensor
         for layer in merge_layers(ingredients, chosen, config, seed=seed, exact=exact, device=device)

@@ -9,7 +9,7 @@ number from the whole model first (TIES' threshold, NAN's norms) declares a `sur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -17,8 +17,26 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hf_epimer.errors import StatisticsError, UsageError
+from hf_epimer.numerics.subspace import TaggedBasis
 
-Statistic = Literal["fisher", "gram"]
+Statistic = Literal["fisher", "gram", "kronecker", "projected"]
+"""What a method wants to know of every task beside its weights; `PARTS` says of which tensors it consists."""
+
+PARTS: dict[Statistic, dict[str, str]] = {
+    "fisher": {"fisher": ""},
+    "gram": {"input": ".input_factor"},
+    "kronecker": {"input": ".input_factor", "output": ".output_factor"},
+    "projected": {"projected": "", "shrinkage": ".shrinkage"},
+}
+"""Statistic -> part -> what is added to a parameter's name in a file of such statistics.
+
+For a weight W, m x n, that acts as y = W x, and the tagged basis of p atoms:
+
+    fisher       v_t, the mean square of every entry of the per-sample gradient, shaped like W
+    input        A_t = E[x x^T], n x n                output       S_t = E[g g^T], g the gradient of y, m x m
+    projected    H_t = E[z z^T], z = S^T vec(dL/dW), p x p
+    shrinkage    the share of (tr H_t / p) I that Ledoit and Wolf's estimate mixes into H_t, in [0, 1], length 1
+"""
 
 
 @dataclass(frozen=True)
@@ -32,8 +50,9 @@ class Layer:
         weights: l_t, length T, summing to 1.
         is_matrix: whether spectral methods treat it as a matrix; then W_0 is m x n.
         labels: one name per task, unique: keys for random masks, so that the order of tasks does not matter.
-        statistics: one tensor per task: v_t shaped like W_0 (`fisher`), A_t n x n (`gram`); None where not asked for
-            or not available for this parameter.
+        statistics: part (see `PARTS`) -> one tensor per task, T x ...; without those that were not asked for or are
+            not available for this parameter.
+        basis: the tagged basis, where statistics were taken in one; None to compute it.
         seed: of everything random in this merge.
         exact: full decompositions and dense solves.
     """
@@ -44,7 +63,8 @@ class Layer:
     weights: Tensor
     is_matrix: bool
     labels: tuple[str, ...]
-    statistics: Tensor | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    basis: TaggedBasis | None = None
     seed: int = 0
     exact: bool = False
 
@@ -53,15 +73,15 @@ class Layer:
         """T."""
         return int(self.task_vectors.shape[0])
 
-    def measured(self) -> Tensor:
-        """The statistics, for a method that cannot do without them.
+    def measured(self, part: str) -> Tensor:
+        """One part of the statistics, for a method that cannot do without it.
 
         Raises:
-            StatisticsError: there are none for this parameter.
+            StatisticsError: it is not there for this parameter.
         """
-        if self.statistics is None:
-            raise StatisticsError(f"{self.name}: there are no statistics for this parameter")
-        return self.statistics
+        if part not in self.statistics:
+            raise StatisticsError(f"{self.name}: there are no statistics for this parameter ({part} is missing)")
+        return self.statistics[part]
 
     def mean(self) -> Tensor:
         """sum l_t D_t, shaped like W_0."""
@@ -113,7 +133,8 @@ class Method:
         paper: the source.
         config: the frozen dataclass with the method's options.
         merge: (layer, config, survey result) -> LayerMerge.
-        needs: the statistic it cannot do without.
+        needs: the statistic it cannot do without at its default options.
+        needs_with: which one it needs with other options; None if that never changes.
         survey: (config, over_layers) -> anything; `over_layers(f)` streams all layers once more and gives f(layer) of
             each, in order, computed side by side.
     """
@@ -126,6 +147,11 @@ class Method:
     merge: Callable[[Layer, Any, Any], LayerMerge]
     needs: Statistic | None = None
     survey: Callable[[Any, OverLayers], Any] | None = None
+    needs_with: Callable[[Any], Statistic | None] | None = None
+
+    def statistic(self, config: Any) -> Statistic | None:
+        """What it needs with these options."""
+        return self.needs_with(config) if self.needs_with else self.needs
 
 
 def option(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:

@@ -10,6 +10,9 @@
 alpha scales the merged task vector under both aggregators. Equal metrics give alpha sum c_t, TSV-M's aggregation.
 Parameters that are not matrices take the mean of the task vectors, or (`vectors="fisher"`) their Fisher average.
 "Model Merging on Loss Landscape: A Geometry Perspective".
+
+Ours, beside the paper's diagonal: the projected Fisher itself (`metric="projected"`, no entry of the curvature thrown
+away before projecting) and Kronecker factors (`metric="kronecker"`).
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option
+from hf_epimer.errors import UsageError
+from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, Statistic, check_options, option
 from hf_epimer.methods.fisher_averaging import FisherConfig, merge_fisher
 from hf_epimer.methods.tsv import layer_basis
 from hf_epimer.numerics.frechet import frechet_mean
-from hf_epimer.numerics.metric import DiagonalMetrics
+from hf_epimer.numerics.metric import DenseMetrics, DiagonalMetrics, ProjectedMetrics, kronecker_metrics, shrunk
 from hf_epimer.numerics.subspace import TaggedBasis, projected_coordinates, tagged_coordinates
 
 
@@ -35,12 +39,22 @@ class EpiMerConfig:
     alpha: float = option(1.0, "global scale of the merged task vector")
     aggregator: Literal["sum", "mean"] = option("sum", "eq 14 (sum) or eq 13 (mean, under-merges)")
     coordinates: Literal["projected", "tagged"] = option("projected", "S^T D_t, or singular values on own atoms only")
+    metric: Literal["diagonal", "projected", "kronecker"] = option(
+        "diagonal", "the paper's Fisher diagonal, the exact projected Fisher, or Kronecker factors"
+    )
     normalize: Literal["none", "trace"] = option("none", "divide every task's metric by its trace, per layer")
-    damping: float = option(1e-6, "added to the Fisher, relative to its mean; large values give TSV-M", low=0.0)
+    damping: float = option(1e-6, "added to the curvature, relative to its mean; large values give TSV-M", low=0.0)
+    shrinkage: float | None = option(
+        None, "share of the flat metric in a projected one; default Ledoit and Wolf's", low=0.0, high=1.0
+    )
     vectors: Literal["mean", "fisher"] = option("mean", "rule for biases, norms and other non-matrices")
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.vectors == "fisher" and self.metric != "diagonal":
+            raise UsageError("--vectors fisher needs the Fisher diagonal: use it with --metric diagonal")
+        if self.shrinkage is not None and self.metric != "projected":
+            raise UsageError("--shrinkage is of the projected metric: use it with --metric projected")
 
 
 def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> LayerMerge:
@@ -51,9 +65,7 @@ def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> Lay
             fisher = merge_fisher(layer, FisherConfig(damping=config.damping))
             return LayerMerge(fisher.task_vector * config.alpha, report)
         return LayerMerge(layer.mean() * config.alpha, report)
-    metrics = DiagonalMetrics(
-        basis, layer.measured(), layer.weights, damping=config.damping, normalize=config.normalize
-    )
+    metrics = layer_metrics(layer, basis, config)
     coordinates = _coordinates(basis, layer, config)
     if metrics.flat:
         solution, report = layer.weights @ coordinates, report | {"eta": 0.0, "flat": True}
@@ -70,11 +82,34 @@ def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> Lay
     return LayerMerge(basis.expand(solution * scale), report)
 
 
+def layer_metrics(layer: Layer, basis: TaggedBasis, config: EpiMerConfig) -> ProjectedMetrics:
+    """The tasks' metrics on one layer, of the kind the config asks for.
+
+    Raises:
+        StatisticsError: the layer has no statistics of that kind.
+    """
+    if config.metric == "diagonal":
+        v = layer.measured("fisher")
+        return DiagonalMetrics(basis, v, layer.weights, damping=config.damping, normalize=config.normalize)
+    if config.metric == "kronecker":
+        metrics = kronecker_metrics(basis, layer.measured("input"), layer.measured("output"))
+    else:
+        metrics = shrunk(layer.measured("projected"), _shrinkage(layer, config))
+    return DenseMetrics(metrics, layer.weights, damping=config.damping, normalize=config.normalize)
+
+
+def _shrinkage(layer: Layer, config: EpiMerConfig) -> Tensor:
+    estimated = layer.measured("shrinkage").flatten()
+    return estimated if config.shrinkage is None else estimated.new_full(estimated.shape, config.shrinkage)
+
+
 def _coordinates(basis: TaggedBasis, layer: Layer, config: EpiMerConfig) -> Tensor:
     if config.coordinates == "tagged":
         return tagged_coordinates(basis, layer.tasks)
     return projected_coordinates(basis, layer.task_vectors)
 
+
+_STATISTICS: dict[str, Statistic] = {"diagonal": "fisher", "projected": "projected", "kronecker": "kronecker"}
 
 EPIMER = Method(
     "epimer",
@@ -90,4 +125,5 @@ EPIMER = Method(
     EpiMerConfig,
     merge_epimer,
     needs="fisher",
+    needs_with=lambda config: _STATISTICS[config.metric],
 )

@@ -58,7 +58,7 @@ def merge_fisher(layer: Layer, config: FisherConfig, survey: None = None) -> Lay
 def merge_gradient_matching(layer: Layer, config: GradientMatchingConfig, survey: None = None) -> LayerMerge:
     """Uncertainty-based gradient matching in its diagonal form."""
     # float64: an absolute precision cannot be rescaled away, and squares of 1e-12 leave float32's range
-    h = layer.measured().double() + config.prior_precision
+    h = layer.measured("fisher").double() + config.prior_precision
     doubled = Layer(
         layer.name, layer.base, layer.task_vectors.double(), layer.weights.double(), layer.is_matrix, layer.labels
     )
@@ -67,7 +67,7 @@ def merge_gradient_matching(layer: Layer, config: GradientMatchingConfig, survey
 
 def _scaled(layer: Layer) -> Tensor:
     """v_t over the layer's mean, so that nothing is denormal."""
-    v = layer.measured()
+    v = layer.measured("fisher")
     mean = weighted_sum(layer.weights, v).mean()
     return v / mean if bool(mean > 0) else torch.zeros_like(v)
 

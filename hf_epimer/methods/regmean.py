@@ -28,9 +28,9 @@ class RegMeanConfig:
 
 def merge_regmean(layer: Layer, config: RegMeanConfig, survey: None = None) -> LayerMerge:
     """Solve the regression of one linear layer in float64."""
-    if layer.statistics is None or not layer.is_matrix:
+    if "input" not in layer.statistics or not layer.is_matrix:
         return LayerMerge(layer.mean())
-    grams = layer.statistics.double()
+    grams = layer.statistics["input"].double()
     grams = config.decay * grams + (1 - config.decay) * torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
     weights = layer.weights.double()
     ridge = config.damping * weighted_sum(weights, grams).diagonal().mean()

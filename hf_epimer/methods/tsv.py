@@ -37,7 +37,9 @@ def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dic
     shape = (int(layer.base.shape[0]), int(layer.base.shape[1]))
     k = capped_rank(rank or min(shape), shape, layer.tasks)
     report: dict[str, Any] = {"rank": k, "capped": rank is not None and k < rank}
-    basis = tagged_basis(layer.task_vectors, k, exact=layer.exact, seed=layer.seed) if k else None
+    basis = layer.basis
+    if basis is None and k:
+        basis = tagged_basis(layer.task_vectors, k, exact=layer.exact, seed=layer.seed)
     return basis, report | {"atoms": basis.size if basis else 0}
 
 
