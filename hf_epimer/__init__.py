@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from hf_epimer.config import MergeRecipe, ModelRef
     from hf_epimer.errors import EpimerError
     from hf_epimer.evaluation import accuracy
-    from hf_epimer.hub import push_folder
-    from hf_epimer.merging import merge_state_dicts
+    from hf_epimer.in_memory import merge_state_dicts
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
     from hf_epimer.pipeline import MergeReport, merge
-    from hf_epimer.statistics import estimate_fisher
+    from hf_epimer.pushing import push_folder
+    from hf_epimer.statistics.files import save_statistics
+    from hf_epimer.statistics.sweep import estimate_fisher
+    from hf_epimer.statistics.training import FisherCallback, fisher_from_adam
     from hf_epimer.tasks import Task
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "EpiMerConfig": "methods.epimer",
+    "FisherCallback": "statistics.training",
     "EpimerError": "errors",
     "METHODS": "methods",
     "MergeRecipe": "config",
@@ -33,25 +36,30 @@ _HOMES = {
     "ModelRef": "config",
     "Task": "tasks",
     "accuracy": "evaluation",
-    "estimate_fisher": "statistics",
+    "estimate_fisher": "statistics.sweep",
+    "fisher_from_adam": "statistics.training",
     "merge": "pipeline",
-    "merge_state_dicts": "merging",
-    "push_folder": "hub",
+    "merge_state_dicts": "in_memory",
+    "push_folder": "pushing",
+    "save_statistics": "statistics.files",
 }
 
 __all__ = [
     "METHODS",
     "EpiMerConfig",
     "EpimerError",
+    "FisherCallback",
     "MergeRecipe",
     "MergeReport",
     "ModelRef",
     "Task",
     "accuracy",
     "estimate_fisher",
+    "fisher_from_adam",
     "merge",
     "merge_state_dicts",
     "push_folder",
+    "save_statistics",
 ]
 
 

@@ -61,9 +61,14 @@ class Classifier(nn.Module):
         """Pictures of any mode and size as the tower's input, on the tower's device and in its precision."""
         return preprocess(self.processor, images).to(self.projection)
 
+    def vision_names(self) -> dict[str, str]:
+        """Name of each of the tower's parameters in this module -> the name it has on disk, with its prefix."""
+        own = [name for name, _ in self.vision.named_parameters()]
+        return {f"vision.{name}": PREFIX + name.removeprefix(PREFIX) for name in own}
+
     def vision_parameters(self) -> dict[str, nn.Parameter]:
         """The tower's parameters under the names they have on disk, whatever the installed transformers calls them."""
-        return {PREFIX + name.removeprefix(PREFIX): value for name, value in self.vision.named_parameters()}
+        return {name: self.get_parameter(own) for own, name in self.vision_names().items()}
 
 
 def preprocess(processor: Any, images: Sequence[Image.Image]) -> Tensor:

@@ -1,8 +1,8 @@
-"""The Hugging Face Hub: resolving references, fetching files, pushing. The only module that talks to it.
+"""The Hugging Face Hub: resolving references and fetching files. With `pushing`, the only module that talks to it.
 
 A reference is resolved to a commit once; everything read later comes from that commit. Files go through
 huggingface_hub's cache; the client compares sizes only, so contents are checked here against the sha256 the Hub lists.
-A push is one commit. Requests that fail for reasons that pass (5xx, 429, a broken connection) are repeated.
+Requests that fail for reasons that pass (5xx, 429, a broken connection) are repeated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,6 @@ from typing import Any, TypeVar
 
 import yaml
 from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
     HfApi,
     ModelCard,
     constants,
@@ -41,7 +38,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_epimer.config import ModelRef
-from hf_epimer.errors import AccessError, CheckpointError, EpimerError, HubError, NotFoundError, PushError, UsageError
+from hf_epimer.errors import AccessError, CheckpointError, HubError, NotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +109,7 @@ class Source:
         def download() -> Path:
             return Path(hf_hub_download(self.ref.location, name, revision=self.ref.revision, force_download=force))
 
-        return _persist(download, f"{self}: {name}")
+        return persist(download, f"{self}: {name}")
 
     def _is_intact(self, name: str, path: Path) -> bool:
         expected = self.sha256.get(name)
@@ -132,7 +129,7 @@ class Source:
         try:
             return dict(ModelCard(self.read_text("README.md"), ignore_metadata_errors=True).data.to_dict())
         except (ValueError, yaml.YAMLError) as error:
-            logger.warning("%s: its README.md has no readable metadata (%s)", self, _one_line(error))
+            logger.warning("%s: its README.md has no readable metadata (%s)", self, one_line(error))
             return {}
 
     def __str__(self) -> str:
@@ -157,7 +154,7 @@ def resolve(ref: ModelRef) -> Source:
     if constants.is_offline_mode():
         return _resolve_offline(ref, label)
     api = HfApi()
-    info = _persist(lambda: api.model_info(ref.location, revision=ref.revision, files_metadata=True), str(ref))
+    info = persist(lambda: api.model_info(ref.location, revision=ref.revision, files_metadata=True), str(ref))
     with contextlib.suppress(RevisionResolutionError):
         # notes in the cache which commit the revision was, so that the same command works offline later; the commit
         # itself is not taken from here, because this call falls back to an old note when the Hub is in trouble
@@ -174,7 +171,7 @@ def resolve(ref: ModelRef) -> Source:
 
 def _resolve_offline(ref: ModelRef, label: str) -> Source:
     """From the local cache alone: the commit it last saw for this revision, and the files it has of it."""
-    with _translated(str(ref)):
+    with translated(str(ref)):
         commit = HfApi().resolve_revision(ref.location, revision=ref.revision, local_files_only=True).resolved
     config = try_to_load_from_cache(ref.location, "config.json", revision=commit)
     if not isinstance(config, str):
@@ -183,6 +180,23 @@ def _resolve_offline(ref: ModelRef, label: str) -> Source:
     paths = [path for path in folder.iterdir() if path.is_file()]
     pinned = ModelRef(ref.location, commit, ref.label)
     return Source(pinned, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
+
+
+def dataset_commit(repo_id: str) -> str:
+    """The commit that a data set's main branch is at; the last one seen when HF_HUB_OFFLINE is set.
+
+    Raises:
+        NotFoundError, AccessError, HubError: as in `resolve`.
+    """
+    api = HfApi()
+    where = f"data set {repo_id}"
+    if constants.is_offline_mode():
+        with translated(where):
+            return str(api.resolve_revision(repo_id, repo_type="dataset", local_files_only=True).resolved)
+    commit = persist(lambda: api.dataset_info(repo_id), where).sha
+    with contextlib.suppress(RevisionResolutionError):
+        api.resolve_revision(repo_id, repo_type="dataset")  # a note in the cache, for working offline later
+    return str(commit)
 
 
 def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] = lambda size: None) -> None:
@@ -206,117 +220,11 @@ def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] =
         pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for what is under way
 
 
-def check_push_access(repo_id: str, *, create_pr: bool = False, private: bool = False) -> None:
-    """Find out before any work whether the token may push to `repo_id`.
-
-    Raises:
-        UsageError: it is to be private and is public already.
-        AccessError: no token, an invalid or read-only one, or a namespace it may not write to.
-    """
-    where = f"pushing to {repo_id}"
-    api = HfApi()
-    try:
-        user = _persist(api.whoami, where)
-    except LocalTokenNotFoundError as error:
-        raise AccessError(f"{where}: there is no token; run `hf auth login` or set HF_TOKEN") from error
-    if constants.is_offline_mode():
-        raise HubError(f"{where}: HF_HUB_OFFLINE is set")
-    try:
-        _persist(lambda: api.auth_check(repo_id, write=not create_pr), where)
-        exists = True
-        if private and not create_pr and not _persist(lambda: api.model_info(repo_id), where).private:
-            raise UsageError(f"{where}: the repo exists and is public; push without --private, or to another repo")
-    except AccessError:
-        raise
-    except NotFoundError:
-        exists = False
-    token = user.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read":
-        raise AccessError(f"{where}: the token of {user['name']} is read-only; create one with write access")
-    if create_pr and not exists:
-        raise AccessError(f"{where}: a pull request needs a repo that exists")
-    if not exists and not _may_create(user, repo_id.split("/")[0]):
-        raise AccessError(f"{where}: {user['name']} may not create a repo under {repo_id.split('/')[0]}")
-
-
-def _may_create(user: dict[str, Any], namespace: str) -> bool:
-    token = user.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "fineGrained":
-        scopes = token.get("fineGrained", {}).get("scoped", [])
-        return any(
-            scope.get("entity", {}).get("name") == namespace and "repo.write" in scope.get("permissions", ())
-            for scope in scopes
-        )
-    if namespace == user.get("name"):
-        return True
-    return any(
-        org.get("name") == namespace and org.get("roleInOrg", "write") in ("admin", "write", "contributor")
-        for org in user.get("orgs", ())
-    )
-
-
-def push_folder(folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False, title: str) -> str:
-    """Push a merged folder as one commit, or one pull request; weights, Fisher information and
-    results of an older push are deleted in it.
-
-    A lost answer is asked for again: files that already arrived make no second commit.
-
-    Returns:
-        The address of the commit or pull request.
-
-    Raises:
-        PushError: with the command that tries again.
-    """
-    api = HfApi()
-    flags = ["--private"] * private + ["--create-pr"] * create_pr
-    again = shlex.join(["hf-epimer", "push", str(folder), repo_id, *flags])
-    retry = f"; the merged folder is complete, push it again with: {again}"
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    try:
-        if not create_pr:
-            _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
-        present = _persist(lambda: api.list_repo_files(repo_id), repo_id)
-        names = {path.name for path in paths}
-        stale = [name for name in present if _is_ours(name) and name not in names]
-        opened_before = _open_pull_requests(api, repo_id, title) if create_pr else {}
-
-        def commit() -> str:
-            if create_pr:
-                new = _open_pull_requests(api, repo_id, title).items() - opened_before.items()
-                if new:
-                    return next(iter(new))[1]
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                *(CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths),
-                *(CommitOperationDelete(path_in_repo=name) for name in stale),
-            ]
-            result = api.create_commit(repo_id, operations, commit_message=title, create_pr=create_pr)
-            return str(result.pr_url or result.commit_url)
-
-        return _persist(commit, repo_id)
-    except EpimerError as error:
-        raise PushError(f"{error}{retry}") from error
-    except KeyboardInterrupt as error:
-        raise PushError(f"{repo_id}: interrupted{retry}") from error
-    except (ValueError, OSError) as error:
-        raise PushError(f"{repo_id}: {_one_line(error)}{retry}") from error
-
-
-def _is_ours(name: str) -> bool:
-    """Files that would speak of other weights than those now pushed."""
-    is_weights = name.startswith("model") and ".safetensors" in name
-    return is_weights or name in ("fisher.safetensors", "results.json")
-
-
-def _open_pull_requests(api: HfApi, repo_id: str, title: str) -> dict[int, str]:
-    discussions = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
-    return {entry.num: entry.url for entry in discussions if entry.title == title}
-
-
-def _persist(request: Callable[[], Result], what: str) -> Result:
+def persist(request: Callable[[], Result], what: str) -> Result:
     """Make a request, again where the failure may pass, and say plainly what went wrong in the end."""
     for wait in (*BACKOFF, None):
         try:
-            with _translated(what):
+            with translated(what):
                 return request()
         except HubError as error:
             pause = _retry_after(error.__cause__, wait)
@@ -342,7 +250,7 @@ def _retry_after(cause: BaseException | None, wait: float | None) -> float | Non
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
     """Turn the client's errors into ours: what was asked for, what went wrong, what to do."""
     try:
         yield
@@ -361,7 +269,7 @@ def _translated(what: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise NotFoundError(f"{what}: the repo has no such revision") from error
     except LocalEntryNotFoundError as error:
-        raise HubError(f"{what}: not in the local cache, and the Hub cannot be reached ({_one_line(error)})") from error
+        raise HubError(f"{what}: not in the local cache, and the Hub cannot be reached ({one_line(error)})") from error
     except EntryNotFoundError as error:
         raise NotFoundError(f"{what}: the repo has no such file") from error
     except OfflineModeIsEnabled as error:
@@ -369,7 +277,7 @@ def _translated(what: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _http_error(what, error) from error
     except _HTTP_ERRORS as error:
-        raise HubError(f"{what}: the Hub at {constants.ENDPOINT} cannot be reached ({_one_line(error)})") from error
+        raise HubError(f"{what}: the Hub at {constants.ENDPOINT} cannot be reached ({one_line(error)})") from error
 
 
 def _http_error(what: str, error: HfHubHTTPError) -> HubError:
@@ -377,12 +285,12 @@ def _http_error(what: str, error: HfHubHTTPError) -> HubError:
     if status == 401:
         return AccessError(f"{what}: the Hub does not accept the token in use (HF_TOKEN, or `hf auth login` again)")
     if status == 403:
-        return AccessError(f"{what}: the token in use has no permission for this ({_one_line(error)})")
+        return AccessError(f"{what}: the token in use has no permission for this ({one_line(error)})")
     if status == 429:
         return HubError(f"{what}: the Hub asks for fewer requests (429), even after waiting; try again later")
-    return HubError(f"{what}: the Hub answered {status} ({_one_line(error)})")
+    return HubError(f"{what}: the Hub answered {status} ({one_line(error)})")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

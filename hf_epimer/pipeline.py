@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -21,20 +22,21 @@ from typing import Any
 
 import torch
 
-from hf_epimer import hub
+from hf_epimer import hub, pushing
 from hf_epimer.card import merge_card
-from hf_epimer.checkpoints import TensorSource, read_json
-from hf_epimer.config import MergeRecipe, is_repo_id, recipe_to_json
+from hf_epimer.checkpoints import StateDict, TensorSource, read_json
+from hf_epimer.config import MergeRecipe, ModelRef, is_repo_id, recipe_to_json
 from hf_epimer.errors import NotFoundError, UsageError
 from hf_epimer.hub import Source
-from hf_epimer.merging import Ingredients, MergedLayer, merge_layers
-from hf_epimer.planning import Plan, make_plan, open_ingredients, statistics_name, target_folder, weight_names
+from hf_epimer.merging import Ingredients, MergedLayer, merge_layers, tagged_bases
+from hf_epimer.planning import Plan, make_plan, open_ingredients, open_measured, statistics_name, target_folder
+from hf_epimer.resolving import PROCESSOR_FILES, base_folder, config_of, weight_names
+from hf_epimer.statistics.estimation import Estimate, estimate_file, project_fisher
 from hf_epimer.writing import atomic_folder, write_tensors
 
 logger = logging.getLogger(__name__)
 
 PROCESSOR = "preprocessor_config.json"
-TEXT_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, units done since the last call, units in all); 0 done announces a stage."""
@@ -86,20 +88,21 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     started = time.monotonic()
     plan = make_plan(recipe)
     files = [(source, name) for source in (plan.base, *plan.models) for name in _needed_files(source)]
-    files += [(source, statistics_name(source)) for source in plan.fisher or ()]
+    files += [(source, statistics_name(source)) for source in plan.measured]
     remote = [(source, name) for source, name in files if not source.ref.is_local]
     size = sum(source.sizes.get(name, 0) for source, name in remote)
     progress("fetching", 0, size)
     hub.fetch_all(remote, lambda done: progress("fetching", done, size))
-    fetched = time.monotonic()
-    ingredients = open_ingredients(plan)
+    seconds = {"fetching": time.monotonic() - started}
+    ingredients = _with_statistics(plan, open_ingredients(plan), progress)
+    seconds["statistics"] = time.monotonic() - started - seconds["fetching"]
     out = target_folder(recipe)
     with atomic_folder(out, recipe.overwrite) as folder:
-        report = _merge_into(folder, plan, ingredients, progress, {"fetching": fetched - started})
+        report = _merge_into(folder, plan, ingredients, progress, seconds)
     url = None
     if recipe.push_to:
         progress("pushing", 0, 0)
-        url = hub.push_folder(
+        url = pushing.push_folder(
             out,
             recipe.push_to,
             private=recipe.private,
@@ -127,9 +130,41 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
     content = read_json(folder / "merge_config.json", str(folder))
     if not content.get("models") or "method" not in content:
         raise NotFoundError(f"{folder} is no merged folder: its merge_config.json names no models")
-    hub.check_push_access(repo_id, create_pr=create_pr, private=private)
+    pushing.check_push_access(repo_id, create_pr=create_pr, private=private)
     title = _commit_title(len(content["models"]), content["method"])
-    return hub.push_folder(folder, repo_id, private=private, create_pr=create_pr, title=title)
+    return pushing.push_folder(folder, repo_id, private=private, create_pr=create_pr, title=title)
+
+
+def _with_statistics(plan: Plan, ingredients: Ingredients, progress: Progress) -> Ingredients:
+    """Estimate what has to be, each task's file kept in the cache as soon as it is done, and open everything."""
+    if plan.statistic is None:
+        return ingredients
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and plan.to_estimate:
+        raise UsageError("merge runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
+    total = sum(estimate.sampling.samples or 0 for estimate in plan.to_estimate)
+    progress("estimating curvature", 0, total)
+
+    def step(count: int) -> None:
+        progress("estimating curvature", count, total)
+
+    if plan.statistic == "projected":
+        bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
+        projected = [
+            StateDict(f"projected Fisher of {entry.model.label}", project_fisher(entry, bases, on_samples=step))
+            for entry in plan.to_estimate
+        ]
+        return replace(ingredients, statistics=projected, bases=bases)
+    kind = "kronecker" if plan.statistic == "gram" else plan.statistic
+    files = []
+    for entry in plan.statistics:
+        if isinstance(entry, Estimate):
+            path = estimate_file(entry, kind, on_samples=step)
+            files.append(
+                Source(ModelRef(str(path), label=entry.model.label), entry.model.label, frozenset({path.name}))
+            )
+        else:
+            files.append(entry)
+    return replace(ingredients, statistics=open_measured(plan, files))
 
 
 def _merge_into(
@@ -195,7 +230,7 @@ def _output_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _projection_dim(base: Source) -> dict[str, int]:
-    config = read_json(base.fetch("config.json"), str(base))
+    config = config_of(base)
     return {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
 
 
@@ -216,7 +251,7 @@ def _copy_processor(base: Source, folder: Path) -> None:
 
 
 def _needed_files(source: Source) -> list[str]:
-    return [*weight_names(source), *(name for name in (PROCESSOR, "processor_config.json") if name in source.files)]
+    return [*weight_names(source), *(name for name in PROCESSOR_FILES if name in source.files)]
 
 
 def _totals(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -258,11 +293,9 @@ def _evaluate(folder: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
 
     tasks = [task for task in plan.tasks if task]
     progress("evaluating", 0, len(tasks))
-    for name in TEXT_FILES & plan.base.files:
-        plan.base.fetch(name)
     return evaluate_folder(
         folder,
-        plan.base.fetch("config.json").parent,
+        base_folder(plan.base),
         tasks,
         name=plan.recipe.push_to or target_folder(plan.recipe).name,
         base_name=plan.base.title,

@@ -1,5 +1,8 @@
 """Before any work: resolve references, infer tasks and base, find statistics, compare configs and key sets.
 
+Statistics of a checkpoint come, in this order, from --fisher, from the checkpoint itself, from the local cache, or else
+they are estimated on its task's training data when the merge begins.
+
 A `Plan` is a merge in which everything is known but the numbers. Whatever can go wrong for reasons known beforehand
 (rights, configs, missing statistics, a target folder in use) goes wrong here, before a weight is read.
 """
@@ -16,22 +19,23 @@ from typing import Any
 
 import torch
 
-from hf_epimer import hub
+from hf_epimer import hub, pushing
 from hf_epimer.architectures import CLIP_VISION, Architecture
-from hf_epimer.card import base_from_cards
-from hf_epimer.checkpoints import FISHER, WEIGHTS_INDEX, Checkpoint, choose_weights, read_json
+from hf_epimer.checkpoints import Checkpoint, TensorSource
 from hf_epimer.config import MergeRecipe, ModelRef
 from hf_epimer.errors import CheckpointError, MismatchError, NotFoundError, StatisticsError, UsageError
 from hf_epimer.hub import Source
 from hf_epimer.merging import Ingredients, check_shapes, find_method, normalized_weights
 from hf_epimer.methods import METHODS, Method
+from hf_epimer.methods.base import Statistic
 from hf_epimer.numerics.subspace import capped_rank
+from hf_epimer.resolving import check_towers, find_base, has_text_tower, tower_of, weight_names
+from hf_epimer.statistics.estimation import Estimate, Sampling
+from hf_epimer.statistics.files import FILE_OF, open_statistics
 from hf_epimer.tasks import Task, benchmark_tasks, infer_task, load_task_file
 from hf_epimer.writing import check_target
 
 logger = logging.getLogger(__name__)
-
-FISHER_FORMAT = "hf-epimer.fisher/1"
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,26 @@ class Plan:
     method: Method
     base: Source
     models: tuple[Source, ...]
-    fisher: tuple[Source, ...] | None
+    statistics: tuple[Source | Estimate, ...]
     tasks: tuple[Task | None, ...]
     weights: tuple[float, ...]
     tower: dict[str, Any]
     architecture: Architecture = CLIP_VISION
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What the method needs to know beside the weights."""
+        return self.method.statistic(self.recipe.options)
+
+    @property
+    def measured(self) -> tuple[Source, ...]:
+        """Files of statistics that are there."""
+        return tuple(entry for entry in self.statistics if isinstance(entry, Source))
+
+    @property
+    def to_estimate(self) -> tuple[Estimate, ...]:
+        """Statistics that are not."""
+        return tuple(entry for entry in self.statistics if isinstance(entry, Estimate))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -70,13 +89,17 @@ class Plan:
             "method": self.method.name,
             "options": vars(self.recipe.options) if self.recipe.options else {},
             "weights": list(self.weights),
-            "statistics": [str(source) for source in self.fisher or ()],
-            "to_estimate": [],
+            "statistics": [str(source) for source in self.measured],
+            "to_estimate": [
+                f"{self.statistic} of {entry.model.label}: {entry.sampling.samples} samples of {entry.task.dataset}, "
+                f"split {entry.split}"
+                for entry in self.to_estimate
+            ],
             "parameters": len(self.shapes),
             "matrices": len(matrices),
             "capped_ranks": capped,
             "bytes_to_read": sum(s.sizes.get(name, 0) for s in sources for name in weight_names(s))
-            + sum(s.sizes.get(statistics_name(s), 0) for s in self.fisher or ()),
+            + sum(s.sizes.get(statistics_name(s), 0) for s in self.measured),
             "out": str(target_folder(self.recipe)),
             "push_to": self.recipe.push_to,
         }
@@ -97,30 +120,30 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     if recipe.push_to in {ref.location for ref in named if not ref.is_local}:
         raise UsageError(f"--push-to {recipe.push_to} is one of the checkpoints to merge: push to another repo")
     if recipe.push_to:
-        hub.check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
+        pushing.check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
     found = [hub.resolve(ref) for ref in recipe.models]
     cards = [source.card() for source in found]
     tasks = _tasks_of(recipe, found, cards)
     models = _labelled(found, tasks)
-    towers = [_tower(source) for source in models]
-    base = _find_base(recipe, models, cards, towers)
+    towers = [tower_of(source) for source in models]
+    base = find_base(recipe.base, models, cards, towers)
     if base.ref.is_local:  # a base that a card names is an input too
         check_target(target_folder(recipe), recipe.overwrite, [Path(base.ref.location)])
-    tower = _tower(base)
-    _check_towers(base, tower, models, towers)
+    tower = tower_of(base)
+    check_towers(base, tower, models, towers)
     _check_distinct(base, models)
     for source in (base, *models):
         weight_names(source)
-    fisher = _find_statistics(recipe, method, models)
+    statistics = _find_statistics(recipe, method, options, base, models, tasks)
     pinned = replace(
         recipe,
         options=options,
         base=replace(base.pinned, label=None),
         models=tuple(model.pinned for model in models),
-        fisher=tuple(source.pinned for source in fisher or ()) if recipe.fisher else (),
+        fisher=tuple(s.pinned for s in statistics if isinstance(s, Source)) if recipe.fisher else (),
         tasks=tuple(str(Path(task).absolute()) for task in recipe.tasks),
     )
-    plan = Plan(pinned, method, base, tuple(models), fisher, tuple(tasks), weights, tower)
+    plan = Plan(pinned, method, base, tuple(models), statistics, tuple(tasks), weights, tower)
     for source in (base, *models):  # what lies here already can be checked now
         if source.ref.is_local:
             paths = [source.fetch(name) for name in weight_names(source)]
@@ -133,22 +156,13 @@ def target_folder(recipe: MergeRecipe) -> Path:
     return Path(recipe.out or f"merged-{recipe.method}")
 
 
-def weight_names(source: Source) -> list[str]:
-    """The names of a checkpoint's weight files.
-
-    Raises:
-        CheckpointError: it has none that may be read.
-    """
-    return choose_weights(source.files, str(source), lambda: source.read_text(WEIGHTS_INDEX))
-
-
 def statistics_name(source: Source) -> str:
-    """The name of the statistics file of a reference: its own, or the one in its folder."""
-    return FISHER if FISHER in source.files else next(iter(source.files), FISHER)
+    """The name of the statistics file of a reference: itself, or the one in its folder."""
+    return next((name for name in FILE_OF.values() if name in source.files), next(iter(source.files), ""))
 
 
 def open_ingredients(plan: Plan) -> Ingredients:
-    """Open all files and compare names and shapes with the base's config, before any weight is read."""
+    """Open all weights and compare names and shapes with the base's config, before any weight is read."""
     canonical = plan.architecture.canonical
     opened = []
     for source in (plan.base, *plan.models):
@@ -159,12 +173,19 @@ def open_ingredients(plan: Plan) -> Ingredients:
     base, *models = opened
     base.label = str(replace(plan.base.pinned, label=None))
     base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
-    if plan.fisher is None:
-        statistics = None
-    else:
-        statistics = [_open_statistics(plan, s, m) for s, m in zip(plan.fisher, plan.models, strict=True)]
     _check_not_the_base(base, models)
-    return Ingredients(base, models, plan.weights, statistics)
+    return Ingredients(base, models, plan.weights)
+
+
+def open_measured(plan: Plan, files: Sequence[Source]) -> list[TensorSource]:
+    """Open one file of statistics per model, and compare names and shapes with the base's config."""
+    opened = []
+    for source, model in zip(files, plan.models, strict=True):
+        path = source.fetch(statistics_name(source))
+        assert plan.statistic
+        label = f"{_WHAT[plan.statistic]} of {model.label} ({path.name})"
+        opened.append(open_statistics(path, label, plan.statistic, plan.shapes, plan.architecture.canonical))
+    return opened
 
 
 # --- finding things -------------------------------------------------------------------------------------------------
@@ -210,60 +231,76 @@ def _labelled(models: Sequence[Source], tasks: Sequence[Task | None]) -> list[So
     return found
 
 
-def _tower(source: Source) -> dict[str, Any]:
-    if "config.json" not in source.files:
-        raise CheckpointError(f"{source}: there is no config.json")
-    return CLIP_VISION.tower_config(read_json(source.fetch("config.json"), str(source)), str(source))
-
-
-def _find_base(
+def _find_statistics(
     recipe: MergeRecipe,
+    method: Method,
+    options: Any,
+    base: Source,
     models: Sequence[Source],
-    cards: Sequence[dict[str, Any]],
-    towers: Sequence[dict[str, Any]],
-) -> Source:
-    if recipe.base is not None:
-        return hub.resolve(recipe.base)
-    ref, why = base_from_cards(list(zip(models, cards, strict=True)))
-    if ref is not None:
-        return hub.resolve(ref)
-    if why.startswith("the model cards disagree"):
-        raise MismatchError(f"{why}; name the right one with --base")
-    known = CLIP_VISION.known_base(towers[0])
-    if known is None:
-        raise UsageError(f"{why} and {models[0]} is not shaped like a well-known CLIP model: name the base with --base")
-    logger.info("base %s, by the shape of %s", known, models[0])
-    return hub.resolve(ModelRef(known))
+    tasks: Sequence[Task | None],
+) -> tuple[Source | Estimate, ...]:
+    """Where each model's statistics come from; empty when the method needs none.
 
-
-def _find_statistics(recipe: MergeRecipe, method: Method, models: Sequence[Source]) -> tuple[Source, ...] | None:
-    if method.needs != "fisher":
+    Raises:
+        StatisticsError: there is no way to them, listing the ways and the methods that need none.
+    """
+    needs = method.statistic(options)
+    if recipe.fisher and needs == "projected":
+        raise UsageError("--fisher: the projected metric is measured anew for every merge, no file can hold it")
+    if needs is None:
         if recipe.fisher:
-            users = ", ".join(m.name for m in METHODS.values() if m.needs == "fisher")
+            users = ", ".join(m.name for m in METHODS.values() if m.needs)
             raise UsageError(f"--fisher: {method.name} uses no Fisher information; {users} do")
-        if method.needs:
-            raise StatisticsError(
-                f"{method.name} needs Gram matrices of every layer's inputs: give them to merge_state_dicts in Python"
-            )
-        return None
-    given = _given_statistics(recipe, models)
-    found, lacking = [], []
-    for model in models:
-        source = given.get(model.label, model)
-        if model.label in given or FISHER in source.files:
-            found.append(source)
+        return ()
+    given = _given_statistics(recipe, models, needs)
+    found: list[Source | Estimate] = []
+    lacking = []
+    for model, task in zip(models, tasks, strict=True):
+        if model.label in given:
+            found.append(given[model.label])
+        elif needs != "projected" and FILE_OF[needs] in model.files:
+            found.append(model)
+        elif task is not None and (task.head or has_text_tower(base)):
+            found.append(_cached_or_estimate(recipe, needs, base, model, task))
         else:
             lacking.append(str(model))
     if lacking:
         free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
+        ways = [
+            f"give it with --fisher, put {FILE_OF[needs]} beside the checkpoint's weights (hf-epimer fisher makes it)"
+        ]
+        if has_text_tower(base):
+            ways.append("say which task it is for, so that it can be estimated now (label it, dtd=REF, or --task FILE)")
+        else:
+            ways.append(
+                f"name a full CLIP model with --base so that it can be estimated ({base.title} has no text tower)"
+            )
         raise StatisticsError(
-            f"{method.name} needs the Fisher information of {', '.join(lacking)}: give it with --fisher, put {FISHER} "
-            f"beside the checkpoint's weights, or choose a method that needs no data: {free}"
+            f"{method.name} needs the {_WHAT[needs]} of {', '.join(lacking)}: "
+            f"{', '.join(ways[needs == 'projected' :])}, or choose a method that needs no data: {free}"
         )
     return tuple(found)
 
 
-def _given_statistics(recipe: MergeRecipe, models: Sequence[Source]) -> dict[str, Source]:
+_WHAT: dict[Statistic, str] = {
+    "fisher": "Fisher information",
+    "gram": "Gram matrices",
+    "kronecker": "Kronecker factors",
+    "projected": "projected Fisher information",
+}
+
+
+def _cached_or_estimate(
+    recipe: MergeRecipe, needs: Statistic, base: Source, model: Source, task: Task
+) -> Source | Estimate:
+    estimate = Estimate(model, base, task, Sampling(recipe.samples, seed=recipe.seed))
+    if needs == "projected":
+        return estimate
+    path = estimate.cached("kronecker" if needs == "gram" else needs)
+    return _statistics_source(ModelRef(str(path), label=model.label), needs) if path.is_file() else estimate
+
+
+def _given_statistics(recipe: MergeRecipe, models: Sequence[Source], needs: Statistic) -> dict[str, Source]:
     """--fisher references by the label of the model they belong to."""
     labelled = [ref for ref in recipe.fisher if ref.label]
     if labelled and len(labelled) < len(recipe.fisher):
@@ -281,17 +318,17 @@ def _given_statistics(recipe: MergeRecipe, models: Sequence[Source]) -> dict[str
             )
         if ref.label in given:
             raise UsageError(f"--fisher: {ref.label} is given twice")
-        given[str(ref.label)] = _statistics_source(ref)
+        given[str(ref.label)] = _statistics_source(ref, needs)
     return given
 
 
-def _statistics_source(ref: ModelRef) -> Source:
+def _statistics_source(ref: ModelRef, needs: Statistic) -> Source:
     path = Path(ref.location)
     if ref.is_local and path.is_file():
         return Source(ref, str(ref.label), frozenset({path.name}), {path.name: path.stat().st_size})
     source = hub.resolve(ref)
-    if FISHER not in source.files:
-        raise NotFoundError(f"--fisher {ref}: there is no {FISHER}")
+    if FILE_OF[needs] not in source.files:
+        raise NotFoundError(f"--fisher {ref}: there is no {FILE_OF[needs]}")
     return source
 
 
@@ -310,27 +347,7 @@ def _check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
         )
 
 
-def _open_statistics(plan: Plan, source: Source, model: Source) -> Checkpoint:
-    path = source.fetch(statistics_name(source))
-    label = f"Fisher information of {model.label} ({path.name})"
-    statistics = Checkpoint(label, [path], plan.architecture.canonical)
-    if statistics.metadata.get("format") != FISHER_FORMAT:
-        logger.warning("%s: %s carries no %s metadata; taken as it is", model.label, path, FISHER_FORMAT)
-    check_shapes(plan.shapes, statistics, "the file")
-    return statistics
-
-
 # --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _check_towers(
-    base: Source, tower: dict[str, Any], models: Sequence[Source], towers: Sequence[dict[str, Any]]
-) -> None:
-    for model, other in zip(models, towers, strict=True):
-        unlike = [field for field, value in tower.items() if other[field] != value]
-        if unlike:
-            listed = "; ".join(f"{field}: {tower[field]} | {other[field]}" for field in unlike)
-            raise MismatchError(f"{model} is another architecture than the base {base.title} ({listed})")
 
 
 def _check_distinct(base: Source, models: Sequence[Source]) -> None:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # before torch and huggingface_hub are imported: no network, no spinning threads, plain HTTP uploads
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-epimer-tests-")  # also for the processes that tests start
 os.environ.pop("HF_TOKEN", None)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hf_epimer.architectures import CLIP_VISION
+from hf_epimer.classifier import ImageProcessor, load_vision
 
 TINY = {
     "hidden_size": 32,
@@ -96,3 +106,62 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP with two small towers of unlike widths and random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    tokens = ["a", "b", ".", "a</w>", "b</w>", ".</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[("a", "b</w>")], model_max_length=8)
+    special = {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 8}
+    size = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 10}
+    text = size | special | {"vocab_size": len(tokens), "hidden_size": 12, "max_position_embeddings": 8}
+    vision = size | {"hidden_size": 16, "image_size": 8, "patch_size": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10))
+        for parameter in model.parameters():  # the initial weights are so small that all classes look alike
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = ImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor.save_pretrained(folder)
+    return folder
+
+
+CLASSES = ("a", "b", "ab")
+
+
+def write_data(folder: Path, rows: int = 40, seed: int = 0, names: tuple[str, ...] = CLASSES) -> Path:
+    """A data set in parquet as on the Hub: noise whose brightness gives the class away, `train` and `test`."""
+    rng = np.random.default_rng(seed)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    for split in ("train", "test"):
+        labels = rng.integers(0, len(names), rows).tolist()
+        noise = [rng.integers(0, 120, (9, 8, 3)) + 120 * label // len(names) for label in labels]
+        images = [Image.fromarray(pixels.astype(np.uint8)) for pixels in noise]
+        data = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_zoo(clip_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, two fine-tuned towers a/ and b/ without statistics, data/ and task files a.yaml and b.yaml. Read only."""
+    folder = tmp_path_factory.mktemp("zoo")
+    shutil.copytree(clip_base, folder / "base")
+    original = load_vision(clip_base)
+    prefixed = {f"vision_model.{name}": value for name, value in original.state_dict().items()}
+    for index, name in enumerate("ab", start=1):
+        generator = torch.Generator().manual_seed(index)
+        tuned = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in prefixed.items()}
+        (folder / name).mkdir()
+        original.config.save_pretrained(folder / name)
+        save_file(tuned, folder / name / "model.safetensors", metadata={"format": "pt"})
+        write_data(folder / "data" / name, seed=index)
+        task = {"name": name, "dataset": f"data/{name}", "templates": ["{} b.", "a {}"]}
+        (folder / f"{name}.json").write_text(json.dumps(task))
+    return folder

@@ -320,7 +320,7 @@ def test_a_fisher_file_without_metadata_is_taken_with_a_warning(tiny_zoo: Path, 
     save_file(tiny_fisher(1), tiny_zoo / "a" / "fisher.safetensors")
     code, _, complaint = run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out")
     assert code == 0
-    assert complaint.startswith("warning: a: ")
+    assert complaint.startswith("warning: Fisher information of a ")
     assert "metadata" in complaint
 
 

@@ -6,7 +6,6 @@ Everything goes through the public functions, the way a user's own script would.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from hf_epimer.commands.terminal import silence_libraries
 from hf_epimer.config import MergeRecipe, ModelRef
 from hf_epimer.demo.zoo import make_zoo
 from hf_epimer.evaluation import evaluate_folder
@@ -37,7 +37,7 @@ def run_demo(out: Path, *, quiet: bool = False, as_json: bool = False) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    _silence_libraries()
+    silence_libraries()
     log = Console(stderr=True, quiet=quiet or as_json)
     columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bars:
@@ -128,12 +128,3 @@ def _show(zoo: Path, out: Path, results: Results) -> None:
         f"  {program} methods\n"
         f"  {program} merge org/vit-b32-dtd org/vit-b32-svhn --push-to org/merged   # your own, from the Hub"
     )
-
-
-def _silence_libraries() -> None:
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("datasets").setLevel(logging.ERROR)

@@ -42,7 +42,8 @@ from hf_epimer.classifier import Classifier, ImageProcessor, classifier_of, prep
 from hf_epimer.demo.captions import FAMILIES, LONGEST_TEXT, all_texts, captioned_drawings, make_tokenizer
 from hf_epimer.demo.drawings import DRAWINGS, KINDS, SIDE
 from hf_epimer.errors import OutputError
-from hf_epimer.statistics import FisherMetadata, estimate_fisher, save_fisher
+from hf_epimer.statistics.files import StatisticsMetadata, save_statistics
+from hf_epimer.statistics.sweep import estimate_fisher
 
 Progress = Callable[[str, float], None]
 Report = Callable[[float], None]
@@ -133,9 +134,9 @@ def _add_task(
     _write_task_file(root / "tasks" / f"{name}.yaml", name)
     _write_tower(root / name, name, model, fine_tuned)
     count = min(size.fisher, size.train)
-    fisher = estimate_fisher(model, train.images[:count], train.labels[:count])
-    origin = FisherMetadata(count, name, f"{OWNER}/{name}", "", f"{OWNER}/{name}", "", "true", seed)
-    save_fisher(root / name / "fisher.safetensors", fisher, origin)
+    batches = list(zip(train.pixels[:count].split(size.tune_batch), train.targets[:count].split(size.tune_batch)))
+    origin = StatisticsMetadata(count, name, f"{OWNER}/{name}", "", f"{OWNER}/{name}", "", "true", seed)
+    save_statistics(root / name / "fisher.safetensors", estimate_fisher(model, batches), origin)
     return {"zero_shot": zero_shot, "fine_tuned": fine_tuned, "samples": size.test}
 
 

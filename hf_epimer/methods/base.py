@@ -9,8 +9,8 @@ number from the whole model first (TIES' threshold, NAN's norms) declares a `sur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -101,6 +101,37 @@ class LayerMerge:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class MethodConfig:
+    """The options of a method: what its command-line flags, merge_config.json and Python callers have in common.
+
+    Raises:
+        UsageError: an option is of the wrong type, out of range or not among the choices.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check_option(item, getattr(self, item.name))
+
+    def merge(self, base: Any, tuned: Sequence[Any], statistics: Sequence[Any] | None = None) -> dict[str, Tensor]:
+        """Merge models in memory with these options.
+
+        Args:
+            base: a module or its state dict.
+            tuned: one module or state dict per task.
+            statistics: one mapping or file per task, for methods that need it.
+
+        Returns:
+            Name -> merged tensor, named as in the base: `model.load_state_dict(...)` takes it.
+
+        Raises:
+            EpimerError: as in `merge_state_dicts`.
+        """
+        from hf_epimer.in_memory import merge_models  # a method knows nothing of what runs it, but for this courtesy
+
+        return merge_models(base, tuned, self, statistics)
+
+
 OverLayers = Callable[[Callable[[Layer], Tensor]], Iterable[Tensor]]
 
 
@@ -159,36 +190,29 @@ def option(default: Any, text: str, *, low: float | None = None, high: float | N
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
-def check_options(config: Any) -> None:
-    """Validate every option of a config against its declared type, range or choices.
-
-    Raises:
-        UsageError: naming the flag, the value and what is allowed.
-    """
-    for item in fields(config):
-        value = getattr(config, item.name)
-        flag = "--" + item.name.replace("_", "-")
-        choices = choices_of(item.type)
-        if choices:
-            if value not in choices:
-                raise UsageError(f"{flag} {value!r} is not one of {', '.join(choices)}")
-            continue
-        if value is None and "None" in str(item.type):
-            continue
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise UsageError(f"{flag} must be a finite number, not {value!r}")
-        if str(item.type).startswith("int") and not isinstance(value, Integral):
-            raise UsageError(f"{flag} must be a whole number, not {value!r}")
-        low, high = item.metadata.get("low"), item.metadata.get("high")
-        if low is not None and value < low:
-            raise UsageError(f"{flag} must be at least {low}, not {value}")
-        if high is not None and value > high:
-            raise UsageError(f"{flag} must be at most {high}, not {value}")
-
-
 def choices_of(annotation: Any) -> tuple[str, ...]:
     """The values of a `Literal[...]` annotation, which dataclasses hold as text; empty for other types."""
     text = str(annotation)
     if not text.startswith("Literal["):
         return ()
     return tuple(part.strip().strip("'\"") for part in text[len("Literal[") : -1].split(","))
+
+
+def _check_option(item: Field[Any], value: Any) -> None:
+    flag = "--" + item.name.replace("_", "-")
+    choices = choices_of(item.type)
+    if choices:
+        if value not in choices:
+            raise UsageError(f"{flag} {value!r} is not one of {', '.join(choices)}")
+        return
+    if value is None and "None" in str(item.type):
+        return
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UsageError(f"{flag} must be a finite number, not {value!r}")
+    if str(item.type).startswith("int") and not isinstance(value, Integral):
+        raise UsageError(f"{flag} must be a whole number, not {value!r}")
+    low, high = item.metadata.get("low"), item.metadata.get("high")
+    if low is not None and value < low:
+        raise UsageError(f"{flag} must be at least {low}, not {value}")
+    if high is not None and value > high:
+        raise UsageError(f"{flag} must be at most {high}, not {value}")

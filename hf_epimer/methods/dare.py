@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option, weighted_sum
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option, weighted_sum
 from hf_epimer.methods.ties import elect_and_average
 
 
 @dataclass(frozen=True)
-class DAREConfig:
+class DAREConfig(MethodConfig):
     """Options of `dare`."""
 
     drop: float = option(0.9, "probability q of dropping an entry", low=0.0)
@@ -28,7 +28,7 @@ class DAREConfig:
     combine: Literal["mean", "ties"] = option("mean", "how the thinned task vectors are combined")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.drop >= 1:
             raise UsageError(f"--drop must be below 1, not {self.drop}: nothing would be left to rescale")
 

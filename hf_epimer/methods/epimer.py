@@ -23,7 +23,7 @@ from typing import Literal
 from torch import Tensor
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, Statistic, check_options, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, Statistic, option
 from hf_epimer.methods.fisher_averaging import FisherConfig, merge_fisher
 from hf_epimer.methods.tsv import layer_basis
 from hf_epimer.numerics.frechet import frechet_mean
@@ -32,7 +32,7 @@ from hf_epimer.numerics.subspace import TaggedBasis, projected_coordinates, tagg
 
 
 @dataclass(frozen=True)
-class EpiMerConfig:
+class EpiMerConfig(MethodConfig):
     """Options of `epimer`."""
 
     rank: int = option(32, "directions per task, capped at floor(min(m, n) / T)", low=1)
@@ -50,7 +50,7 @@ class EpiMerConfig:
     vectors: Literal["mean", "fisher"] = option("mean", "rule for biases, norms and other non-matrices")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.vectors == "fisher" and self.metric != "diagonal":
             raise UsageError("--vectors fisher needs the Fisher diagonal: use it with --metric diagonal")
         if self.shrinkage is not None and self.metric != "projected":

@@ -13,28 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option, weighted_sum
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option, weighted_sum
 
 
 @dataclass(frozen=True)
-class FisherConfig:
+class FisherConfig(MethodConfig):
     """Options of `fisher`."""
 
     damping: float = option(1e-6, "floor of the Fisher values, relative to the layer's mean", low=0.0)
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class GradientMatchingConfig:
+class GradientMatchingConfig(MethodConfig):
     """Options of `gradient-matching`."""
 
     alpha: float = option(1.0, "global scale of the merged task vector")
     prior_precision: float = option(1e-8, "delta_0, the precision of the prior, in units of the Fisher", low=0.0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def curvature_weighted_mean(layer: Layer, curvature: Tensor) -> Tensor:

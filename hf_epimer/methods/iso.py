@@ -13,29 +13,23 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
 from hf_epimer.numerics.linalg import polar_factor, truncated_svd
 
 
 @dataclass(frozen=True)
-class IsoCConfig:
+class IsoCConfig(MethodConfig):
     """Options of `iso-c`."""
 
     alpha: float = option(1.0, "global scale of the merged task vector")
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class IsoCTSConfig:
+class IsoCTSConfig(MethodConfig):
     """Options of `iso-cts`."""
 
     alpha: float = option(1.0, "global scale of the merged task vector")
     common: float = option(0.8, "share of the directions taken from the summed task vectors", low=0.0, high=1.0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def merge_iso_c(layer: Layer, config: IsoCConfig, survey: None = None) -> LayerMerge:

@@ -14,33 +14,27 @@ import torch
 from torch import Tensor
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, OverLayers, Paper, check_options, option, weighted_sum
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, OverLayers, Paper, option, weighted_sum
 
 
 @dataclass(frozen=True)
-class MeanConfig:
+class MeanConfig(MethodConfig):
     """The arithmetic mean has no options."""
 
 
 @dataclass(frozen=True)
-class TaskArithmeticConfig:
+class TaskArithmeticConfig(MethodConfig):
     """Options of `task-arithmetic`."""
 
     alpha: float = option(0.3, "scale of the summed task vectors; 1/T is the mean")
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class NANConfig:
+class NANConfig(MethodConfig):
     """Options of `nan`."""
 
     alpha: float = option(1.0, "global scale of the merged task vector")
     norm: Literal["parameters", "task-vector"] = option("parameters", "whose norm: of theta_t or of theta_t - theta_0")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def merge_mean(layer: Layer, config: MeanConfig, survey: None = None) -> LayerMerge:

@@ -12,18 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option, weighted_sum
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option, weighted_sum
 
 
 @dataclass(frozen=True)
-class RegMeanConfig:
+class RegMeanConfig(MethodConfig):
     """Options of `regmean`."""
 
     decay: float = option(0.95, "factor on the off-diagonal entries of the Gram matrices", low=0.0, high=1.0)
     damping: float = option(1e-6, "added to the diagonal, relative to its mean", low=0.0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def merge_regmean(layer: Layer, config: RegMeanConfig, survey: None = None) -> LayerMerge:

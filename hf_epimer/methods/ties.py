@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, OverLayers, Paper, check_options, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, OverLayers, Paper, option
 
 Election = Literal["mass", "count"]
 
 
 @dataclass(frozen=True)
-class TIESConfig:
+class TIESConfig(MethodConfig):
     """Options of `ties`."""
 
     density: float = option(0.2, "share of entries kept per task", low=0.0, high=1.0)
@@ -34,7 +34,7 @@ class TIESConfig:
     trim: Literal["model", "layer"] = option("model", "keep the largest entries of the whole model or of each layer")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.density == 0:
             raise UsageError("--density must be above 0: nothing would be kept")
 

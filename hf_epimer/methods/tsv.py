@@ -11,19 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, Paper, check_options, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
 from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, tagged_basis
 
 
 @dataclass(frozen=True)
-class TSVMConfig:
+class TSVMConfig(MethodConfig):
     """Options of `tsv-m`."""
 
     rank: int | None = option(None, "directions per task; default floor(min(m, n) / T), as in the paper", low=1)
     alpha: float = option(1.0, "global scale of the merged task vector")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dict[str, Any]]:

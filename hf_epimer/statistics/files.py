@@ -1,0 +1,198 @@
+"""Files of statistics: fisher.safetensors and kronecker.safetensors, named as `hf_epimer.methods.base.PARTS` says.
+
+Besides plain fp32 a Fisher file can be small, which its header notes under `compress`:
+
+    bf16     half the size, 3 significant digits
+    rank1    v ~ r c^T / mean(v) with r, c the means of the rows and columns of a matrix (and of a convolution seen as
+             one), stored under `<name>.rows` and `<name>.columns`; about 0.3% of the size
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_epimer.checkpoints import Checkpoint, Shape, TensorSource
+from hf_epimer.errors import OutputError, StatisticsError
+from hf_epimer.merging import check_shapes
+from hf_epimer.methods.base import PARTS, Statistic
+
+logger = logging.getLogger(__name__)
+
+Compression = Literal["bf16", "rank1"]
+
+FORMATS: dict[Statistic, str] = {"fisher": "hf-epimer.fisher/1", "kronecker": "hf-epimer.kronecker/1"}
+FILE_OF: dict[Statistic, str] = {
+    "fisher": "fisher.safetensors",
+    "kronecker": "kronecker.safetensors",
+    "gram": "kronecker.safetensors",
+    "projected": "",
+}
+"""Statistic -> the file that holds it; a Gram matrix is the input factor, a projection is of one merge only."""
+
+
+@dataclass(frozen=True)
+class StatisticsMetadata:
+    """Where an estimate comes from; written as strings into the file's header. No path of this machine gets in.
+
+    Attributes:
+        samples: how many were used.
+        labels: `true` or `sampled`.
+        kind: `per-sample` squares, or `squared-mean`, `adam`.
+    """
+
+    samples: int
+    task: str
+    dataset: str
+    dataset_revision: str
+    model: str
+    model_sha: str
+    labels: str
+    seed: int
+    kind: str = "per-sample"
+
+
+def save_statistics(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: StatisticsMetadata,
+    statistic: Statistic = "fisher",
+    compress: Compression | None = None,
+) -> None:
+    """Write an estimate; the file appears under its name only when it is complete.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to.
+        StatisticsError: only Fisher information can be compressed to rank 1.
+    """
+    path = Path(path)
+    header = {"format": FORMATS[statistic]} | {key: str(value) for key, value in asdict(metadata).items()}
+    if compress:
+        if statistic != "fisher":
+            raise StatisticsError(f"--compress is for Fisher information, not for {statistic} statistics")
+        header["compress"] = compress
+    stored = _COMPRESSORS[compress](tensors) if compress else {name: value.float() for name, value in tensors.items()}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in stored.items()}, unfinished, metadata=header)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def open_statistics(
+    path: Path, label: str, statistic: Statistic, shapes: Mapping[str, Shape], canonical: Callable[[str], str | None]
+) -> TensorSource:
+    """A lazy reader of a file of statistics; compressed ones are expanded tensor by tensor, as they are read.
+
+    Args:
+        shapes: canonical name -> shape of every parameter of the model.
+        canonical: maps a stored parameter's name to a canonical one.
+
+    Raises:
+        CheckpointError: the file is truncated or corrupt.
+        MismatchError: names or shapes are unlike the model's.
+        StatisticsError: it says of itself that it holds something else.
+    """
+    suffixes = [".rows", ".columns", *(suffix for suffix in PARTS[statistic].values() if suffix)]
+    if statistic == "gram":
+        suffixes.append(".output_factor")
+
+    def renamed(name: str) -> str | None:
+        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
+        own = canonical(name.removesuffix(suffix))
+        return None if own is None or (statistic == "gram" and suffix == ".output_factor") else own + suffix
+
+    checkpoint = Checkpoint(label, [path], renamed)
+    own_format = checkpoint.metadata.get("format", "")
+    expected = FORMATS["kronecker" if statistic == "gram" else statistic]
+    if own_format in FORMATS.values() and own_format != expected:
+        raise StatisticsError(f"{label}: {path} holds {own_format}, and {expected} is needed")
+    if own_format != expected:
+        logger.warning("%s: %s carries no %s metadata; taken as it is", label, path, expected)
+    source = _RankOne(checkpoint, shapes) if checkpoint.metadata.get("compress") == "rank1" else checkpoint
+    check_shapes(_expected_shapes(statistic, shapes), source, "the file")
+    return source
+
+
+def _expected_shapes(statistic: Statistic, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    if statistic == "fisher":
+        return dict(shapes)
+    sides = {"input": 1, "output": 0}
+    return {
+        name + suffix: (shape[sides[part]],) * 2
+        for name, shape in shapes.items()
+        if len(shape) == 2
+        for part, suffix in PARTS[statistic].items()
+    }
+
+
+def rank_one(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the rows and of the columns of v seen as a matrix m x (the rest): lengths m and n."""
+    matrix = values.flatten(1).float()
+    return matrix.mean(1), matrix.mean(0)
+
+
+def from_rank_one(rows: Tensor, columns: Tensor) -> Tensor:
+    """r c^T / mean(r), m x n: the rank-one matrix with these means of rows and columns."""
+    mean = rows.mean()
+    return torch.outer(rows / mean, columns) if bool(mean > 0) else rows.new_zeros(len(rows), len(columns))
+
+
+def _to_bf16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.bfloat16() for name, value in tensors.items()}
+
+
+def _to_rank_one(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stored = {}
+    for name, value in tensors.items():
+        if value.ndim < 2:
+            stored[name] = value.float()
+        else:
+            stored[f"{name}.rows"], stored[f"{name}.columns"] = rank_one(value)
+    return stored
+
+
+_COMPRESSORS: dict[Compression, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
+    "bf16": _to_bf16,
+    "rank1": _to_rank_one,
+}
+
+
+class _RankOne:
+    """A file whose matrices are stored as means of rows and columns; it looks like one that holds them in full."""
+
+    def __init__(self, stored: Checkpoint, shapes: Mapping[str, Shape]) -> None:
+        self.label = stored.label
+        self.stored = stored
+        self.shapes: dict[str, Shape] = {}
+        for name, shape in stored.shapes.items():
+            own = name.removesuffix(".rows")
+            if name.endswith(".columns"):
+                continue
+            if own != name:
+                factors = (*shape, *stored.shapes.get(f"{own}.columns", ()))
+                full = tuple(shapes.get(own, factors))
+                shape = full if factors == (full[0], math.prod(full[1:])) else factors
+            self.shapes[own] = shape
+
+    def tensor(self, name: str) -> Tensor:
+        if name in self.stored.shapes:
+            return self.stored.tensor(name)
+        rows, columns = self.stored.tensor(f"{name}.rows"), self.stored.tensor(f"{name}.columns")
+        return from_rank_one(rows.float(), columns.float()).view(self.shapes[name])
+
+    def copy_to(self, name: str, out: Tensor) -> None:
+        out.copy_(self.tensor(name))

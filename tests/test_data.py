@@ -1,0 +1,198 @@
+"""Samples from `datasets`: choosing, decoding, and what is said about data that are not as they should be."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, write_data
+from PIL import Image
+from torch import Tensor
+
+from hf_epimer.data import ImageBatches, Samples, data_revision, decode, read_samples
+from hf_epimer.errors import DataError
+from hf_epimer.tasks import Task
+
+
+def task(folder: Path, **changes: Any) -> Task:
+    return Task("tiny", str(folder), **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), rows=30)
+
+
+def mean_colour(images: list[Image.Image]) -> Tensor:
+    return torch.tensor([float(np.asarray(image).mean()) for image in images])
+
+
+def rows(samples: Samples, size: int = 7, share: tuple[int, int] = (0, 1)) -> dict[int, tuple[float, int]]:
+    """Position -> (mean colour, label)."""
+    found = {}
+    for batch in ImageBatches(samples, mean_colour, size, share):
+        assert len(batch.inputs) == len(batch.labels) == len(batch.positions) <= size
+        for position, colour, label in zip(batch.positions, batch.inputs.tolist(), batch.labels.tolist(), strict=True):
+            assert position not in found
+            found[position] = (colour, label)
+    return found
+
+
+def test_rows_come_in_order_or_shuffled_by_seed(folder: Path) -> None:
+    plain = read_samples(task(folder), "train")
+    assert len(plain) == 30
+    assert plain.class_names == CLASSES
+    assert list(plain.numbers) == list(range(30))
+    shuffled = read_samples(task(folder), "train", limit=9, seed=4)
+    assert len(shuffled) == 9
+    assert list(shuffled.numbers) == list(read_samples(task(folder), "train", limit=9, seed=4).numbers)
+    assert list(shuffled.numbers) != list(read_samples(task(folder), "train", limit=9, seed=5).numbers)
+    everything, some = rows(plain), rows(shuffled)
+    assert all(some[place] == everything[number] for place, number in enumerate(shuffled.numbers))
+    assert len(read_samples(task(folder), "train", fraction=0.1)) == 3
+    assert len(read_samples(task(folder), "train", fraction=1.0)) == 30
+    assert len(read_samples(task(folder), "train", limit=1000)) == 30
+
+
+def test_processes_share_the_samples_exactly(folder: Path) -> None:
+    samples = read_samples(task(folder), "train", limit=11, seed=0)
+    whole = rows(samples)
+    parts = [rows(samples, 2, (rank, 3)) for rank in range(3)]
+    assert sum(map(len, parts)) == 11
+    assert parts[0] | parts[1] | parts[2] == whole
+
+
+def test_a_stream_gives_the_same_rows_every_time(folder: Path) -> None:
+    first, second = (read_samples(task(folder), "train", limit=8, seed=1, streaming=True) for _ in range(2))
+    assert rows(first) == rows(second)
+    assert len(first) == 8
+    assert rows(first) != rows(read_samples(task(folder), "train", limit=8, seed=2, streaming=True))
+    whole = read_samples(task(folder), "train")
+    assert sorted(rows(read_samples(task(folder), "train", limit=30, streaming=True)).values()) == sorted(
+        rows(whole).values()
+    )
+    with pytest.raises(DataError, match="--samples"):
+        read_samples(task(folder), "train", fraction=0.5, streaming=True)
+
+
+def test_all_modes_become_rgb() -> None:
+    for mode in ("L", "RGBA", "P", "CMYK", "1"):
+        stream = io.BytesIO()
+        Image.new(mode, (4, 4)).save(stream, "TIFF")
+        assert decode({"bytes": stream.getvalue(), "path": None}).mode == "RGB"
+
+
+def broken_data(folder: Path, broken: int, total: int = 200) -> Task:
+    """`broken` of `total` images are cut off."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(stream, "PNG")
+    good = stream.getvalue()
+    values = [{"bytes": good[:60] if i < broken else good, "path": f"{i}.png"} for i in range(total)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
+    data = datasets.Dataset.from_dict(
+        {"image": values, "label": [0] * total}, features=datasets.Features({**features, "image": _RAW})
+    )
+    (folder / "data").mkdir(parents=True)
+    data.cast(features).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return task(folder)
+
+
+_RAW = datasets.Features({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+
+
+def test_up_to_one_percent_of_broken_images_is_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = ImageBatches(read_samples(broken_data(tmp_path, 2), "train"), mean_colour, 16)
+    for _ in range(2):  # a second reading does not count them twice
+        assert sum(len(batch.labels) for batch in batches) == 198
+        assert len(batches.broken) == 2
+    with caplog.at_level(logging.WARNING, "hf_epimer"):
+        batches.report_broken()
+    assert "2 images of task 'tiny' cannot be decoded and were left out: row 0 (" in caplog.text
+
+
+def test_more_broken_images_are_an_error(tmp_path: Path) -> None:
+    batches = ImageBatches(read_samples(broken_data(tmp_path, 3), "train"), mean_colour, 16)
+    with pytest.raises(DataError, match=r"3 of 200 images of task 'tiny' cannot be decoded, more than 1%: row 0 "):
+        list(batches)
+
+
+def test_labels_out_of_range_name_the_row(tmp_path: Path) -> None:
+    folder = write_data(tmp_path, rows=4)
+    data = datasets.load_dataset(str(folder), split="train").cast_column("label", datasets.Value("int64"))
+    data = data.map(lambda row, index: {"label": 9 if index == 2 else 0}, with_indices=True)
+    data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    (folder / "data" / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"row 2 has the label 9, but task 'tiny' has 3 classes"):
+        rows(read_samples(task(folder, class_names=CLASSES), "train"))
+    with pytest.raises(DataError, match="the labels carry no names; give class_names"):
+        read_samples(task(folder), "train")
+
+
+def test_text_labels_are_refused(tmp_path: Path) -> None:
+    folder = write_data(tmp_path, rows=4)
+    data = datasets.load_dataset(str(folder), split="train").cast_column("label", datasets.Value("string"))
+    data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    (folder / "data" / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(DataError, match="must hold class numbers"):
+        rows(read_samples(task(folder, class_names=CLASSES), "train"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "pattern"),
+    [
+        ({"image_column": "picture"}, "train", r"no column 'picture' for task 'tiny'; it has \['image', 'label'\]"),
+        ({"label_column": "class"}, "train", "no column 'class'"),
+        ({}, "validation", "split 'validation' of task 'tiny'.*validation"),
+        ({"config": "other"}, "train", "other"),
+        ({"class_names": ("a", "b")}, "train", "names 2 classes, the labels of .* 3"),
+        ({"class_names": ("b", "A", "ab")}, "train", "another order: label 0 is 'b' in the task and 'a' in the data"),
+    ],
+)
+def test_what_does_not_fit_is_said(folder: Path, changes: dict[str, Any], split: str, pattern: str) -> None:
+    with pytest.raises(DataError, match=pattern):
+        read_samples(task(folder, **changes), split)
+
+
+def test_class_names_may_be_worded_otherwise(folder: Path) -> None:
+    names = ("the letter a", "the letter b", "both")
+    assert read_samples(task(folder, class_names=names), "train").class_names == names
+
+
+def test_unreadable_data_sets(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        read_samples(task(tmp_path / "nowhere"), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty"):
+        read_samples(task(tmp_path / "empty"), "train")
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("raise SystemExit")
+    with pytest.raises(DataError, match="a loading script, which `datasets` no longer runs; convert it to parquet"):
+        read_samples(task(tmp_path / "script"), "train")
+    folder = write_data(tmp_path / "damaged", rows=4)
+    (folder / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    with pytest.raises(DataError, match=r"damaged.*task 'tiny'"):
+        read_samples(task(folder), "train")
+
+
+def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
+    folder = write_data(tmp_path, rows=4)
+    data = datasets.load_dataset(str(folder), split="train")
+    data.select([]).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"split 'train' of task 'tiny'"):
+        read_samples(task(folder), "train")
+
+
+def test_a_folders_revision_follows_its_files(tmp_path: Path) -> None:
+    folder = write_data(tmp_path, rows=4)
+    before = data_revision(task(folder))
+    assert data_revision(task(folder)) == before
+    write_data(tmp_path, rows=5)
+    assert data_revision(task(folder)) != before

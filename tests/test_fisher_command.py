@@ -1,0 +1,362 @@
+"""`hf-epimer fisher`, and merges that estimate what they need: files, cache, processes, the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_data
+from hub_server import StandInHub
+from huggingface_hub import ModelCard, constants
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hf_epimer import hub as our_hub
+from hf_epimer.classifier import load_classifier, task_head
+from hf_epimer.data import ImageBatches, read_samples
+from hf_epimer.statistics import estimation
+from hf_epimer.statistics.sweep import estimate_fisher
+from hf_epimer.tasks import benchmark_tasks, load_task_file
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of statistics for every test."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home" / "hf-epimer" / "statistics"
+
+
+def fisher_words(zoo: Path, name: str = "a") -> tuple[object, ...]:
+    return ("fisher", zoo / name, "--base", zoo / "base", "--task", zoo / f"{name}.json")
+
+
+def merge_words(zoo: Path) -> tuple[object, ...]:
+    models = (f"{name}={zoo / name}" for name in "ab")
+    return ("merge", *models, "--base", zoo / "base", "--task", zoo / "a.json", zoo / "b.json", "--rank", 4)
+
+
+def close(one: Path, two: Path, tolerance: float) -> None:
+    first, second = load_file(one), load_file(two)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if not name.endswith("k_proj.bias"):  # nothing but rounding
+            assert float((value - second[name]).norm() / value.norm()) < tolerance, name
+
+
+def test_the_file_is_the_fisher_information_of_the_task(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
+    code, output, complaint = run(*fisher_words(clip_zoo), "--samples", 20, "--seed", 3, "--out", "f.safetensors")
+    assert (code, complaint) == (0, "")
+    assert "20 samples" in output and "f.safetensors" in output
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header.items() >= {
+        "format": "hf-epimer.fisher/1", "samples": "20", "task": "a", "dataset": "a", "model": "a", "labels": "true",
+        "seed": "3",
+    }.items()  # fmt: skip
+    assert str(clip_zoo) not in json.dumps(header)
+    task = load_task_file(clip_zoo / "a.json")
+    samples = read_samples(task, "train", limit=20, seed=3)
+    head = task_head(task, clip_zoo / "base", samples.class_names)
+    model = load_classifier(clip_zoo / "a", clip_zoo / "base", head)
+    batches = [batch[:2] for batch in ImageBatches(samples, model.pixels, 20)]
+    expected = tmp_path / "expected.safetensors"
+    save_file(estimate_fisher(model, batches), expected)
+    close(expected, tmp_path / "f.safetensors", 1e-5)
+
+
+def test_json_and_a_folder_as_target(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    code, output, _ = run(*fisher_words(clip_zoo), "--fraction", 0.25, "--out", "there", "--json")
+    assert code == 0
+    report = json.loads(output)
+    assert report["samples"] == "10"
+    assert Path(report["out"]).name == "fisher.safetensors"
+    assert (tmp_path / "there" / "fisher.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern", "code"),
+    [
+        (("--samples", 0, "--out", "f"), "--samples must be a whole number of at least 1", 2),
+        (("--fraction", 1.5, "--out", "f"), "--fraction must be above 0 and at most 1", 2),
+        (("--samples", 5, "--fraction", 0.5, "--out", "f"), "not allowed with", 2),
+        (("--batch-size", 0, "--out", "f"), "--batch-size", 2),
+        ((), "--out", 2),
+        (("--out", "f", "--push"), "not allowed with", 2),
+        (("--push",), "is a local folder: use --out", 2),
+        (("--split", "validation", "--out", "f"), "validation", 1),
+        (("--kronecker", "--compress", "bf16", "--out", "f"), "--kronecker goes with neither", 2),
+        (("--streaming", "--fraction", 0.5, "--out", "f"), "--streaming needs --samples", 2),
+        (("--out", "precious.txt"), r"precious\.txt exists and is no file of statistics", 1),
+        (("--out", "precious.txt/f"), "cannot write to", 1),
+    ],
+)
+def test_wrong_words_and_targets(
+    words: tuple[object, ...], pattern: str, code: int, clip_zoo: Path, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    found, output, complaint = run(*fisher_words(clip_zoo), *words)
+    assert found == code, complaint
+    assert output == ""
+    assert complaint.startswith("error: ") and complaint.count("\n") == 1
+    assert re.search(pattern, complaint), complaint
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+    assert not (tmp_path / "f").exists()
+
+
+def test_unknown_tasks_and_unlike_models(clip_zoo: Path, tiny_zoo: Path, run: Run) -> None:
+    code, _, complaint = run("fisher", clip_zoo / "a", "--base", clip_zoo / "base", "--task", "dtdd", "--out", "f")
+    assert code == 1 and "no task is called 'dtdd'" in complaint
+    code, _, complaint = run("fisher", clip_zoo / "a", "--base", tiny_zoo / "base", "--task", "dtd", "--out", "f")
+    assert code == 1 and "is another architecture than the base" in complaint
+    code, _, complaint = run("fisher", tiny_zoo / "a", "--base", tiny_zoo / "base", "--task", "dtd", "--out", "f")
+    assert code == 1 and "no text tower" in complaint
+
+
+def test_a_merge_without_files_is_the_merge_with_them(
+    clip_zoo: Path, run: Run, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        assert run(*fisher_words(clip_zoo, name), "--samples", 30, "--out", f"{name}.safetensors")[0] == 0
+    given = [f"{name}={tmp_path / name}.safetensors" for name in "ab"]
+    assert run(*merge_words(clip_zoo), "--out", "given", "--fisher", *given)[0] == 0
+    shutil.rmtree(own_cache)
+    code, _, complaint = run(*merge_words(clip_zoo), "--samples", 30, "--out", "estimated")
+    assert (code, complaint) == (0, "")
+    assert len(list(own_cache.iterdir())) == 2
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("given", "estimated"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    # and from the cache, bit for bit, without looking at the data again
+    monkeypatch.setattr(estimation, "read_samples", None)
+    assert run(*merge_words(clip_zoo), "--samples", 30, "--out", "cached")[0] == 0
+    assert load_file(tmp_path / "cached" / "model.safetensors").keys() == two.keys()
+    assert all(torch.equal(v, two[n]) for n, v in load_file(tmp_path / "cached" / "model.safetensors").items())
+
+
+def test_a_dry_run_says_what_would_be_estimated(clip_zoo: Path, run: Run, own_cache: Path) -> None:
+    plan = json.loads(run(*merge_words(clip_zoo), "--dry-run", "--json")[1])
+    assert [entry.split(":")[0] for entry in plan["to_estimate"]] == ["fisher of a", "fisher of b"]
+    assert "256 samples" in plan["to_estimate"][0]
+    assert not own_cache.exists()
+    run(*fisher_words(clip_zoo), "--out", "f")
+    plan = json.loads(run(*merge_words(clip_zoo), "--dry-run", "--json")[1])
+    assert [entry.split(":")[0] for entry in plan["to_estimate"]] == ["fisher of b"]
+    assert len(plan["statistics"]) == 1
+
+
+def test_an_interrupted_merge_repeats_only_what_is_missing(
+    clip_zoo: Path, run: Run, own_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original, measured = estimation._measure, []
+
+    def interrupted(estimate: estimation.Estimate, *rest: object) -> object:
+        measured.append(estimate.task.name)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return original(estimate, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(estimation, "_measure", interrupted)
+    code, _, complaint = run(*merge_words(clip_zoo), "--out", "out")
+    assert code == 1 and "interrupted" in complaint
+    assert not (tmp_path / "out").exists()
+    assert run(*merge_words(clip_zoo), "--out", "out")[0] == 0
+    assert measured == ["a", "b", "b"]
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_the_cache_knows_what_decides_the_numbers(clip_zoo: Path, run: Run, own_cache: Path, tmp_path: Path) -> None:
+    words = [*fisher_words(clip_zoo), "--out", "f", "--samples", 8]
+    changes: list[list[object]] = [
+        [], ["--seed", 1], ["--samples", 9], ["--labels", "sampled"], ["--split", "test"], ["--squared-mean"]
+    ]  # fmt: skip
+    for change in changes:
+        assert run(*words, *change)[0] == 0
+    assert len(list(own_cache.iterdir())) == len(changes)
+    run(*words, "--batch-size", 3)
+    assert len(list(own_cache.iterdir())) == len(changes)
+    task = json.loads((clip_zoo / "a.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(task | {"dataset": str(clip_zoo / "data" / "a"), "templates": ["{}"]}))
+    run("fisher", clip_zoo / "a", "--base", clip_zoo / "base", "--task", "t.json", "--samples", 8, "--out", "f")
+    assert len(list(own_cache.iterdir())) == len(changes) + 1
+
+
+@pytest.mark.parametrize(
+    "options", [("--metric", "kronecker"), ("--metric", "projected"), ("--metric", "projected", "--shrinkage", 0.5)]
+)
+def test_other_metrics_are_estimated_too(options: tuple[object, ...], clip_zoo: Path, run: Run, tmp_path: Path) -> None:
+    run(*merge_words(clip_zoo), "--out", "diagonal")
+    assert run(*merge_words(clip_zoo), "--out", "other", *options)[0] == 0
+    diagonal, other = (load_file(tmp_path / out / "model.safetensors") for out in ("diagonal", "other"))
+    assert any(not torch.equal(diagonal[name], other[name]) for name in other)
+    assert all(bool(value.isfinite().all()) for value in other.values())
+    report = json.loads((tmp_path / "other" / "merge_report.json").read_text())
+    assert report["totals"]["eta"] > 0
+
+
+def test_regmean_from_a_kronecker_file(clip_zoo: Path, run: Run, tmp_path: Path, own_cache: Path) -> None:
+    words = [word for word in merge_words(clip_zoo) if word not in ("--rank", 4)]
+    assert run(*words, "--method", "regmean", "--out", "estimated")[0] == 0
+    assert all("-kronecker-" in file.name for file in own_cache.iterdir())
+    for name in "ab":
+        assert run(*fisher_words(clip_zoo, name), "--kronecker", "--out", f"{name}.safetensors")[0] == 0
+    given = [f"{name}={tmp_path / name}.safetensors" for name in "ab"]
+    assert run(*words, "--method", "regmean", "--out", "given", "--fisher", *given)[0] == 0
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("given", "estimated"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    code, _, complaint = run(*merge_words(clip_zoo), "--out", "x", "--fisher", *given)
+    assert code == 1 and "holds hf-epimer.kronecker/1" in complaint
+
+
+@pytest.mark.parametrize("compress", ["bf16", "rank1"])
+def test_small_files_merge_nearly_alike(compress: str, clip_zoo: Path, run: Run, tmp_path: Path) -> None:
+    for name in "ab":
+        run(*fisher_words(clip_zoo, name), "--out", f"{name}.safetensors")
+        assert run(*fisher_words(clip_zoo, name), "--compress", compress, "--out", f"{name}-small.safetensors")[0] == 0
+        sizes = [(tmp_path / f"{name}{end}.safetensors").stat().st_size for end in ("", "-small")]
+        assert sizes[1] < 0.75 * sizes[0]
+    small = [f"{name}={tmp_path / name}-small.safetensors" for name in "ab"]
+    assert run(*merge_words(clip_zoo), "--out", "small", "--fisher", *small)[0] == 0
+    assert run(*merge_words(clip_zoo), "--out", "full")[0] == 0
+    base = load_file(clip_zoo / "base" / "model.safetensors")
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("full", "small"))
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    change = float((two[name] - one[name]).norm() / (one[name] - base[name]).norm())
+    assert change < (0.02 if compress == "bf16" else 0.5)
+
+
+def test_two_processes_measure_what_one_does(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
+    """An odd number of samples: none is dropped, none counted twice."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "two")}
+    words = [*fisher_words(clip_zoo), "--samples", 23, "--labels", "sampled", "--batch-size", 4]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_epimer"]
+    done = subprocess.run(
+        [*launcher, *map(str, words), "--out", "two.safetensors", "--json"],
+        capture_output=True, text=True, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == "23"
+    assert run(*words, "--out", "one.safetensors")[0] == 0
+    close(tmp_path / "one.safetensors", tmp_path / "two.safetensors", 1e-5)
+
+
+# --- on the Hub -----------------------------------------------------------------------------------------------------
+
+TOKEN = "hf_writer_secret"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_zoo: Path) -> Iterator[StandInHub]:
+    with StandInHub() as stand_in:
+        stand_in.add_user(TOKEN, "ann", orgs=["org"])
+        stand_in.add_user("hf_reader_secret", "ann", role="read", orgs=["org"])
+        stand_in.add_repo("org/base", clip_zoo / "base")
+        for name, repo in (("a", "org/vit-b32-dtd"), ("b", "org/vit-b32-svhn")):
+            shutil.copytree(clip_zoo / name, tmp_path / "src" / name)
+            (tmp_path / "src" / name / "README.md").write_text("---\nbase_model: org/base\n---\n\n# A model\n")
+            stand_in.add_repo(repo, tmp_path / "src" / name)
+        for task in (benchmark_tasks()[name] for name in ("dtd", "svhn")):
+            names = tuple(f"class {index}" for index in range(len(task.class_names or ())))
+            folder = write_data(tmp_path / "src" / "data" / task.name, names=names)
+            if task.config:
+                (folder / task.config).mkdir()
+                for split in ("train", "test"):
+                    (folder / "data" / f"{split}-00000-of-00001.parquet").rename(
+                        folder / task.config / f"{split}-00000-of-00001.parquet"
+                    )
+                shutil.rmtree(folder / "data")
+                paths = "".join(f"  - split: {s}\n    path: {task.config}/{s}-*\n" for s in ("train", "test"))
+                (folder / "README.md").write_text(
+                    f"---\nconfigs:\n- config_name: {task.config}\n  data_files:\n{paths}---\n"
+                )
+            stand_in.add_repo(task.dataset, folder, repo_type="dataset")
+        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(our_hub, "BACKOFF", (0.01, 0.02))
+        yield stand_in
+
+
+def test_the_mission_command_estimates_on_the_benchmarks_own_data(hub: StandInHub, tmp_path: Path) -> None:
+    """No Fisher file anywhere: tasks from the repos' names, data and base from the Hub, in a process of its own."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    words = ("merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--push-to", "org/merged")
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_epimer", *words], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert hub.exists("org/merged")
+    files = sorted((tmp_path / "home" / "hf-epimer" / "statistics").iterdir())
+    assert [file.name.split("-")[0] for file in files] == ["dtd", "svhn"]
+    with safe_open(files[1], "pt") as file:
+        header = file.metadata()
+    assert header["dataset"] == benchmark_tasks()["svhn"].dataset
+    assert header["dataset_revision"] == hub.commits(header["dataset"], "dataset")[0].oid
+    assert header["model_sha"] == hub.commits("org/vit-b32-svhn")[0].oid
+
+
+def test_pushing_adds_the_file_and_a_section_in_one_commit(
+    hub: StandInHub, run: Run, clip_zoo: Path, tmp_path: Path
+) -> None:
+    words = ("fisher", "org/vit-b32-dtd", "--task", clip_zoo / "a.json", "--samples", 12, "--push")
+    code, output, complaint = run(*words)
+    assert (code, complaint) == (0, "")
+    head, first = hub.commits("org/vit-b32-dtd")
+    assert head.oid in output
+    assert set(head.files) == set(first.files) | {"fisher.safetensors"}
+    card = hub.read("org/vit-b32-dtd", "README.md").decode()
+    assert card.startswith("---\nbase_model: org/base\n---\n\n# A model\n")
+    assert "## Fisher information" in card and "12 samples of `a`" in card
+    assert "hf-epimer merge org/vit-b32-dtd OTHER" in card
+    assert TOKEN not in card and str(clip_zoo) not in card
+    assert ModelCard(card).data.to_dict()["base_model"] == "org/base"
+    # again with other samples: the section is replaced, not repeated
+    assert run(*words[:-2], 13, "--push")[0] == 0
+    card = hub.read("org/vit-b32-dtd", "README.md").decode()
+    assert card.count("## Fisher information") == 1 and "13 samples" in card
+    # and the next person merges without data
+    (tmp_path / "got.safetensors").write_bytes(hub.read("org/vit-b32-dtd", "fisher.safetensors"))
+    assert run("merge", "org/vit-b32-dtd", "--out", "merged")[0] == 0
+
+
+def test_who_may_not_push_hears_it_first(
+    hub: StandInHub, run: Run, clip_zoo: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["fisher", "org/vit-b32-dtd", "--task", clip_zoo / "a.json", "--push"]
+    monkeypatch.setenv("HF_TOKEN", "hf_reader_secret")
+    code, _, complaint = run(*words)
+    assert code == 1 and "write token" in complaint and "secret" not in complaint
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    words[1] = f"org/vit-b32-dtd@{hub.commits('org/vit-b32-dtd')[0].oid}"
+    code, _, complaint = run(*words)
+    assert code == 2 and "is a commit" in complaint
+    assert not own_cache.exists()
+
+
+def test_weights_that_change_meanwhile_do_not_get_the_file(
+    hub: StandInHub, run: Run, clip_zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = estimation._measure
+
+    def slow(*arguments: object) -> object:
+        hub.commit("org/vit-b32-dtd", {"model.safetensors": (clip_zoo / "b" / "model.safetensors").read_bytes()})
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(estimation, "_measure", slow)
+    code, _, complaint = run("fisher", "org/vit-b32-dtd", "--task", clip_zoo / "a.json", "--push")
+    assert code == 1 and "was changed while it was measured" in complaint
+    assert "fisher.safetensors" not in hub.commits("org/vit-b32-dtd")[0].files

@@ -1,0 +1,409 @@
+"""Per-sample gradients, what is accumulated from them, and the sweep, each against plain autograd in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from hf_epimer import estimate_fisher
+from hf_epimer.architectures import CLIP_VISION
+from hf_epimer.classifier import Classifier
+from hf_epimer.data import Batch
+from hf_epimer.errors import DataError, MismatchError, StatisticsError, UsageError
+from hf_epimer.numerics.subspace import TaggedBasis, tagged_basis
+from hf_epimer.statistics.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
+from hf_epimer.statistics.files import StatisticsMetadata, open_statistics, save_statistics
+from hf_epimer.statistics.hessian import projected_hessian
+from hf_epimer.statistics.sweep import Subject, probe_determinism, sweep
+from hf_epimer.statistics.taps import Outer, gradient_taps
+
+Batches = list[tuple[Tensor, Tensor]]
+FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
+POSITIONS = "vision_model.embeddings.position_embedding.weight"
+
+
+@pytest.fixture(scope="module")
+def model() -> Classifier:
+    """A float64 classifier with five classes whose every parameter matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vision = CLIPVisionModel(CLIPVisionConfig(**TINY))
+        for parameter in vision.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return Classifier(vision, torch.randn(24, 32), torch.randn(5, 24), torch.tensor(2.0), None).eval().double()
+
+
+@pytest.fixture(scope="module")
+def samples() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(7, 3, 16, 16, generator=generator).double(), torch.tensor([0, 4, 2, 2, 1, 3, 0])
+
+
+def batched(samples: tuple[Tensor, Tensor], *sizes: int) -> Batches:
+    return list(zip(samples[0].split(list(sizes)), samples[1].split(list(sizes)), strict=True))
+
+
+def per_sample(model: nn.Module, names: dict[str, str], samples: tuple[Tensor, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The definition: one backward pass per sample, through autograd's own gradients."""
+    parameters = [model.get_parameter(own) for own in names]
+    for pixels, label in zip(*samples, strict=True):
+        loss = cross_entropy(model(pixels.unsqueeze(0)), label.unsqueeze(0))
+        yield dict(zip(names.values(), torch.autograd.grad(loss, parameters), strict=True))
+
+
+def squares(model: nn.Module, names: dict[str, str], samples: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    gradients = list(per_sample(model, names, samples))
+    return {name: torch.stack([g[name].square() for g in gradients]).mean(0) for name in gradients[0]}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Softmax ignores a shift common to all keys, so the gradient of a key's bias is nothing but rounding."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("k_proj.bias"):
+            assert float(found[name].max()) < 1e-12
+        else:
+            assert float((found[name] - value).norm() / value.norm()) < tolerance, name
+            assert found[name].shape == value.shape
+
+
+def test_every_parameter_of_the_tower_has_its_per_sample_squares(
+    model: Classifier, samples: tuple[Tensor, Tensor]
+) -> None:
+    found = estimate_fisher(model, batched(samples, 7))
+    assert found.keys() == CLIP_VISION.shapes(TINY).keys()
+    assert_equal(found, squares(model, model.vision_names(), samples))
+
+
+def test_the_batch_size_does_not_matter(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
+    one = estimate_fisher(model, batched(samples, 7))
+    for sizes in ((1,) * 7, (3, 4), (6, 1)):
+        assert_equal(estimate_fisher(model, batched(samples, *sizes)), one)
+        drawn = [estimate_fisher(model, batched(samples, *s), labels="sampled", seed=3) for s in (sizes, (7,))]
+        assert_equal(drawn[0], drawn[1])
+
+
+def test_parameters_are_left_as_they_were(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    estimate_fisher(model, batched(samples, 7))
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_sampled_labels_give_the_true_fisher_in_expectation(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
+    """E over y ~ p(y|x) of the squares, exactly, against many draws."""
+    expected: dict[str, Tensor] = {}
+    probabilities = model(samples[0]).softmax(-1).detach()
+    for index, pixels in enumerate(samples[0]):
+        for label in range(5):
+            one = next(per_sample(model, model.vision_names(), (pixels.unsqueeze(0), torch.tensor([label]))))
+            share = probabilities[index, label] / len(samples[0])
+            expected = {n: expected.get(n, 0) + share * g.square() for n, g in one.items()}
+    repeats = 120
+    many = (samples[0].repeat(repeats, 1, 1, 1), samples[1].repeat(repeats))
+    found = estimate_fisher(model, batched(many, len(many[1])), labels="sampled", seed=1, probe=False)
+    error = float((found[FC1] - expected[FC1]).norm() / expected[FC1].norm())
+    true_labels = estimate_fisher(model, batched(samples, 7))
+    assert error < 0.2
+    assert float((true_labels[FC1] - expected[FC1]).norm() / expected[FC1].norm()) > 2 * error
+    assert not torch.equal(
+        estimate_fisher(model, batched(samples, 7), labels="sampled", seed=5)[FC1],
+        estimate_fisher(model, batched(samples, 7), labels="sampled", seed=6)[FC1],
+    )
+
+
+def test_the_squared_mean_is_the_square_of_the_mean(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
+    subject = Subject(model, model.vision_names())
+    gradients = list(per_sample(model, model.vision_names(), samples))
+    expected = {name: torch.stack([g[name] for g in gradients]).mean(0).square() for name in gradients[0]}
+    found, count = sweep(subject, numbered(samples), SquaredMean(subject.shapes))
+    assert count == 7
+    assert_equal(found, expected)
+
+
+def numbered(samples: tuple[Tensor, Tensor], *sizes: int) -> list[Batch]:
+    start, batches = 0, []
+    for inputs, labels in batched(samples, *(sizes or (len(samples[1]),))):
+        batches.append(Batch(inputs, labels, range(start, start + len(labels))))
+        start += len(labels)
+    return batches
+
+
+def test_kronecker_factors_are_the_second_moments(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
+    """From the layer's own input and output gradient, caught by plain hooks, one sample at a time."""
+    subject = Subject(model, model.vision_names())
+    found, _ = sweep(subject, numbered(samples, 3, 4), KroneckerFactors(subject.shapes))
+    layer = model.vision.get_submodule("encoder.layers.0.mlp.fc1")
+    caught: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda m, i, o: caught.update(x=i[0])),
+        layer.register_full_backward_hook(lambda m, i, o: caught.update(g=o[0])),
+    ]
+    inputs, outputs = [], []
+    for pixels, label in zip(*samples, strict=True):
+        cross_entropy(model(pixels.unsqueeze(0)), label.unsqueeze(0)).backward()
+        x, g = caught["x"][0], caught["g"][0]
+        inputs.append(x.mT @ x / len(x))
+        outputs.append(g.mT @ g)
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    assert torch.allclose(found[f"{FC1}.input_factor"], torch.stack(inputs).mean(0))
+    assert torch.allclose(found[f"{FC1}.output_factor"], torch.stack(outputs).mean(0))
+    matrices = [name for name, shape in CLIP_VISION.shapes(TINY).items() if len(shape) == 2]
+    assert {name.rsplit(".", 1)[0] for name in found} == set(matrices)
+
+
+def bases_of(names: list[str], rank: int = 3) -> dict[str, TaggedBasis]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = CLIP_VISION.shapes(TINY)
+    found = {}
+    for name in names:
+        basis = tagged_basis(torch.randn(2, *shapes[name], generator=generator, dtype=torch.float64), rank, exact=True)
+        assert basis is not None
+        found[name] = basis
+    return found
+
+
+def test_the_projected_fisher_is_the_projection_of_the_per_sample_fisher(
+    model: Classifier, samples: tuple[Tensor, Tensor]
+) -> None:
+    bases = bases_of([FC1, POSITIONS], rank=2)
+    subject = Subject(model, model.vision_names())
+    found, _ = sweep(subject, numbered(samples, 3, 4), ProjectedFisher(bases))
+    gradients = list(per_sample(model, model.vision_names(), samples))
+    for name, basis in bases.items():
+        z = torch.stack([basis.project(g[name]) for g in gradients])
+        expected = z.mT @ z / len(z)
+        assert torch.allclose(found[name], expected, rtol=1e-10)
+        identity = expected.diagonal().mean() * torch.eye(basis.size, dtype=z.dtype)
+        noise = sum(float((torch.outer(one, one) - expected).square().sum()) for one in z) / len(z) ** 2
+        share = min(1.0, noise / float((expected - identity).square().sum()))
+        assert float(found[f"{name}.shrinkage"]) == pytest.approx(share, rel=1e-8)
+
+
+def test_the_projected_hessian_agrees_with_finite_differences(
+    model: Classifier, samples: tuple[Tensor, Tensor]
+) -> None:
+    bases = bases_of([FC1], rank=1)
+    basis = bases[FC1]
+    found = projected_hessian(Subject(model, model.vision_names()), numbered(samples, 3, 4), bases)[FC1]
+    weight = model.get_parameter(next(own for own, name in model.vision_names().items() if name == FC1))
+    original = weight.detach().clone()
+
+    def loss(x: Tensor) -> float:
+        with torch.no_grad():
+            weight.copy_(original + basis.expand(x))
+            value = float(cross_entropy(model(samples[0]), samples[1]))
+            weight.copy_(original)
+        return value
+
+    step = 1e-3
+    unit = step * torch.eye(basis.size, dtype=torch.float64)
+    for i in range(basis.size):
+        for j in range(basis.size):
+            corners = loss(unit[i] + unit[j]) - loss(unit[i]) - loss(unit[j]) + loss(0 * unit[i])
+            assert float(found[i, j]) == pytest.approx(corners / step**2, rel=2e-2, abs=1e-4)
+
+
+class Odd(nn.Module):
+    """Layers that CLIP does not have, or uses otherwise: one called twice, a strided convolution, a checkpoint."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=1, dilation=1)
+        self.twice = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.out = nn.Linear(4, 5)
+        self.checkpointed = checkpointed
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = self.convolution(pixels).flatten(2).mT
+        tokens = self.twice(torch.tanh(self.twice(tokens)))
+        body = checkpoint(self.norm, tokens, use_reentrant=False) if self.checkpointed else self.norm(tokens)
+        return self.out(body.square().mean(1))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_reused_strided_and_checkpointed_layers(checkpointed: bool) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        odd = Odd(checkpointed).double()
+        samples = (torch.randn(6, 3, 8, 9).double(), torch.randint(0, 5, (6,)))
+    names = {name: name for name, _ in odd.named_parameters()}
+    assert_equal(estimate_fisher(odd, batched(samples, 4, 2)), squares(odd, names, samples))
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    data = [(torch.randn(2, 4), torch.tensor([0, 1]))]
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(StatisticsError, match=r"1\.weight and 0\.weight share"):
+        estimate_fisher(tied, data)
+    with pytest.raises(StatisticsError, match="BatchNorm1d are not known"):
+        estimate_fisher(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), data)
+    unused = nn.Linear(4, 4)
+    unused.register_module("idle", nn.Linear(2, 2))
+    with pytest.raises(StatisticsError, match=r"does not depend on idle\.bias \(2 such"):
+        estimate_fisher(unused, data)
+    with pytest.raises(StatisticsError, match="no samples"):
+        estimate_fisher(nn.Linear(4, 4), [])
+    with pytest.raises(DataError, match="label 7 is outside the 4 classes"):
+        estimate_fisher(nn.Linear(4, 4), [(torch.randn(1, 4), torch.tensor([7]))])
+    with pytest.raises(DataError, match="label -1"):
+        estimate_fisher(nn.Linear(4, 4), [(torch.randn(1, 4), torch.tensor([-1]))])
+    with pytest.raises(UsageError, match="read only once"):
+        estimate_fisher(nn.Linear(4, 4), iter(data))
+    damaged = nn.Linear(4, 4)
+    damaged.weight.data[0, 0] = torch.nan
+    with pytest.raises(StatisticsError, match="not finite"):
+        estimate_fisher(damaged, data, probe=False)
+
+
+def test_the_probe_finds_dropout_and_augmentation() -> None:
+    class Restless:
+        """Another image each time it is read."""
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            yield torch.randn(2, 4), torch.tensor([0, 1])
+
+    with pytest.raises(StatisticsError, match=r"in the images \(is an augmentation on\?\)"):
+        estimate_fisher(nn.Linear(4, 4), Restless())
+    assert estimate_fisher(nn.Linear(4, 4), Restless(), probe=False)
+
+    class Dropping(nn.Module):
+        """Dropout that does not ask whether it is training."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(nn.functional.dropout(x, 0.5, training=True))
+
+    data = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
+    with pytest.raises(StatisticsError, match=r"in the loss \(is dropout on\?\)"):
+        estimate_fisher(Dropping(), data)
+    model = Dropping()
+    probe_determinism(Subject(nn.Linear(4, 4), {"weight": "w"}), [Batch(*data[0], range(8))])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_no_copy_of_the_model_per_sample_is_held() -> None:
+    """What a consumer sees of a large layer is two thin factors; their product exists for one sample at a time."""
+    layer = nn.Linear(300, 200, bias=False)
+    seen: list[Any] = []
+    with gradient_taps(layer, {"weight": "weight"}, lambda name, gradient: seen.append(gradient)) as forward:
+        forward(16, torch.randn(16, 300)).sum().backward()
+    (gradient,) = seen
+    assert isinstance(gradient, Outer)
+    assert gradient.left.numel() + gradient.right.numel() == 16 * 500
+    assert len({one.data_ptr() for one in gradient.per_sample()}) == 1
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+ORIGIN = StatisticsMetadata(3, "dtd", "org/dtd", "abc", "org/model", "def", "true", 7)
+SHAPES = {"vision_model.a.weight": (6, 4), "vision_model.conv.weight": (6, 3, 2, 2), "vision_model.a.bias": (6,)}
+
+
+def some_fisher() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(shape, generator=generator).exp() for name, shape in SHAPES.items()}
+
+
+def same(name: str) -> str:
+    return name
+
+
+def test_a_fisher_file_says_where_it_comes_from(tmp_path: Path) -> None:
+    path = tmp_path / "fisher.safetensors"
+    fisher = some_fisher()
+    save_statistics(path, fisher, ORIGIN)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {
+            "format": "hf-epimer.fisher/1", "samples": "3", "task": "dtd", "dataset": "org/dtd", "labels": "true",
+            "dataset_revision": "abc", "model": "org/model", "model_sha": "def", "seed": "7", "kind": "per-sample",
+        }  # fmt: skip
+        for name, value in fisher.items():
+            assert torch.equal(file.get_tensor(name), value)
+            assert file.get_tensor(name).dtype == torch.float32
+    assert [entry.name for entry in tmp_path.iterdir()] == ["fisher.safetensors"]
+
+
+@pytest.mark.parametrize(("compress", "tolerance"), [("bf16", 4e-3), ("rank1", 1e-6)])
+def test_a_small_file_reads_like_a_large_one(compress: Any, tolerance: float, tmp_path: Path) -> None:
+    fisher = some_fisher()
+    expected = dict(fisher)
+    if compress == "rank1":
+        for name in ("vision_model.a.weight", "vision_model.conv.weight"):
+            matrix = fisher[name].flatten(1)
+            expected[name] = (torch.outer(matrix.mean(1), matrix.mean(0)) / matrix.mean()).view_as(fisher[name])
+    path = tmp_path / "fisher.safetensors"
+    save_statistics(path, fisher, ORIGIN, compress=compress)
+    source = open_statistics(path, "x", "fisher", SHAPES, same)
+    assert dict(source.shapes) == SHAPES
+    for name, value in expected.items():
+        out = torch.empty(SHAPES[name])
+        source.copy_to(name, out)
+        torch.testing.assert_close(out, value, rtol=tolerance, atol=0)
+        torch.testing.assert_close(source.tensor(name).float(), value, rtol=tolerance, atol=0)
+
+
+def test_rank_one_is_a_fraction_of_the_size(tmp_path: Path) -> None:
+    fisher = {"w": torch.rand(300, 400), "zero": torch.zeros(30, 40)}
+    sizes = {}
+    for compress in (None, "bf16", "rank1"):
+        path = tmp_path / f"{compress}.safetensors"
+        save_statistics(path, fisher, ORIGIN, compress=compress)
+        sizes[compress] = path.stat().st_size
+    assert sizes["bf16"] < 0.51 * sizes[None]
+    assert sizes["rank1"] < 0.01 * sizes[None]
+    source = open_statistics(tmp_path / "rank1.safetensors", "x", "fisher", {"w": (300, 400), "zero": (30, 40)}, same)
+    assert not source.tensor("zero").any()
+
+
+def test_a_file_of_the_wrong_kind_or_shape_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fisher.safetensors"
+    save_statistics(path, some_fisher(), ORIGIN)
+    with pytest.raises(StatisticsError, match=r"holds hf-epimer\.fisher/1, and hf-epimer\.kronecker/1 is needed"):
+        open_statistics(path, "x", "gram", SHAPES, same)
+    with pytest.raises(MismatchError, match=r"vision_model\.a\.weight has shape \[6, 4\] instead of \[4, 6\]"):
+        open_statistics(path, "x", "fisher", SHAPES | {"vision_model.a.weight": (4, 6)}, same)
+    save_statistics(path, some_fisher(), ORIGIN, compress="rank1")
+    with pytest.raises(MismatchError, match=r"vision_model\.a\.weight has shape"):
+        open_statistics(path, "x", "fisher", SHAPES | {"vision_model.a.weight": (4, 6)}, same)
+    with pytest.raises(StatisticsError, match="--compress is for Fisher information"):
+        save_statistics(path, {}, ORIGIN, "kronecker", "bf16")
+
+
+def test_kronecker_files_serve_regmean_too(tmp_path: Path) -> None:
+    factors = {"vision_model.a.weight.input_factor": torch.eye(4), "vision_model.a.weight.output_factor": torch.eye(6)}
+    path = tmp_path / "kronecker.safetensors"
+    save_statistics(path, factors, ORIGIN, "kronecker")
+    assert set(open_statistics(path, "x", "kronecker", SHAPES, same).shapes) == set(factors)
+    gram = open_statistics(path, "x", "gram", SHAPES, same)
+    assert dict(gram.shapes) == {"vision_model.a.weight.input_factor": (4, 4)}
+
+
+def test_accumulators_of_several_processes_add_up(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
+    subject = Subject(model, model.vision_names())
+    whole, _ = sweep(subject, numbered(samples), FisherDiagonal(subject.shapes))
+    parts = [FisherDiagonal(subject.shapes) for _ in range(2)]
+    for part, accumulator in zip(batched(samples, 3, 4), parts, strict=True):
+        sweep(subject, [Batch(*part, range(len(part[1])))], accumulator)
+    sums = {name: parts[0].sums[name] + parts[1].sums[name] for name in whole}
+    assert_equal(parts[0].finish(sums, 7), whole)
