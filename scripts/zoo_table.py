@@ -2,8 +2,8 @@
 
     python scripts/zoo_table.py --zoo DIR [--tasks mnist flags ...] [--rank 16] [--samples 256] [--out DIR]
 
-DIR has base/, tasks/NAME/ (checkpoints) and task_files/NAME.yaml. Fisher files that do not lie beside a checkpoint are
-estimated on the first training samples (shuffled, seed 0) and kept in --out. Every method runs at its default options,
+DIR has base/, tasks/NAME/ (checkpoints) and task_files/NAME.yaml. Statistics that do not lie beside a checkpoint are
+estimated by the merge on --samples training images and kept in its cache. Every method runs at its default options,
 rank methods at --rank; nothing is chosen on the test sets.
 """
 
@@ -20,39 +20,24 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_epimer import METHODS, MergeRecipe, ModelRef, merge
-from hf_epimer.classifier import load_classifier, task_head
-from hf_epimer.evaluation import class_names_of, evaluate_folder, read_split
-from hf_epimer.statistics import FisherMetadata, estimate_fisher, save_fisher
+from hf_epimer.evaluation import evaluate_folder
 from hf_epimer.tasks import Task, load_task_file
 
-
-def fisher_file(zoo: Path, task: Task, samples: int, folder: Path) -> Path:
-    """The task's Fisher information: beside the checkpoint, or estimated once into `folder`."""
-    beside = zoo / "tasks" / task.name / "fisher.safetensors"
-    kept = folder / f"{task.name}-{samples}.fisher.safetensors"
-    if beside.exists() or kept.exists():
-        return beside if beside.exists() else kept
-    data = read_split(task, task.train_split).shuffle(seed=0)
-    data = data.select(range(min(samples, len(data))))
-    head = task_head(task, zoo / "base", class_names_of(task, data))
-    model = load_classifier(zoo / "tasks" / task.name, zoo / "base", head)
-    fisher = estimate_fisher(model, list(data[task.image_column]), list(data[task.label_column]))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_fisher(kept, fisher, FisherMetadata(len(data), task.name, task.dataset, "local", task.name, "", "true", 0))
-    return kept
+VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "epimer": ("epimer", {}),
+    "epimer, trace": ("epimer", {"normalize": "trace"}),
+    "epimer, projected": ("epimer", {"metric": "projected"}),
+    "epimer, projected, trace": ("epimer", {"metric": "projected", "normalize": "trace"}),
+    "epimer, kronecker": ("epimer", {"metric": "kronecker"}),
+    "epimer, kronecker, trace": ("epimer", {"metric": "kronecker", "normalize": "trace"}),
+    **{name: (name, {}) for name in METHODS if name != "epimer"},
+}
+"""Row of the table -> method and options."""
 
 
-def variants() -> dict[str, tuple[str, dict[str, str]]]:
-    """Row of the table -> method and options; RegMean's statistics do not come from files."""
-    rows: dict[str, tuple[str, dict[str, str]]] = {
-        name: (name, {}) for name, entry in METHODS.items() if entry.needs != "gram"
-    }
-    return {"epimer": rows.pop("epimer"), "epimer, trace": ("epimer", {"normalize": "trace"}), **rows}
-
-
-def accuracies(zoo: Path, tasks: Sequence[Task], row: str, rank: int, fisher: Sequence[Path], out: Path) -> list[float]:
+def accuracies(zoo: Path, tasks: Sequence[Task], row: str, rank: int, samples: int, out: Path) -> list[float]:
     """Test accuracy on every task of one merge."""
-    method, chosen = variants()[row]
+    method, chosen = VARIANTS[row]
     config = METHODS[method].config
     options = config(**chosen, **({"rank": rank} if "rank" in config.__dataclass_fields__ else {}))
     recipe = MergeRecipe(
@@ -60,7 +45,8 @@ def accuracies(zoo: Path, tasks: Sequence[Task], row: str, rank: int, fisher: Se
         base=ModelRef.parse(str(zoo / "base")),
         method=method,
         options=options,
-        fisher=tuple(ModelRef.parse(str(file)) for file in fisher) if METHODS[method].needs else (),
+        samples=samples,
+        tasks=tuple(str(zoo / "task_files" / f"{task.name}.yaml") for task in tasks),
         out=str(out / f"{row.replace(', ', '-')}-{len(tasks)}"),
         overwrite=True,
     )
@@ -72,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+")
-    parser.add_argument("--methods", nargs="+", choices=list(variants()))
+    parser.add_argument("--methods", nargs="+", choices=list(VARIANTS))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("zoo-merges"))
@@ -81,10 +67,9 @@ def main() -> None:
     logging.getLogger("datasets").setLevel(logging.ERROR)
     names = options.tasks or sorted(file.stem for file in (options.zoo / "task_files").glob("*.yaml"))
     tasks = [load_task_file(options.zoo / "task_files" / f"{name}.yaml") for name in names]
-    fisher = [fisher_file(options.zoo, task, options.samples, options.out) for task in tasks]
     rows = {}
-    for method in options.methods or variants():
-        rows[method] = accuracies(options.zoo, tasks, method, options.rank, fisher, options.out)
+    for method in options.methods or VARIANTS:
+        rows[method] = accuracies(options.zoo, tasks, method, options.rank, options.samples, options.out)
         Console(stderr=True).print(f"{method}: {sum(rows[method]) / len(tasks):.3f}")
     table = Table(title=f"{len(tasks)} tasks, rank {options.rank}", title_justify="left")
     for column in ("method", *names, "average", "worst"):
