@@ -222,26 +222,29 @@ def test_the_projected_hessian_agrees_with_finite_differences(
 class Odd(nn.Module):
     """Layers that CLIP does not have, or uses otherwise: one called twice, a strided convolution, a checkpoint."""
 
-    def __init__(self, checkpointed: bool = False) -> None:
+    def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=1, dilation=1)
         self.twice = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4)
         self.out = nn.Linear(4, 5)
-        self.checkpointed = checkpointed
+        self.reentrant = reentrant
 
     def forward(self, pixels: Tensor) -> Tensor:
         tokens = self.convolution(pixels).flatten(2).mT
         tokens = self.twice(torch.tanh(self.twice(tokens)))
-        body = checkpoint(self.norm, tokens, use_reentrant=False) if self.checkpointed else self.norm(tokens)
+        if self.reentrant is None:
+            body = self.norm(tokens)
+        else:
+            body = checkpoint(self.norm, tokens, use_reentrant=self.reentrant)
         return self.out(body.square().mean(1))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_reused_strided_and_checkpointed_layers(checkpointed: bool) -> None:
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_reused_strided_and_checkpointed_layers(reentrant: bool | None) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        odd = Odd(checkpointed).double()
+        odd = Odd(reentrant).double()
         samples = (torch.randn(6, 3, 8, 9).double(), torch.randint(0, 5, (6,)))
     names = {name: name for name, _ in odd.named_parameters()}
     assert_equal(estimate_fisher(odd, batched(samples, 4, 2)), squares(odd, names, samples))
