@@ -216,7 +216,7 @@ def extreme_eigenvalues(
     Args:
         apply: the operator on vectors of length p.
         start: a vector with a share in every direction, such as a random one.
-        tolerance: residual allowed at either end, relative to the largest magnitude; the error is its square or less.
+        tolerance: residual allowed at either end, relative to the largest magnitude.
         max_steps: products with the operator; p of them are exact.
 
     Returns:
