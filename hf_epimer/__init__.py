@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_epimer.config import MergeRecipe, ModelRef
+    from hf_epimer.diagnosis import Diagnosis, diagnose
     from hf_epimer.errors import EpimerError
     from hf_epimer.evaluation import accuracy
     from hf_epimer.hub import push_folder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Diagnosis": "diagnosis",
     "EpiMerConfig": "methods.epimer",
     "EpimerError": "errors",
     "METHODS": "methods",
@@ -33,6 +35,7 @@ _HOMES = {
     "ModelRef": "config",
     "Task": "tasks",
     "accuracy": "evaluation",
+    "diagnose": "diagnosis",
     "estimate_fisher": "statistics",
     "merge": "pipeline",
     "merge_state_dicts": "merging",
@@ -41,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "Diagnosis",
     "EpiMerConfig",
     "EpimerError",
     "MergeRecipe",
@@ -48,6 +52,7 @@ __all__ = [
     "ModelRef",
     "Task",
     "accuracy",
+    "diagnose",
     "estimate_fisher",
     "merge",
     "merge_state_dicts",

@@ -82,8 +82,13 @@ class Plan:
         }
 
 
-def make_plan(recipe: MergeRecipe) -> Plan:
-    """Resolve, infer and check everything that needs no weights."""
+def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan:
+    """Resolve, infer and check everything that needs no weights.
+
+    Args:
+        recipe: what is asked for.
+        statistics_optional: do without statistics where none are given and not every model has its own.
+    """
     method = find_method(recipe.method)
     options = method.config() if recipe.options is None else recipe.options
     if not isinstance(options, method.config):
@@ -111,7 +116,12 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     _check_distinct(base, models)
     for source in (base, *models):
         weight_names(source)
-    fisher = _find_statistics(recipe, method, models)
+    try:
+        fisher = _find_statistics(recipe, method, models)
+    except StatisticsError:
+        if recipe.fisher or not statistics_optional:
+            raise
+        fisher = None
     pinned = replace(
         recipe,
         options=options,
