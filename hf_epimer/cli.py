@@ -409,6 +409,9 @@ def _print_diagnosis(found: Diagnosis) -> None:
         table.add_row(*row)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
+    for total in found.totals:
+        if total.capped:
+            console.print(f"rank {total.rank} capped at floor(min(m, n) / T) in {total.capped} layers")
     for sentence in (*found.verdict, *([found.note] if found.note else [])):
         console.print(f"- {escape(sentence)}")
     console.print(f"folder  {escape(str(found.out))}")

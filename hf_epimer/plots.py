@@ -141,7 +141,7 @@ def eta_by_layer(
             axes.annotate(text, (index, tops[index]), (0, 2), textcoords="offset points", ha="center", fontsize="small")
         axes.set_ylabel(unit)
         axes.set_title(title, fontsize="medium", loc="left")
-        axes.margins(y=0.15)
+        axes.set_ylim(0, 1.15 * max(tops) or 1)
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
         _tidy(axes)
     below.set_xticks(range(len(blocks)), [str(block) if block >= 0 else "embed" for block in blocks])
@@ -150,15 +150,17 @@ def eta_by_layer(
     figure.legend(handles[::-1], names[::-1], loc="outside right center", frameon=False)
     eta, spread = _sum(literal)
     share = eta / spread if spread > 0 else 0.0
-    figure.suptitle(f"Rank {rank}: curvature can save {share:.1%} of the loss of plain averaging, {_most(literal)}")
+    figure.suptitle(f"Rank {rank}: curvature can save {share:.1%} of the loss of plain averaging,\n{_largest(literal)}")
     return figure
 
 
-def _most(values: Mapping[str, tuple[float, float]]) -> str:
+def _largest(values: Mapping[str, tuple[float, float]]) -> str:
     totals: dict[str, float] = {}
     for name, (eta, _) in values.items():
         totals[_place(name)[1]] = totals.get(_place(name)[1], 0.0) + eta
-    return f"most of it in {max(totals, key=lambda kind: totals[kind])}"
+    largest = max(totals, key=lambda kind: totals[kind])
+    whole = math.fsum(totals.values())
+    return f"the largest part ({totals[largest] / whole:.0%} of it) in {largest}" if whole > 0 else "nowhere"
 
 
 def _sum(

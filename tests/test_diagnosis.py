@@ -295,6 +295,7 @@ def test_a_diagnosis_is_complete(tiny_zoo: Path, run: Run) -> None:
     report = strict(out / "diagnosis.json")
     for sentence in report["verdict"]:
         assert sentence in output
+    assert "rank 4 capped at floor(min(m, n) / T) in 1 layers" in output
     assert report["labels"] == ["a", "b", "c"]
     assert report["note"] is None
     assert len(report["curvature"]["statistics"]) == 3
@@ -474,7 +475,10 @@ def test_titles_say_the_finding() -> None:
     assert "a and b point most\nagainst each other (cosine -0.30)" in against.axes[0].get_title()
     values = {"m.layers.3.fc1.weight": (1.0, 4.0), "m.layers.3.fc2.weight": (2.0, 2.0), "m.position.weight": (0.0, 4.0)}
     eta = plots.eta_by_layer(values, values, 8)
-    assert eta.get_suptitle() == "Rank 8: curvature can save 30.0% of the loss of plain averaging, most of it in fc2"
+    assert eta.get_suptitle() == (
+        "Rank 8: curvature can save 30.0% of the loss of plain averaging,\nthe largest part (67% of it) in fc2"
+    )
+    assert eta.axes[0].get_ylim()[1] > 1.5
     assert [tick.get_text() for tick in eta.axes[1].get_xticklabels()] == ["embed", "3"]
     assert [text.get_text() for text in eta.axes[0].texts] == ["0.0%", "50.0%"]
     assert sorted(bar.get_height() for bar in eta.axes[0].patches if bar.get_height()) == [0.5, 1.0]
