@@ -289,21 +289,22 @@ def rank_totals(layers: Sequence[LayerDiagnosis], rank: int) -> RankTotals:
     """The whole model at one of the ranks that were asked for."""
     matrices = [layer for layer in layers if layer.at]
     at = [layer.at[rank] for layer in matrices]
-    energy = [math.fsum(column) for column in zip(*(layer.gram.diagonal().tolist() for layer in matrices))]
     known = [entry.curvature for entry in at if entry.curvature] + [layer.mean for layer in layers if layer.mean]
     deviations = [entry.isotropy for entry in at if math.isfinite(entry.isotropy)]
+    tasks = range(len(layers[0].gram))
+    energy = [math.fsum(float(layer.gram[task, task]) for layer in matrices) for task in tasks]
     return RankTotals(
         rank=rank,
         capped=sum(entry.rank < rank for entry in at),
-        kept=_shares(zip(*(entry.kept for entry in at)), energy),
-        singular=_shares(zip(*(entry.singular for entry in at)), energy),
+        kept=_shares([math.fsum(entry.kept[task] for entry in at) for task in tasks], energy),
+        singular=_shares([math.fsum(entry.singular[task] for entry in at) for task in tasks], energy),
         curvature=CurvatureDiagnosis.total(known) if known else None,
         isotropy=(math.fsum(deviations) / len(deviations), max(deviations)) if deviations else (math.nan, math.nan),
     )
 
 
-def _shares(parts: Any, wholes: Sequence[float]) -> tuple[float, ...]:
-    return tuple(math.fsum(part) / whole if whole > 0 else math.nan for part, whole in zip(parts, wholes))
+def _shares(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, ...]:
+    return tuple(part / whole if whole > 0 else math.nan for part, whole in zip(parts, wholes))
 
 
 def verdict(labels: Sequence[str], totals: Sequence[RankTotals], gram: Tensor) -> tuple[str, ...]:
@@ -334,6 +335,8 @@ def _curvature_matters(last: RankTotals) -> str:
     assert last.curvature
     share, equal = last.curvature.share, last.curvature.share_trace
     numbers = f"at rank {last.rank} eta is {share:.1%} of the flat mean's spread"
+    if not math.isfinite(last.isotropy[0]):
+        return "Curvature has nothing to act on: no matrix was changed and has Fisher information that is not zero."
     isotropy = f"isotropy deviation {last.isotropy[0]:.2f} on average, {last.isotropy[1]:.2f} at most"
     if share < HARDLY:
         return f"Curvature will hardly matter: {numbers}, {isotropy}. tsv-m needs no data and should do as well."
@@ -464,8 +467,8 @@ def _layer(layer: LayerDiagnosis) -> dict[str, Any]:
                 "rank": rank,
                 "capped_rank": entry.rank,
                 "atoms": entry.atoms,
-                "energy_kept": _numbers(_shares(zip(entry.kept), energy)),
-                "singular_energy": _numbers(_shares(zip(entry.singular), energy)),
+                "energy_kept": _numbers(_shares(entry.kept, energy)),
+                "singular_energy": _numbers(_shares(entry.singular, energy)),
                 "curvature": _curvature(entry.curvature) | {"isotropy_deviation": _number(entry.isotropy)}
                 if entry.curvature
                 else None,
@@ -510,18 +513,16 @@ def _draw(found: Diagnosis, folder: Path) -> tuple[str, ...]:
 
     if not plots.available():
         return ()
-    cosine = cosines(found.gram)
     last = found.totals[-1]
-    figures = {
-        "energy.png": plots.energy_by_rank(
+    figures = {"cosines.png": plots.cosine_matrix(found.labels, cosines(found.gram).tolist())}
+    if math.isfinite(last.least_kept):
+        figures["energy.png"] = plots.energy_by_rank(
             found.labels,
             [total.rank for total in found.totals],
             [total.kept for total in found.totals],
             [total.singular for total in found.totals],
-        ),
-        "cosines.png": plots.cosine_matrix(found.labels, cosine.tolist()),
-    }
-    if last.curvature:
+        )
+    if last.curvature and math.isfinite(last.isotropy[0]):
         known = {layer.name: layer.at[last.rank].curvature for layer in found.layers if layer.at}
         figures["eta.png"] = plots.eta_by_layer(
             {name: (own.eta, own.spread) for name, own in known.items() if own},

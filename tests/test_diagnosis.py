@@ -400,6 +400,26 @@ def test_another_architecture_or_damage_leaves_nothing_behind(tiny_zoo: Path, ru
     assert contents(tiny_zoo) == before
 
 
+@pytest.mark.parametrize("kept", ["", "bias", "mlp.fc1.weight"])
+def test_partly_tuned_checkpoints(kept: str, tiny_zoo: Path, run: Run) -> None:
+    """a changed only its last norm, biases or one kind of matrix; whatever is undefined then is null, not an error."""
+    base = load_file(tiny_zoo / "base" / "model.safetensors")
+    same = [name for name in base if not (kept and name.endswith(kept)) and not name.startswith("vision_model.post")]
+    words = ["diagnose", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--rank", 4, 8]
+    rewrite(tiny_zoo / "a", lambda s: s.update({name: base[name] for name in same}))
+    code, _, complaint = run(*words, "--out", tiny_zoo / "one")
+    assert (code, complaint) == (0, "")
+    report = strict(tiny_zoo / "one" / "diagnosis.json")
+    assert (report["totals"]["ranks"][0]["energy_kept"][0] is None) == (kept != "mlp.fc1.weight")
+    assert report["layers"][2]["cosine"][0] == [None, None]
+    rewrite(tiny_zoo / "b", lambda s: s.update({name: base[name] for name in same}))
+    code, output, complaint = run(*words, "--out", tiny_zoo / "both")
+    assert (code, complaint) == (0, "")
+    assert ("Curvature has nothing to act on" in output) == (kept != "mlp.fc1.weight")
+    assert ("eta.png" in contents(tiny_zoo / "both")) == (kept == "mlp.fc1.weight")
+    assert strict(tiny_zoo / "both" / "diagnosis.json")["totals"]["ranks"][0]["curvature"]["V_S"] > 0
+
+
 def test_from_python_and_twice(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_epimer.errors import OutputError
 
@@ -411,7 +431,7 @@ def test_from_python_and_twice(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) 
     found = diagnose(recipe, (3,), progress=lambda stage, done, total: stages.append((stage, done)))
     assert sum(done for stage, done in stages if stage == "diagnosing") == len(found.layers)
     assert found.out == Path("diagnosis")
-    assert found.pictures == ("energy.png", "cosines.png", "eta.png")
+    assert found.pictures == ("cosines.png", "energy.png", "eta.png")
     assert found.totals[0].curvature is not None
     with pytest.raises(OutputError, match="not empty"):
         diagnose(recipe)
