@@ -109,6 +109,7 @@ class RankTotals:
         kept, singular: shares of every task's matrices, in [0, 1]; NaN for a task that changed none.
         curvature: summed over all parameters; None without Fisher information.
         isotropy: mean and largest deviation of a matrix.
+        beside: the part of V_S that is of parameters which take the mean: biases, norms and other non-matrices.
     """
 
     rank: int
@@ -117,6 +118,7 @@ class RankTotals:
     singular: tuple[float, ...]
     curvature: CurvatureDiagnosis | None
     isotropy: tuple[float, float]
+    beside: float = 0.0
 
     @property
     def least_kept(self) -> float:
@@ -181,6 +183,7 @@ class Diagnosis:
                         "singular_energy": _numbers(total.singular),
                         "curvature": _curvature(total.curvature)
                         | {"isotropy_deviation": dict(zip(("mean", "largest"), _numbers(total.isotropy)))}
+                        | {"V_S_of_non_matrices": total.beside}
                         if total.curvature
                         else None,
                     }
@@ -300,6 +303,7 @@ def rank_totals(layers: Sequence[LayerDiagnosis], rank: int) -> RankTotals:
         singular=_shares([math.fsum(entry.singular[task] for entry in at) for task in tasks], energy),
         curvature=CurvatureDiagnosis.total(known) if known else None,
         isotropy=(math.fsum(deviations) / len(deviations), max(deviations)) if deviations else (math.nan, math.nan),
+        beside=math.fsum(layer.mean.variance for layer in layers if layer.mean),
     )
 
 
@@ -315,8 +319,9 @@ def verdict(labels: Sequence[str], totals: Sequence[RankTotals], gram: Tensor) -
        per task and layer; mostly so where equal traces leave less than half. Else directions act too. eta is what the
        Fréchet mean saves of the second-order loss, so it bounds what there is to win; it promises no accuracy.
     2. A task whose curvature (l_t tr H_t) is more than `STEEPEST` times the average of the others pulls the merge.
-    3. R_S above V_S: what the basis leaves out costs more than what the tasks disagree about within it. If R_S falls by
-       a tenth or more from the smallest rank to the largest, a higher rank can win more than a better metric.
+    3. R_S above the matrices' V_S: what the basis leaves out costs more than what the tasks disagree about within it.
+       Then the rank with the smallest R_S is named if it is smaller by a tenth than at the largest rank; else a higher
+       rank is advised if R_S has fallen by a tenth or more on the way there.
     4. The smallest rank from which on every task keeps `HALF` of its matrices; where no rank does, but the task's own
        directions would, whitening them against the other tasks' is what costs.
     5. Pairs of task vectors with a cosine below `AGAINST`.
@@ -359,21 +364,24 @@ def _steepest(labels: Sequence[str], curvature: CurvatureDiagnosis) -> list[str]
 
 
 def _outside(totals: Sequence[RankTotals]) -> list[str]:
-    first, last = totals[0], totals[-1]
-    assert first.curvature and last.curvature
-    inside, outside = last.curvature.variance, last.curvature.residual
-    if outside <= inside:
+    known = {total.rank: total.curvature for total in totals if total.curvature}
+    outside = {rank: own.residual for rank, own in known.items()}
+    last = totals[-1].rank
+    inside = known[last].variance - totals[-1].beside
+    if outside[last] <= inside:
         return []
-    before = first.curvature.residual
-    if len(totals) == 1:
-        trend = "."
-    elif outside < 0.9 * before:
-        trend = f"; it falls from {before:.2g} at rank {first.rank}: a higher rank can win more than a better metric."
+    best = min(outside, key=lambda rank: outside[rank])
+    if len(outside) == 1:
+        trend = ""
+    elif outside[best] < 0.9 * outside[last]:
+        trend = f"; rank {best} leaves out least (R_S {outside[best]:.2g})"
+    elif outside[last] < 0.9 * outside[totals[0].rank]:
+        trend = f"; R_S falls with rank ({outside[totals[0].rank]:.2g} at rank {totals[0].rank}), so try a higher one"
     else:
-        trend = f", and rank does not help ({before:.2g} at rank {first.rank})."
+        trend = f"; rank makes little difference (R_S {outside[totals[0].rank]:.2g} at rank {totals[0].rank})"
     return [
-        f"What rank {last.rank} leaves out costs more than what the tasks disagree about within it "
-        f"(R_S {outside:.2g}, V_S {inside:.2g}){trend}"
+        f"What rank {last} leaves out of the matrices costs more than what the tasks disagree about within it "
+        f"(R_S {outside[last]:.2g}, V_S of the matrices {inside:.2g}){trend}."
     ]
 
 

@@ -241,10 +241,10 @@ def test_the_bound_holds_on_a_quadratic_loss_with_exact_hessians() -> None:
 
 def totals(
     kept: float = 0.7, *, share: float = 0.1, equal: float = 0.1, inside: float = 2.0, outside: float = 1.0,
-    traces: tuple[float, ...] = (1, 1, 1), rank: int = 8,
+    traces: tuple[float, ...] = (1, 1, 1), rank: int = 8, beside: float = 0.0,
 ) -> RankTotals:  # fmt: skip
     curvature = CurvatureDiagnosis(share, 1, equal, 1, inside, outside, 1, traces)
-    return RankTotals(rank, 0, (0.9, kept, 0.9), (0.95, 0.95, 0.95), curvature, (0.12, 0.3))
+    return RankTotals(rank, 0, (0.9, kept, 0.9), (0.95, 0.95, 0.95), curvature, (0.12, 0.3), beside)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,11 @@ def totals(
         ([totals(equal=0.03)], "can matter, mostly as one weight.*10.0%.*3.0% once"),
         ([totals()], "Curvature can matter: at rank 8"),
         ([totals(traces=(1, 8, 1))], "b has 80% of all curvature.*--normalize trace"),
-        ([totals(outside=9, rank=4), totals(outside=3)], "R_S 3, V_S 2.*falls from 9 at rank 4: a higher rank"),
-        ([totals(outside=3, rank=4), totals(outside=3)], "R_S 3, V_S 2.*rank does not help"),
+        ([totals(outside=9, rank=4), totals(outside=3)], "R_S 3, V_S of the matrices 2.; R_S falls .*9 at rank 4"),
+        ([totals(outside=3.2, rank=4), totals(outside=3)], "rank makes little difference .R_S 3.2 at rank 4"),
+        ([totals(outside=9, rank=2), totals(outside=2, rank=4), totals(outside=3)], "rank 4 leaves out least .R_S 2"),
+        ([totals(outside=3)], "R_S 3, V_S of the matrices 2.\\.$"),
+        ([totals(beside=1.6, outside=2.1, inside=3.0)], "R_S 2.1, V_S of the matrices 1.4"),
         ([totals(0.2, rank=4), totals(0.4), totals(0.6, rank=16)], "Ranks below 16 .* of b .rank 8: 40% of b kept"),
         ([totals(0.2)], "Even rank 8 .* of b .20% of b kept; its own directions alone would keep 95%"),
         ([totals(0.6, rank=4), totals()], "Every rank keeps at least half .*rank 4: 60% of b"),
@@ -315,6 +318,9 @@ def test_a_diagnosis_is_complete(tiny_zoo: Path, run: Run) -> None:
     total = report["totals"]["ranks"][1]["curvature"]
     parts = [own["ranks"][1]["curvature"] if own["ranks"] else own["curvature"] for own in report["layers"]]
     assert total["V_S"] == pytest.approx(sum(part["V_S"] for part in parts))
+    beside = sum(own["curvature"]["V_S"] for own in report["layers"] if not own["ranks"])
+    assert 0 < beside < total["V_S"]
+    assert total["V_S_of_non_matrices"] == pytest.approx(beside)
     assert total["eta"] == pytest.approx(sum(part.get("eta", 0) for part in parts))
     assert total["bound"] == pytest.approx(0.5 * (total["V_S"] ** 0.5 + total["R_S"] ** 0.5) ** 2)
     wholes = [load_file(tiny_zoo / folder / "model.safetensors") for folder in ("base", "a", "c")]
