@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from torch import Tensor
 from hf_epimer import EpiMerConfig, MergeRecipe, ModelRef, diagnose, merge_state_dicts, plots
 from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.checkpoints import StateDict
-from hf_epimer.diagnosis import LayerDiagnosis, RankTotals, diagnose_layers, rank_totals, verdict
+from hf_epimer.diagnosis import LayerDiagnosis, diagnose_layers, rank_totals
 from hf_epimer.merging import Ingredients
 from hf_epimer.numerics.diagnostics import CurvatureDiagnosis, cosines, kept_energy
 from hf_epimer.numerics.linalg import extreme_eigenvalues
 from hf_epimer.numerics.subspace import projected_coordinates, tagged_basis, task_triples, whitened_basis
+from hf_epimer.verdict import RankTotals, verdict
 
 Run = Callable[..., tuple[int, str, str]]
 TASKS, M, N = 3, 40, 30
@@ -266,8 +268,6 @@ def totals(
     ],
 )
 def test_the_verdict_follows_its_rules(given: list[RankTotals], pattern: str) -> None:
-    import re
-
     found = verdict("abc", given, torch.eye(3))
     assert any(re.search(pattern, sentence) for sentence in found), found
     assert len([sentence for sentence in found if "Curvature" in sentence]) == 1
