@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_epimer.config import MergeRecipe, ModelRef
+    from hf_epimer.diagnosis import Diagnosis, diagnose
     from hf_epimer.errors import EpimerError
     from hf_epimer.evaluation import accuracy
     from hf_epimer.in_memory import merge_state_dicts
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Diagnosis": "diagnosis",
     "EpiMerConfig": "methods.epimer",
     "FisherCallback": "statistics.training",
     "EpimerError": "errors",
@@ -36,6 +38,7 @@ _HOMES = {
     "ModelRef": "config",
     "Task": "tasks",
     "accuracy": "evaluation",
+    "diagnose": "diagnosis",
     "estimate_fisher": "statistics.sweep",
     "fisher_from_adam": "statistics.training",
     "merge": "pipeline",
@@ -46,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "Diagnosis",
     "EpiMerConfig",
     "EpimerError",
     "FisherCallback",
@@ -54,6 +58,7 @@ __all__ = [
     "ModelRef",
     "Task",
     "accuracy",
+    "diagnose",
     "estimate_fisher",
     "fisher_from_adam",
     "merge",

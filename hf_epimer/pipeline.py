@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,24 +21,21 @@ from typing import Any
 
 import torch
 
-from hf_epimer import hub, pushing
+from hf_epimer import pushing
 from hf_epimer.card import merge_card
-from hf_epimer.checkpoints import StateDict, TensorSource, read_json
-from hf_epimer.config import MergeRecipe, ModelRef, is_repo_id, recipe_to_json
+from hf_epimer.checkpoints import TensorSource, read_json
+from hf_epimer.config import MergeRecipe, is_repo_id, recipe_to_json
 from hf_epimer.errors import NotFoundError, UsageError
+from hf_epimer.gathering import Progress, fetch, gather
 from hf_epimer.hub import Source
-from hf_epimer.merging import Ingredients, MergedLayer, merge_layers, tagged_bases
-from hf_epimer.planning import Plan, make_plan, open_ingredients, open_measured, statistics_name, target_folder
-from hf_epimer.resolving import PROCESSOR_FILES, base_folder, config_of, weight_names
-from hf_epimer.statistics.estimation import Estimate, estimate_file, project_fisher
+from hf_epimer.merging import Ingredients, MergedLayer, merge_layers
+from hf_epimer.planning import Plan, make_plan, target_folder
+from hf_epimer.resolving import PROCESSOR_FILES, base_folder, config_of
 from hf_epimer.writing import atomic_folder, write_tensors
 
 logger = logging.getLogger(__name__)
 
 PROCESSOR = "preprocessor_config.json"
-
-Progress = Callable[[str, int, int], None]
-"""(what is going on, units done since the last call, units in all); 0 done announces a stage."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +83,9 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     """
     started = time.monotonic()
     plan = make_plan(recipe)
-    files = [(source, name) for source in (plan.base, *plan.models) for name in _needed_files(source)]
-    files += [(source, statistics_name(source)) for source in plan.measured]
-    remote = [(source, name) for source, name in files if not source.ref.is_local]
-    size = sum(source.sizes.get(name, 0) for source, name in remote)
-    progress("fetching", 0, size)
-    hub.fetch_all(remote, lambda done: progress("fetching", done, size))
+    fetch(plan, progress, PROCESSOR_FILES)
     seconds = {"fetching": time.monotonic() - started}
-    ingredients = _with_statistics(plan, open_ingredients(plan), progress)
+    ingredients = gather(plan, progress)
     seconds["statistics"] = time.monotonic() - started - seconds["fetching"]
     out = target_folder(recipe)
     with atomic_folder(out, recipe.overwrite) as folder:
@@ -133,38 +124,6 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
     pushing.check_push_access(repo_id, create_pr=create_pr, private=private)
     title = _commit_title(len(content["models"]), content["method"])
     return pushing.push_folder(folder, repo_id, private=private, create_pr=create_pr, title=title)
-
-
-def _with_statistics(plan: Plan, ingredients: Ingredients, progress: Progress) -> Ingredients:
-    """Estimate what has to be, each task's file kept in the cache as soon as it is done, and open everything."""
-    if plan.statistic is None:
-        return ingredients
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and plan.to_estimate:
-        raise UsageError("merge runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
-    total = sum(estimate.sampling.samples or 0 for estimate in plan.to_estimate)
-    progress("estimating curvature", 0, total)
-
-    def step(count: int) -> None:
-        progress("estimating curvature", count, total)
-
-    if plan.statistic == "projected":
-        bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
-        projected = [
-            StateDict(f"projected Fisher of {entry.model.label}", project_fisher(entry, bases, on_samples=step))
-            for entry in plan.to_estimate
-        ]
-        return replace(ingredients, statistics=projected, bases=bases)
-    kind = "kronecker" if plan.statistic == "gram" else plan.statistic
-    files = []
-    for entry in plan.statistics:
-        if isinstance(entry, Estimate):
-            path = estimate_file(entry, kind, on_samples=step)
-            files.append(
-                Source(ModelRef(str(path), label=entry.model.label), entry.model.label, frozenset({path.name}))
-            )
-        else:
-            files.append(entry)
-    return replace(ingredients, statistics=open_measured(plan, files))
 
 
 def _merge_into(
@@ -248,10 +207,6 @@ def _copy_processor(base: Source, folder: Path) -> None:
             _write_json(folder / PROCESSOR, nested)
     if not (folder / PROCESSOR).exists():
         logger.warning("%s has no %s; the merged model has none either", base, PROCESSOR)
-
-
-def _needed_files(source: Source) -> list[str]:
-    return [*weight_names(source), *(name for name in PROCESSOR_FILES if name in source.files)]
 
 
 def _totals(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:

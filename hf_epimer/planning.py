@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -21,17 +21,25 @@ import torch
 
 from hf_epimer import hub, pushing
 from hf_epimer.architectures import CLIP_VISION, Architecture
-from hf_epimer.checkpoints import Checkpoint, TensorSource
+from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape
 from hf_epimer.config import MergeRecipe, ModelRef
-from hf_epimer.errors import CheckpointError, MismatchError, NotFoundError, StatisticsError, UsageError
+from hf_epimer.errors import (
+    CheckpointError,
+    DataError,
+    HubError,
+    MismatchError,
+    NotFoundError,
+    StatisticsError,
+    UsageError,
+)
 from hf_epimer.hub import Source
-from hf_epimer.merging import Ingredients, check_shapes, find_method, normalized_weights
+from hf_epimer.merging import check_shapes, find_method, normalized_weights
 from hf_epimer.methods import METHODS, Method
 from hf_epimer.methods.base import Statistic
 from hf_epimer.numerics.subspace import capped_rank
 from hf_epimer.resolving import check_towers, find_base, has_text_tower, tower_of, weight_names
 from hf_epimer.statistics.estimation import Estimate, Sampling
-from hf_epimer.statistics.files import FILE_OF, open_statistics
+from hf_epimer.statistics.files import FILE_OF, NAMES
 from hf_epimer.tasks import Task, benchmark_tasks, infer_task, load_task_file
 from hf_epimer.writing import check_target
 
@@ -105,8 +113,13 @@ class Plan:
         }
 
 
-def make_plan(recipe: MergeRecipe) -> Plan:
-    """Resolve, infer and check everything that needs no weights."""
+def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan:
+    """Resolve, infer and check everything that needs no weights.
+
+    Args:
+        recipe: what is asked for.
+        statistics_optional: estimate none, and do without any where not every model has its own.
+    """
     method = find_method(recipe.method)
     options = method.config() if recipe.options is None else recipe.options
     if not isinstance(options, method.config):
@@ -134,7 +147,7 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     _check_distinct(base, models)
     for source in (base, *models):
         weight_names(source)
-    statistics = _find_statistics(recipe, method, options, base, models, tasks)
+    statistics = _find_statistics(recipe, method, options, base, models, tasks, statistics_optional)
     pinned = replace(
         recipe,
         options=options,
@@ -147,7 +160,7 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     for source in (base, *models):  # what lies here already can be checked now
         if source.ref.is_local:
             paths = [source.fetch(name) for name in weight_names(source)]
-            _check_checkpoint(plan, Checkpoint(source.label, paths, plan.architecture.canonical))
+            check_checkpoint(plan.shapes, Checkpoint(source.label, paths, plan.architecture.canonical))
     return plan
 
 
@@ -161,31 +174,20 @@ def statistics_name(source: Source) -> str:
     return next((name for name in FILE_OF.values() if name in source.files), next(iter(source.files), ""))
 
 
-def open_ingredients(plan: Plan) -> Ingredients:
-    """Open all weights and compare names and shapes with the base's config, before any weight is read."""
-    canonical = plan.architecture.canonical
-    opened = []
-    for source in (plan.base, *plan.models):
-        paths = [source.fetch(name) for name in weight_names(source)]
-        checkpoint = Checkpoint(source.label, paths, canonical)
-        _check_checkpoint(plan, checkpoint)
-        opened.append(checkpoint)
-    base, *models = opened
-    base.label = str(replace(plan.base.pinned, label=None))
-    base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
-    _check_not_the_base(base, models)
-    return Ingredients(base, models, plan.weights)
+def check_checkpoint(shapes: Mapping[str, Shape], checkpoint: Checkpoint) -> None:
+    """Compare a checkpoint's names, shapes and types with what the base's config promises.
 
-
-def open_measured(plan: Plan, files: Sequence[Source]) -> list[TensorSource]:
-    """Open one file of statistics per model, and compare names and shapes with the base's config."""
-    opened = []
-    for source, model in zip(files, plan.models, strict=True):
-        path = source.fetch(statistics_name(source))
-        assert plan.statistic
-        label = f"{_WHAT[plan.statistic]} of {model.label} ({path.name})"
-        opened.append(open_statistics(path, label, plan.statistic, plan.shapes, plan.architecture.canonical))
-    return opened
+    Raises:
+        MismatchError: something is missing, extra or shaped differently.
+        CheckpointError: it is quantised.
+    """
+    check_shapes(shapes, checkpoint, "the checkpoint")
+    strange = {dtype for name, dtype in checkpoint.dtypes.items() if name in shapes} - set(FORMATS.values())
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.label}: its weights are stored as {', '.join(sorted(strange))}; only float32, float16 and "
+            "bfloat16 can be merged (dequantise it first)"
+        )
 
 
 # --- finding things -------------------------------------------------------------------------------------------------
@@ -238,8 +240,12 @@ def _find_statistics(
     base: Source,
     models: Sequence[Source],
     tasks: Sequence[Task | None],
+    optional: bool,
 ) -> tuple[Source | Estimate, ...]:
     """Where each model's statistics come from; empty when the method needs none.
+
+    Args:
+        optional: empty, too, when none are given and some would have to be estimated or cannot be had.
 
     Raises:
         StatisticsError: there is no way to them, listing the ways and the methods that need none.
@@ -254,40 +260,35 @@ def _find_statistics(
         return ()
     given = _given_statistics(recipe, models, needs)
     found: list[Source | Estimate] = []
-    lacking = []
+    lacking, reasons = [], []
     for model, task in zip(models, tasks, strict=True):
         if model.label in given:
             found.append(given[model.label])
         elif needs != "projected" and FILE_OF[needs] in model.files:
             found.append(model)
-        elif task is not None and (task.head or has_text_tower(base)):
-            found.append(_cached_or_estimate(recipe, needs, base, model, task))
-        else:
+        elif task is None or not (task.head or has_text_tower(base)):
             lacking.append(str(model))
+        else:
+            try:
+                found.append(_cached_or_estimate(recipe, needs, base, model, task))
+            except (HubError, DataError) as error:  # its data cannot be reached; there are other ways
+                lacking.append(str(model))
+                reasons.append(f" (not on {task.dataset} now: {error})")
+    if optional and not recipe.fisher and (lacking or any(isinstance(entry, Estimate) for entry in found)):
+        return ()
     if lacking:
         free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
-        ways = [
-            f"give it with --fisher, put {FILE_OF[needs]} beside the checkpoint's weights (hf-epimer fisher makes it)"
-        ]
+        ways = [f"give it with --fisher, put {FILE_OF[needs]} beside the weights (hf-epimer fisher makes it)"]
         if has_text_tower(base):
-            ways.append("say which task it is for, so that it can be estimated now (label it, dtd=REF, or --task FILE)")
+            ways.append("label the checkpoint with its task (dtd=REF), or add --task FILE, so that it can be estimated")
         else:
-            ways.append(
-                f"name a full CLIP model with --base so that it can be estimated ({base.title} has no text tower)"
-            )
+            ways.append("name a full CLIP model with --base so that it can be estimated (this one has no text tower)")
         raise StatisticsError(
-            f"{method.name} needs the {_WHAT[needs]} of {', '.join(lacking)}: "
-            f"{', '.join(ways[needs == 'projected' :])}, or choose a method that needs no data: {free}"
+            f"{method.name} needs the {NAMES[needs]} of {', '.join(lacking)}: "
+            f"{', '.join(ways[needs == 'projected' :])}{''.join(reasons[:1])}, or choose a method that needs no data: "
+            f"{free}"
         )
     return tuple(found)
-
-
-_WHAT: dict[Statistic, str] = {
-    "fisher": "Fisher information",
-    "gram": "Gram matrices",
-    "kronecker": "Kronecker factors",
-    "projected": "projected Fisher information",
-}
 
 
 def _cached_or_estimate(
@@ -332,21 +333,6 @@ def _statistics_source(ref: ModelRef, needs: Statistic) -> Source:
     return source
 
 
-def _check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
-    check_shapes(plan.shapes, checkpoint, "the checkpoint")
-    strange = {dtype for name, dtype in checkpoint.dtypes.items() if name in plan.shapes} - {
-        "F32",
-        "F16",
-        "BF16",
-        "F64",
-    }
-    if strange:
-        raise CheckpointError(
-            f"{checkpoint.label}: its weights are stored as {', '.join(sorted(strange))}; only float32, float16 and "
-            "bfloat16 can be merged (dequantise it first)"
-        )
-
-
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -358,13 +344,6 @@ def _check_distinct(base: Source, models: Sequence[Source]) -> None:
         if model.identity in seen:
             logger.warning("%s is merged twice (as %s and %s)", model.title, seen[model.identity].label, model.label)
         seen[model.identity] = model
-
-
-def _check_not_the_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """A copy of the base under another name; any real fine-tuned model differs in the first tensor compared."""
-    for model in models:
-        if all(torch.equal(model.tensor(name).float(), base.tensor(name).float()) for name in base.shapes):
-            raise MismatchError(f"{model.label}: every tensor equals the base's; a model cannot be its own base")
 
 
 def _device_works(device: str) -> bool:

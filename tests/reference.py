@@ -5,6 +5,8 @@ One layer at a time. `base` is m x n, `tuned` a list of T such matrices, `fisher
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,48 @@ def epimer(
     eta = float(spread @ torch.linalg.solve(h_bar, spread))
     scale = alpha * (tasks if aggregator == "sum" else 1)
     return base.double() + (s @ x * scale).view(base.shape), eta
+
+
+def diagnosis(
+    deltas: list[Tensor],
+    fisher: list[Tensor],
+    *,
+    rank: int,
+    damping: float = 1e-6,
+    weights: list[float] | None = None,
+) -> dict[str, Any]:
+    """Everything that is said of a layer before a merge, from the definitions (Theorems 2 and 3)."""
+    tasks = len(deltas)
+    l = weights or [1 / tasks] * tasks  # noqa: E741
+    d = [delta.double().flatten() for delta in deltas]
+    steep = [(v.double() + damping * v.double().mean()).flatten() for v in fisher]
+    u, v, _, k = basis([delta.double() for delta in deltas], rank)
+    s = subspace_matrix(u, v)
+    c = [s.mT @ own for own in d]
+    found: dict[str, Any] = {
+        "kept": [float((s @ own).square().sum()) for own in c],
+        "singular": [float(torch.linalg.svdvals(delta.double())[:k].square().sum()) for delta in deltas],
+    }
+    for suffix, normalize in (("", "none"), ("_trace", "trace")):
+        h = projected_metrics(s, fisher, damping, normalize)
+        h_bar = sum(l[t] * h[t] for t in range(tasks))
+        c_bar = sum(l[t] * c[t] for t in range(tasks))
+        correlation = sum(l[t] * (h[t] - h_bar) @ (c[t] - c_bar) for t in range(tasks))
+        found["eta" + suffix] = float(correlation @ torch.linalg.solve(h_bar, correlation))
+        found["spread" + suffix] = float(sum(l[t] * (c_bar - c[t]) @ h[t] @ (c_bar - c[t]) for t in range(tasks)))
+        if normalize == "none":
+            x = torch.linalg.solve(h_bar, sum(l[t] * h[t] @ c[t] for t in range(tasks)))
+            found["variance"] = float(sum(l[t] * (x - c[t]) @ h[t] @ (x - c[t]) for t in range(tasks)))
+            scaled = len(x) * h_bar / torch.trace(h_bar)
+            found["isotropy"] = float(torch.linalg.matrix_norm(scaled - torch.eye(len(x)), ord=2))
+    r = [d[t] - s @ c[t] for t in range(tasks)]
+    found["residual"] = float(sum(l[t] * (steep[t] * r[t]) @ r[t] for t in range(tasks)))
+    found["loss"] = 0.5 * float(sum(l[t] * steep[t] @ (s @ x - d[t]).square() for t in range(tasks)))
+    found["bound"] = 0.5 * (found["variance"] ** 0.5 + found["residual"] ** 0.5) ** 2
+    found["traces"] = [
+        l[t] * float(torch.trace(s.mT @ (fisher[t].double().flatten()[:, None] * s))) for t in range(tasks)
+    ]
+    return found
 
 
 def tsv_m(base: Tensor, tuned: list[Tensor], *, rank: int | None = None, alpha: float = 1.0) -> Tensor:

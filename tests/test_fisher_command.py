@@ -185,10 +185,12 @@ def test_the_cache_knows_what_decides_the_numbers(clip_zoo: Path, run: Run, own_
     assert len(list(own_cache.iterdir())) == len(changes)
     run(*words, "--batch-size", 3)
     assert len(list(own_cache.iterdir())) == len(changes)
+    run("fisher", clip_zoo / "b", *words[2:])
+    assert len(list(own_cache.iterdir())) == len(changes) + 1
     task = json.loads((clip_zoo / "a.json").read_text())
     (tmp_path / "t.json").write_text(json.dumps(task | {"dataset": str(clip_zoo / "data" / "a"), "templates": ["{}"]}))
     run("fisher", clip_zoo / "a", "--base", clip_zoo / "base", "--task", "t.json", "--samples", 8, "--out", "f")
-    assert len(list(own_cache.iterdir())) == len(changes) + 1
+    assert len(list(own_cache.iterdir())) == len(changes) + 2
 
 
 @pytest.mark.parametrize(

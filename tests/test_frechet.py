@@ -7,8 +7,14 @@ import reference
 import torch
 
 from hf_epimer.numerics.frechet import frechet_mean
-from hf_epimer.numerics.metric import DiagonalMetrics
-from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, tagged_basis, tagged_coordinates
+from hf_epimer.numerics.metric import DenseMetrics, DiagonalMetrics, ProjectedMetrics, kronecker_metrics, shrunk
+from hf_epimer.numerics.subspace import (
+    TaggedBasis,
+    capped_rank,
+    projected_coordinates,
+    tagged_basis,
+    tagged_coordinates,
+)
 
 TASKS, M, N, RANK = 4, 48, 40, 5
 
@@ -140,3 +146,70 @@ def test_rounded_products_stay_within_the_promised_accuracy() -> None:
     c = projected_coordinates(basis, deltas)
     plain = torch.stack([basis.project(d) for d in deltas])
     assert (c - plain).norm() / plain.norm() < 1e-3
+
+
+def dense_problem() -> tuple[TaggedBasis, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A basis, H_t = S^T diag(v_t) S as dense matrices, the v_t and the weights."""
+    deltas, curvature, weights = problem()
+    basis = tagged_basis(deltas, RANK, exact=True)
+    assert basis is not None
+    s = reference.subspace_matrix(basis.u, basis.v)
+    return basis, torch.stack([s.mT @ (v.flatten()[:, None] * s) for v in curvature]), curvature, weights
+
+
+@pytest.mark.parametrize("normalize", ["none", "trace"])
+def test_dense_and_diagonal_metrics_are_the_same_operator(normalize: str) -> None:
+    basis, h, curvature, weights = dense_problem()
+    # damping is relative to the mean of v in one and to tr H / p in the other, which differ; without it all agrees
+    dense: ProjectedMetrics = DenseMetrics(h, weights, damping=0.0, normalize=normalize)  # type: ignore[arg-type]
+    thin: ProjectedMetrics = DiagonalMetrics(basis, curvature, weights, damping=0.0, normalize=normalize)  # type: ignore[arg-type]
+    x, c = torch.randn(basis.size, dtype=h.dtype), torch.randn(TASKS, basis.size, dtype=h.dtype)
+    for metrics in (dense, thin):
+        assert metrics.tasks == TASKS
+        parts = [metrics.dense(t) for t in range(TASKS)]
+        assert torch.allclose(sum(parts), metrics.dense())
+        assert torch.allclose(metrics.apply(x), metrics.dense() @ x)
+        assert torch.allclose(metrics.weighted_sum(c), sum(p @ c[t] for t, p in enumerate(parts)))
+        for t, part in enumerate(parts):
+            assert metrics.trace(t) == pytest.approx(float(part.trace()))
+    assert torch.allclose(dense.dense() * dense.scale, thin.dense() * thin.scale)
+    means = [frechet_mean(m, c, weights, tolerance=1e-10) for m in (dense, thin)]
+    assert torch.allclose(means[0].value, means[1].value, atol=1e-8)
+    assert means[0].eta * dense.scale == pytest.approx(means[1].eta * thin.scale)
+    assert means[0].steps <= 2
+
+
+def test_kronecker_factors_of_a_rank_one_diagonal_give_its_metric() -> None:
+    deltas, _, _ = problem()
+    basis = tagged_basis(deltas, RANK, exact=True)
+    assert basis is not None
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.rand(TASKS, M, generator=generator, dtype=torch.float64)
+    columns = torch.rand(TASKS, N, generator=generator, dtype=torch.float64)
+    found = kronecker_metrics(basis, torch.diag_embed(columns), torch.diag_embed(rows))
+    s = reference.subspace_matrix(basis.u, basis.v)
+    for t in range(TASKS):
+        expected = s.mT @ (torch.outer(rows[t], columns[t]).flatten()[:, None] * s)
+        assert torch.allclose(found[t], expected)
+
+
+def test_shrinking_goes_from_the_metric_to_the_flat_one() -> None:
+    _, h, _, _ = dense_problem()
+    share = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=h.dtype)
+    found = shrunk(h, share)
+    assert torch.equal(found[0], h[0])
+    for t in range(TASKS):
+        assert float(found[t].trace()) == pytest.approx(float(h[t].trace()))
+    identity = torch.eye(len(h[3]), dtype=h.dtype)
+    assert torch.allclose(found[3], float(h[3].trace()) / len(identity) * identity)
+    assert torch.allclose(found[2], (h[2] + float(h[2].trace()) / len(identity) * identity) / 2)
+
+
+def test_metrics_without_any_curvature_are_flat() -> None:
+    _, h, _, weights = dense_problem()
+    assert DenseMetrics(torch.zeros_like(h), weights).flat
+    one = torch.zeros_like(h)
+    one[0] = h[0]
+    metrics = DenseMetrics(one, weights, normalize="trace")
+    assert not metrics.flat
+    assert float(metrics.dense(1).abs().max()) == 0

@@ -416,3 +416,14 @@ def test_a_killed_push_is_one_commit_or_none(delay: float, hub: StandInHub, run:
         assert ("model.safetensors" in head.files) == (merges(hub) == 1)
     assert run("push", "merged", "org/merged")[0] == 0
     assert merges(hub) == 1
+
+
+def test_a_diagnosis_reads_pinned_weights_and_writes_nothing_to_the_hub(hub: StandInHub, run: Run) -> None:
+    code, output, complaint = run("diagnose", "org/vit-b32-dtd", "org/vit-b32-svhn", "--rank", 4, "--json")
+    assert (code, complaint) == (0, "")
+    found = json.loads(output)
+    heads = {task: hub.commits(f"org/vit-b32-{task}")[0].oid for task in ("dtd", "svhn")}
+    assert found["models"] == [f"{task}=org/vit-b32-{task}@{head}" for task, head in heads.items()]
+    assert found["totals"]["ranks"][0]["curvature"]["eta"] > 0
+    assert not [path for path in downloads(hub) if path.endswith("preprocessor_config.json")]
+    assert writes(hub) == []

@@ -16,6 +16,7 @@ from hf_epimer.methods.linear import NANConfig, TaskArithmeticConfig
 from hf_epimer.methods.regmean import RegMeanConfig
 from hf_epimer.methods.ties import TIESConfig
 from hf_epimer.methods.tsv import TSVMConfig
+from hf_epimer.numerics.subspace import tagged_basis
 
 ALL = list(METHODS)
 MATRIX = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -415,3 +416,66 @@ def test_misuse_is_explained(base_state: StateDict) -> None:
         merge_state_dicts(base_state, [{MATRIX: tuned[0][MATRIX]}], method="mean")
     with pytest.raises(UsageError, match="nothing to merge"):
         merge_state_dicts(base_state, [])
+
+
+# --- EpiMer's other metrics -----------------------------------------------------------------------------------------
+
+
+def test_epimers_projected_metric_is_the_diagonal_one_when_that_is_what_is_projected(base_state: StateDict) -> None:
+    tuned, measured = models(base_state), statistics("epimer", 3)
+    assert measured is not None
+    deltas = torch.stack([model[MATRIX] - base_state[MATRIX] for model in tuned])
+    basis = tagged_basis(deltas.double(), 5, exact=True)
+    assert basis is not None
+    s = reference.subspace_matrix(basis.u, basis.v)
+    projected = []
+    for fisher in measured:
+        h = s.mT @ (fisher[MATRIX].double().flatten()[:, None] * s)
+        projected.append({MATRIX: h, f"{MATRIX}.shrinkage": torch.zeros(1)})
+    only = {MATRIX: base_state[MATRIX]}
+    own = [{MATRIX: model[MATRIX]} for model in tuned]
+    options = {"rank": 5, "damping": 0.0}
+    config = EpiMerConfig(metric="projected", **options)
+    found = merge_state_dicts(only, own, config=config, statistics=projected, bases={MATRIX: basis}, exact=True)
+    diagonal = merge_state_dicts(
+        only, own, config=EpiMerConfig(**options), statistics=[{MATRIX: f[MATRIX]} for f in measured], exact=True
+    )
+    assert distance(diagonal, found, only) < 1e-5
+    # a share of 1 leaves the traces only, whatever was estimated
+    flat = EpiMerConfig(metric="projected", shrinkage=1.0, normalize="trace", **options)
+    found = merge_state_dicts(only, own, config=flat, statistics=projected, bases={MATRIX: basis}, exact=True)
+    c = torch.stack([basis.project(delta.double()) for delta in deltas])
+    assert torch.allclose(found[MATRIX].double() - only[MATRIX], basis.expand(c.sum(0)), atol=1e-5)
+    for entry in projected:  # Ledoit and Wolf's share is used where none is given
+        entry[f"{MATRIX}.shrinkage"] = torch.ones(1)
+    config = EpiMerConfig(metric="projected", normalize="trace", **options)
+    again = merge_state_dicts(only, own, config=config, statistics=projected, bases={MATRIX: basis}, exact=True)
+    assert torch.allclose(again[MATRIX], found[MATRIX], atol=1e-6)
+
+
+def test_epimers_kronecker_metric_of_a_rank_one_fisher_is_the_diagonal_one(base_state: StateDict) -> None:
+    tuned = [{MATRIX: model[MATRIX]} for model in models(base_state)]
+    only = {MATRIX: base_state[MATRIX]}
+    generator = torch.Generator().manual_seed(0)
+    m, n = only[MATRIX].shape
+    rows, columns = torch.rand(3, m, generator=generator), torch.rand(3, n, generator=generator)
+    diagonals = [{MATRIX: torch.outer(r, c)} for r, c in zip(rows, columns, strict=True)]
+    factors = [
+        {f"{MATRIX}.input_factor": torch.diag(c), f"{MATRIX}.output_factor": torch.diag(r)}
+        for r, c in zip(rows, columns, strict=True)
+    ]
+    options = {"rank": 5, "damping": 0.0}
+    one = merge_state_dicts(only, tuned, config=EpiMerConfig(**options), statistics=diagonals)
+    two = merge_state_dicts(only, tuned, config=EpiMerConfig(metric="kronecker", **options), statistics=factors)
+    assert distance(one, two, only) < 1e-3
+    with pytest.raises(StatisticsError, match="there are no statistics for this parameter"):
+        merge_state_dicts(only, tuned, config=EpiMerConfig(metric="kronecker"), statistics=[{}, {}, {}])
+
+
+def test_options_that_belong_to_another_metric_are_refused() -> None:
+    with pytest.raises(UsageError, match="--vectors fisher needs the Fisher diagonal"):
+        EpiMerConfig(metric="kronecker", vectors="fisher")
+    with pytest.raises(UsageError, match="--shrinkage is of the projected metric"):
+        EpiMerConfig(shrinkage=0.5)
+    assert METHODS["epimer"].statistic(EpiMerConfig(metric="projected")) == "projected"
+    assert METHODS["epimer"].statistic(EpiMerConfig()) == METHODS["epimer"].needs == "fisher"

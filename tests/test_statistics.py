@@ -247,7 +247,9 @@ def test_reused_strided_and_checkpointed_layers(reentrant: bool | None) -> None:
         odd = Odd(reentrant).double()
         samples = (torch.randn(6, 3, 8, 9).double(), torch.randint(0, 5, (6,)))
     names = {name: name for name, _ in odd.named_parameters()}
-    assert_equal(estimate_fisher(odd, batched(samples, 4, 2)), squares(odd, names, samples))
+    found = estimate_fisher(odd, batched(samples, 4, 2))
+    odd.reentrant = None  # autograd.grad, of which the definition is made, refuses reentrant checkpoints
+    assert_equal(found, squares(odd, names, samples))
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

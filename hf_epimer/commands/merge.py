@@ -8,7 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.commands.terminal import Command, add_output_arguments, progress_bar, silence_libraries
+from hf_epimer.commands.terminal import (
+    Command,
+    add_output_arguments,
+    progress_bar,
+    silence_libraries,
+    without_layers,
+)
 from hf_epimer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -123,7 +129,7 @@ def _run_merge(namespace: argparse.Namespace) -> None:
     with progress_bar(namespace.quiet or namespace.json) as progress:
         report = pipeline.merge(recipe, progress)
     if namespace.json:
-        print(json.dumps({"out": str(report.out), "url": report.url, **_without_layers(report.to_json())}))
+        print(json.dumps({"out": str(report.out), "url": report.url, **without_layers(report.to_json())}))
         return
     from rich.console import Console
     from rich.markup import escape
@@ -143,10 +149,6 @@ def _run_merge(namespace: argparse.Namespace) -> None:
     console.print(f"folder  {escape(str(report.out))}")
     if report.url:
         console.print(f"pushed  {report.url}")
-
-
-def _without_layers(report: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in report.items() if name != "layers"}
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:

@@ -42,6 +42,11 @@ def silence_libraries() -> None:
     logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
+def without_layers(report: dict[str, Any]) -> dict[str, Any]:
+    """A report's totals, for the terminal; every layer is in its file."""
+    return {name: value for name, value in report.items() if name != "layers"}
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress]:
     """A live bar on stderr for stages that last; none when stderr is no terminal."""

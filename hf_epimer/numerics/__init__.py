@@ -9,8 +9,9 @@ Notation, used in every docstring below (METHODS carry the same letters):
     v_t        diagonal empirical Fisher, m x n                         H_t   projected metric S^T diag(v_t) S, p x p
     c_t        coordinates of D_t, length p                             x     coordinates of the merged task vector
 
-    linalg      truncated SVD, polar factor, conjugate gradients
+    linalg      truncated SVD, polar factor, conjugate gradients, extreme eigenvalues
     subspace    the tagged basis (eq 10) and coordinates in it
     metric      projected metrics as linear operators (eq 12)
-    frechet     the Fréchet mean (eq 13), eta (Theorem 3) and the error bound (Theorem 2)
+    frechet     the Fréchet mean (eq 13) and eta (Theorem 3)
+    diagnostics what the theory says before a merge: eta, the error bound (Theorem 2), isotropy, energy kept
 """

@@ -1,8 +1,9 @@
-"""Truncated SVD, polar factor and conjugate gradients.
+"""Truncated SVD, polar factor, conjugate gradients and extreme eigenvalues.
 
     truncated_svd       A ~ U diag(s) V^T, top k triples                     block Krylov or LAPACK
     polar_factor        argmin_{Q^T Q = I} ||M - Q||_F                       orthogonal Procrustes whitening
     conjugate_gradient  H x = b for a symmetric positive definite operator
+    extreme_eigenvalues smallest and largest of a symmetric operator          Lanczos
 
 Shapes: A is m x n, M is m x p with p <= m, vectors have length p.
 """
@@ -205,3 +206,39 @@ def _lanczos_condition(alphas: list[float], betas: list[float]) -> float:
             tridiagonal[i, i - 1] = tridiagonal[i - 1, i] = off
     values = torch.linalg.eigvalsh(tridiagonal)
     return float(values[-1] / values[0]) if float(values[0]) > 0 else math.inf
+
+
+def extreme_eigenvalues(
+    apply: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float = 1e-3, max_steps: int = 80
+) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of a symmetric operator, by Lanczos' method with full reorthogonalisation.
+
+    Args:
+        apply: the operator on vectors of length p.
+        start: a vector with a share in every direction, such as a random one.
+        tolerance: residual allowed at either end, relative to the largest magnitude.
+        max_steps: products with the operator; p of them are exact.
+
+    Returns:
+        Both ends of the spectrum.
+    """
+    size = min(max_steps, start.numel())
+    basis = start.new_zeros(size, start.numel())
+    tridiagonal = torch.zeros(size, size, dtype=torch.float64)
+    following = start / start.norm()
+    values = tridiagonal.new_zeros(1)
+    for step in range(size):
+        basis[step] = following
+        known = basis[: step + 1]
+        image = apply(following)
+        tridiagonal[step, step] = float(torch.dot(image, following))
+        for _ in range(2):  # once leaves rounding that grows into copies of eigenvalues already found
+            image = image - (known @ image) @ known
+        coupling = float(image.norm())
+        values, vectors = torch.linalg.eigh(tridiagonal[: step + 1, : step + 1])
+        residual = coupling * float(vectors[-1, [0, -1]].abs().max())
+        if step + 1 == size or residual <= tolerance * float(values.abs().max()):
+            break
+        tridiagonal[step, step + 1] = tridiagonal[step + 1, step] = coupling
+        following = image / coupling
+    return float(values[0]), float(values[-1])

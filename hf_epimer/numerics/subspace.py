@@ -8,13 +8,14 @@ so S = [vec(U_1 V_1^T) ... vec(U_p V_p^T)] satisfies S^T S = I and is never form
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hf_epimer.numerics.linalg import polar_factor, truncated_svd
+from hf_epimer.numerics.linalg import SVD, polar_factor, truncated_svd
 
 ORTHONORMALITY = 1e-4
 """Largest entry of (U^T U - I) z accepted for random z; of ((U^T U)^2 - U^T U) z where columns are dependent."""
@@ -102,19 +103,35 @@ def tagged_basis(task_vectors: Tensor, rank: int, *, exact: bool = False, seed: 
     Raises:
         ArithmeticError: the whitened factors are not orthonormal to `ORTHONORMALITY`.
     """
-    us, vs, ss, tags = [], [], [], []
-    for task, task_vector in enumerate(task_vectors):
+    return whitened_basis(task_triples(task_vectors, rank, exact=exact, seed=seed), rank, exact=exact)
+
+
+def task_triples(task_vectors: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> list[SVD]:
+    """The top singular triples of every task vector, T x m x n; none of vanishing singular value."""
+    found = []
+    for task_vector in task_vectors:
         if not bool(task_vector.any()):
+            m, n = task_vector.shape
+            found.append(SVD(task_vector.new_empty(m, 0), task_vector.new_empty(0), task_vector.new_empty(n, 0)))
             continue
         u, s, v = truncated_svd(task_vector, rank, exact=exact, seed=seed)
         kept = int((s > _NEGLIGIBLE * s[0]).sum())
-        us.append(u[:, :kept])
-        vs.append(v[:, :kept])
-        ss.append(s[:kept])
-        tags.append(torch.full((kept,), task, device=s.device))
-    if not ss:
+        found.append(SVD(u[:, :kept], s[:kept], v[:, :kept]))
+    return found
+
+
+def whitened_basis(triples: Sequence[SVD], rank: int, *, exact: bool = False) -> TaggedBasis | None:
+    """The tagged basis from the leading `rank` triples of every task: one decomposition serves all lower ranks.
+
+    Returns and raises as `tagged_basis`.
+    """
+    leading = [SVD(u[:, :rank], s[:rank], v[:, :rank]) for u, s, v in triples]
+    s = torch.cat([own.s for own in leading])
+    if not len(s):
         return None
-    return TaggedBasis(_whiten(us, exact), _whiten(vs, exact), torch.cat(ss), torch.cat(tags), rank)
+    tags = [torch.full((len(own.s),), task, device=s.device) for task, own in enumerate(leading)]
+    u, v = _whiten([own.u for own in leading], exact), _whiten([own.v for own in leading], exact)
+    return TaggedBasis(u, v, s, torch.cat(tags), rank)
 
 
 def _whiten(factors: list[Tensor], exact: bool) -> Tensor:

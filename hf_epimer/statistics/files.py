@@ -39,6 +39,14 @@ FILE_OF: dict[Statistic, str] = {
 }
 """Statistic -> the file that holds it; a Gram matrix is the input factor, a projection is of one merge only."""
 
+NAMES: dict[Statistic, str] = {
+    "fisher": "Fisher information",
+    "gram": "Gram matrices",
+    "kronecker": "Kronecker factors",
+    "projected": "projected Fisher information",
+}
+"""What messages call them."""
+
 
 @dataclass(frozen=True)
 class StatisticsMetadata:

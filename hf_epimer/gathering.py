@@ -1,0 +1,108 @@
+"""Everything that a plan reads: fetched, statistics estimated where there are none, opened and compared.
+
+Names, shapes and types are compared with the base's config before any weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from hf_epimer import hub
+from hf_epimer.checkpoints import Checkpoint, StateDict, TensorSource
+from hf_epimer.config import ModelRef
+from hf_epimer.errors import MismatchError, UsageError
+from hf_epimer.hub import Source
+from hf_epimer.merging import Ingredients, tagged_bases
+from hf_epimer.planning import Plan, check_checkpoint, statistics_name
+from hf_epimer.resolving import weight_names
+from hf_epimer.statistics.estimation import Estimate, estimate_file, project_fisher
+from hf_epimer.statistics.files import NAMES, open_statistics
+
+Progress = Callable[[str, int, int], None]
+"""(what is going on, units done since the last call, units in all); 0 done announces a stage."""
+
+
+def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
+    """Bring weights and statistics that are on the Hub into the cache, and check them.
+
+    Args:
+        more: names of other files of the base, as far as it has them.
+    """
+    files = [(source, name) for source in (plan.base, *plan.models) for name in weight_names(source)]
+    files += [(source, statistics_name(source)) for source in plan.measured]
+    files += [(plan.base, name) for name in more if name in plan.base.files]
+    remote = [(source, name) for source, name in files if not source.ref.is_local]
+    size = sum(source.sizes.get(name, 0) for source, name in remote)
+    progress("fetching", 0, size)
+    hub.fetch_all(remote, lambda done: progress("fetching", done, size))
+
+
+def gather(plan: Plan, progress: Progress) -> Ingredients:
+    """Open all weights and statistics; each task's estimate is kept in the cache as soon as it is done.
+
+    Raises:
+        MismatchError, CheckpointError, StatisticsError: something is damaged or does not fit.
+        UsageError: in several processes, of which only `hf-epimer fisher` knows what to do.
+    """
+    ingredients = _open_weights(plan)
+    if plan.statistic is None or not plan.statistics:
+        return ingredients
+    if plan.to_estimate and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
+    total = sum(estimate.sampling.samples or 0 for estimate in plan.to_estimate)
+    progress("estimating curvature", 0, total)
+
+    def step(count: int) -> None:
+        progress("estimating curvature", count, total)
+
+    if plan.statistic == "projected":
+        bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
+        projected = [
+            StateDict(f"{NAMES['projected']} of {entry.model.label}", project_fisher(entry, bases, on_samples=step))
+            for entry in plan.to_estimate
+        ]
+        return replace(ingredients, statistics=projected, bases=bases)
+    kind = "kronecker" if plan.statistic == "gram" else plan.statistic
+    files = []
+    for entry in plan.statistics:
+        if isinstance(entry, Estimate):
+            path, label = estimate_file(entry, kind, on_samples=step), entry.model.label
+            entry = Source(ModelRef(str(path), label=label), label, frozenset({path.name}))
+        files.append(entry)
+    return replace(ingredients, statistics=_open_measured(plan, files))
+
+
+def _open_weights(plan: Plan) -> Ingredients:
+    opened = []
+    for source in (plan.base, *plan.models):
+        paths = [source.fetch(name) for name in weight_names(source)]
+        checkpoint = Checkpoint(source.label, paths, plan.architecture.canonical)
+        check_checkpoint(plan.shapes, checkpoint)
+        opened.append(checkpoint)
+    base, *models = opened
+    base.label = str(replace(plan.base.pinned, label=None))
+    base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
+    _check_not_the_base(base, models)
+    return Ingredients(base, models, plan.weights)
+
+
+def _open_measured(plan: Plan, files: Sequence[Source]) -> list[TensorSource]:
+    """One file of statistics per model."""
+    opened = []
+    for source, model in zip(files, plan.models, strict=True):
+        path = source.fetch(statistics_name(source))
+        assert plan.statistic
+        label = f"{NAMES[plan.statistic]} of {model.label} ({path.name})"
+        opened.append(open_statistics(path, label, plan.statistic, plan.shapes, plan.architecture.canonical))
+    return opened
+
+
+def _check_not_the_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """A copy of the base under another name; any real fine-tuned model differs in the first tensor compared."""
+    for model in models:
+        if all(torch.equal(model.tensor(name).float(), base.tensor(name).float()) for name in base.shapes):
+            raise MismatchError(f"{model.label}: every tensor equals the base's; a model cannot be its own base")
