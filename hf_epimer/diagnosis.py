@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from hf_epimer.config import MergeRecipe
-from hf_epimer.errors import UsageError
+from hf_epimer.errors import StatisticsError, UsageError
 from hf_epimer.gathering import fetch, gather
 from hf_epimer.hub import Source
-from hf_epimer.merging import Ingredients, stream_layers
+from hf_epimer.merging import Ingredients, stream_layers, tagged_bases
 from hf_epimer.methods import Layer
 from hf_epimer.methods.base import Statistic
 from hf_epimer.numerics.diagnostics import (
@@ -38,6 +38,8 @@ from hf_epimer.numerics.diagnostics import (
 from hf_epimer.numerics.linalg import SVD
 from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, task_triples, whitened_basis
 from hf_epimer.planning import Plan, make_plan
+from hf_epimer.statistics.comparison import Agreement, compare_with_hessian
+from hf_epimer.statistics.estimation import Estimate, Sampling
 from hf_epimer.verdict import RankTotals, verdict
 from hf_epimer.writing import atomic_folder
 
@@ -102,6 +104,7 @@ class Diagnosis:
         gram: <D_s, D_t> of the whole model.
         verdict: findings in words, each with the numbers that led to it.
         note: why nothing is said about curvature and how to change that; None when something is.
+        exact: label -> metric -> how well it agrees with the exact Hessian; empty unless asked for.
         out: the folder.
         pictures: names of the files in it; none where matplotlib is missing.
     """
@@ -118,6 +121,7 @@ class Diagnosis:
     note: str | None
     out: Path
     pictures: tuple[str, ...] = ()
+    exact: dict[str, dict[str, Agreement]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but where it went; what is not defined is null."""
@@ -130,6 +134,8 @@ class Diagnosis:
             "curvature": {"statistics": list(self.statistics)} if self.statistics else None,
             "note": self.note,
             "verdict": list(self.verdict),
+            "exact": {label: {name: vars(own) for name, own in found.items()} for label, found in self.exact.items()}
+            or None,
             "totals": {
                 "task_vector_norms": [float(value) for value in self.gram.diagonal().sqrt()],
                 "cosine": _matrix(cosines(self.gram)),
@@ -159,6 +165,7 @@ def diagnose(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     *,
     estimate: bool = False,
+    exact: bool = False,
 ) -> Diagnosis:
     """Look at the checkpoints of a planned merge: report and pictures into `out`.
 
@@ -168,6 +175,8 @@ def diagnose(
         out: folder to write; a non-empty one is refused unless `recipe.overwrite`.
         progress: called as by `hf_epimer.merge`.
         estimate: Fisher information that is missing, as a merge does, rather than do without.
+        exact: compare every metric with the exact Hessian, at the smallest rank, on the attention outputs and second
+            MLP layers of the first, middle and last block. For small models: it takes many passes.
 
     Raises:
         UsageError: fewer than two checkpoints, or a rank below 1.
@@ -189,10 +198,35 @@ def diagnose(
             layers.append(layer)
             progress("diagnosing", 1, len(plan.shapes))
         found = _summary(plan, wanted, layers, Path(out))
+        if exact:
+            found = replace(found, exact=_against_hessian(plan, ingredients, wanted[0], progress))
         text = json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / REPORT).write_text(text + "\n", encoding="utf-8")
         pictures = _draw(found, folder)
     return replace(found, pictures=pictures)
+
+
+def _against_hessian(
+    plan: Plan, ingredients: Ingredients, rank: int, progress: Callable[[str, int, int], None]
+) -> dict[str, dict[str, Agreement]]:
+    """How good each approximation is, task by task, on a few layers."""
+    last = plan.tower["num_hidden_layers"] - 1
+    chosen = [
+        f"{plan.architecture.prefix}encoder.layers.{index}.{part}.weight"
+        for index in sorted({0, last // 2, last})
+        for part in ("self_attn.out_proj", "mlp.fc2")
+    ]
+    bases = tagged_bases(ingredients, rank, seed=plan.recipe.seed)
+    few = {name: bases[name] for name in chosen if name in bases}
+    progress("exact Hessians", 0, len(plan.models))
+    found = {}
+    for model, task in zip(plan.models, plan.tasks, strict=True):
+        if task is None:
+            raise StatisticsError(f"{model}: --exact needs its task; label it (dtd=REF) or add --task FILE")
+        estimate = Estimate(model, plan.base, task, Sampling(plan.recipe.samples, seed=plan.recipe.seed))
+        found[model.label] = compare_with_hessian(estimate, few)
+        progress("exact Hessians", 1, len(plan.models))
+    return found
 
 
 def diagnose_layers(

@@ -72,6 +72,8 @@ class StatisticsRecipe:
             raise UsageError("--streaming needs --samples: the length of a stream is not known")
         if not 0 <= sampling.seed < 2**63:
             raise UsageError(f"--seed must be a whole number from 0 to 2^63 - 1, not {sampling.seed}")
+        if sampling.precision not in ("no", "bf16"):
+            raise UsageError(f"--mixed-precision {sampling.precision} would lose small gradients: use bf16 or no")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
         if self.kronecker and (self.compress or sampling.kind != "per-sample"):

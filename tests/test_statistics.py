@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,17 @@ def test_the_probe_finds_dropout_and_augmentation() -> None:
     model = Dropping()
     probe_determinism(Subject(nn.Linear(4, 4), {"weight": "w"}), [Batch(*data[0], range(8))])
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_half_precision_is_for_the_passes_only(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
+    single = copy.deepcopy(model).float()
+    subject = Subject(single, single.vision_names())
+    batch = [Batch(samples[0].float(), samples[1], range(7))]
+    full, _ = sweep(subject, batch, FisherDiagonal(subject.shapes))
+    half, _ = sweep(subject, batch, FisherDiagonal(subject.shapes), precision="bf16")
+    assert all(value.dtype == torch.float32 for value in half.values())
+    change = float((half[FC1] - full[FC1]).norm() / full[FC1].norm())
+    assert 1e-4 < change < 0.1
 
 
 def test_no_copy_of_the_model_per_sample_is_held() -> None:

@@ -28,7 +28,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", nargs="+", type=int, default=RANKS, metavar="K", help=f"ranks; default {ranks}")
     parser.add_argument("--fisher", nargs="+", default=(), metavar="[LABEL=]REF", help="Fisher information")
     parser.add_argument("--samples", type=int, metavar="N", help="estimate what is missing of it, on N samples a task")
-    parser.add_argument("--task", nargs="+", action="extend", default=(), metavar="FILE", help="task files")
+    parser.add_argument("--task", nargs="+", action="extend", default=[], metavar="FILE", help="task files")
+    parser.add_argument("--exact", action="store_true", help="judge every metric by the exact Hessian (small models)")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per checkpoint")
     parser.add_argument("--out", default="diagnosis", metavar="DIR", help="folder to write; default ./diagnosis")
     parser.add_argument("--overwrite", action="store_true", help="replace a non-empty --out")
@@ -53,7 +54,14 @@ def _run(namespace: argparse.Namespace) -> None:
     )
     silence_libraries()
     with progress_bar(namespace.quiet or namespace.json) as progress:
-        found = diagnose(recipe, namespace.rank, namespace.out, progress, estimate=namespace.samples is not None)
+        found = diagnose(
+            recipe,
+            namespace.rank,
+            namespace.out,
+            progress,
+            estimate=namespace.samples is not None,
+            exact=namespace.exact,
+        )
     if namespace.json:
         print(json.dumps({"out": str(found.out), "pictures": found.pictures, **without_layers(found.to_json())}))
     else:
@@ -85,6 +93,9 @@ def _print_diagnosis(found: Diagnosis) -> None:
     for total in found.totals:
         if total.capped:
             console.print(f"rank {total.rank} capped at floor(min(m, n) / T) in {total.capped} layers")
+    for label, metrics in found.exact.items():
+        agreements = ", ".join(f"{name} {own.agreement:.2f} (x {own.scale:.2g})" for name, own in metrics.items())
+        console.print(f"agreement with the exact Hessian, {escape(label)}: {agreements}")
     for sentence in (*found.verdict, *([found.note] if found.note else [])):
         console.print(f"- {escape(sentence)}")
     console.print(f"folder  {escape(str(found.out))}")

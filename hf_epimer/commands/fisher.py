@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from hf_epimer.commands.terminal import Command, add_output_arguments, progress_bar, silence_libraries
 
@@ -24,6 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--squared-mean", action="store_true", help="square the mean gradient (a weak baseline)")
     parser.add_argument("--kronecker", action="store_true", help="Kronecker factors instead of the diagonal")
     parser.add_argument("--compress", choices=["bf16", "rank1"], help="store it small; default fp32")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], help="of the passes, not the sums")
     parser.add_argument("--no-probe", action="store_true", help="do not look for dropout and augmentation first")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, metavar="FILE", help="file to write (or a folder to write it into)")
@@ -41,6 +44,8 @@ def _run(namespace: argparse.Namespace) -> None:
 
     silence_libraries()
     samples = namespace.samples if namespace.samples is not None or namespace.fraction is not None else 256
+    # `accelerate launch --mixed_precision` says it in the environment
+    precision: Any = namespace.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     sampling = Sampling(
         samples,
         namespace.fraction,
@@ -49,6 +54,8 @@ def _run(namespace: argparse.Namespace) -> None:
         namespace.seed,
         "squared-mean" if namespace.squared_mean else "per-sample",
         namespace.streaming,
+        namespace.mixed_precision
+        or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),  # as `accelerate launch` was told
     )
     recipe = StatisticsRecipe(
         model,

@@ -35,7 +35,7 @@ from hf_epimer.statistics.accumulators import (
     SquaredMean,
 )
 from hf_epimer.statistics.files import FORMATS, StatisticsMetadata, save_statistics
-from hf_epimer.statistics.sweep import Labels, Subject, probe_determinism, sweep
+from hf_epimer.statistics.sweep import Labels, Precision, Subject, probe_determinism, sweep
 from hf_epimer.tasks import Task
 
 OnSamples = Callable[[int], None]
@@ -53,6 +53,7 @@ class Sampling:
         labels: `true`, or `sampled` from the model's own predictions.
         kind: the mean of per-sample squares, or the square of the mean.
         streaming: fetch only the samples that are used.
+        precision: of the forward and backward pass; sums are always in fp32.
     """
 
     samples: int | None = 256
@@ -62,6 +63,7 @@ class Sampling:
     seed: int = 0
     kind: Kind = "per-sample"
     streaming: bool = False
+    precision: Precision = "no"
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,31 @@ def _measure(
     on_samples: OnSamples,
 ) -> tuple[dict[str, Tensor], int]:
     """Load model and data, and sweep over them. All processes take part."""
+    sampling = estimate.sampling
+    subject, batches = load_subject(estimate, batch_size, accelerator)
+    if probe:
+        probe_determinism(subject, batches, accelerator)
+    found, count = sweep(
+        subject,
+        batches,
+        make(subject, accelerator.device),
+        labels=sampling.labels,
+        seed=sampling.seed,
+        precision=sampling.precision,
+        accelerator=accelerator,
+        on_samples=on_samples,
+    )
+    batches.check_broken(len(batches.samples) - count)
+    batches.report_broken()
+    return found, count
+
+
+def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) -> tuple[Subject, ImageBatches]:
+    """The checkpoint behind its task's head, and this process's share of the samples.
+
+    Raises:
+        EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
+    """
     estimate.check()
     task, sampling = estimate.task, estimate.sampling
     is_local = Path(task.dataset).is_absolute()
@@ -195,21 +222,7 @@ def _measure(
     model = load_classifier(vision, base, task_head(task, base, samples.class_names))
     subject = Subject(model, model.vision_names())
     share = (accelerator.process_index, accelerator.num_processes)
-    batches = ImageBatches(samples, model.pixels, batch_size, share)
-    if probe:
-        probe_determinism(subject, batches, accelerator)
-    found, count = sweep(
-        subject,
-        batches,
-        make(subject, accelerator.device),
-        labels=sampling.labels,
-        seed=sampling.seed,
-        accelerator=accelerator,
-        on_samples=on_samples,
-    )
-    batches.check_broken(len(samples) - count)
-    batches.report_broken()
-    return found, count
+    return subject, ImageBatches(samples, model.pixels, batch_size, share)
 
 
 def _metadata(estimate: Estimate, samples: int) -> StatisticsMetadata:

@@ -24,6 +24,7 @@ from hf_epimer.statistics.accumulators import Accumulator, FisherDiagonal
 from hf_epimer.statistics.taps import Gradient, gradient_taps
 
 Labels = Literal["true", "sampled"]
+Precision = Literal["no", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def sweep(
     *,
     labels: Labels = "true",
     seed: int = 0,
+    precision: Precision = "no",
     accelerator: Accelerator | None = None,
     on_samples: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, Tensor], int]:
@@ -62,7 +64,8 @@ def sweep(
         batches: this process's share.
         labels: those of the data (empirical Fisher), or drawn from the model's own predictions (the true Fisher).
         seed: of the drawn labels; sample i gets the same one in every batch size and on every number of processes.
-        accelerator: moves inputs to its device, sets the precision of the passes and adds up over processes.
+        precision: of the forward and backward pass; fp16 would lose small gradients.
+        accelerator: moves inputs to its device and adds up over processes.
         on_samples: called with the number of samples done since the last call.
 
     Returns:
@@ -83,7 +86,7 @@ def sweep(
     count = 0
     with gradient_taps(subject.model, subject.names, consume) as forward:
         for batch in batches:
-            _loss(subject, forward, batch, labels, seed, accelerator).backward()
+            _loss(subject, forward, batch, device, labels, seed, precision).backward()
             count += len(batch.labels)
             on_samples(len(batch.labels))
     unreached = sorted(set(subject.names.values()) - seen)
@@ -184,7 +187,7 @@ def _fingerprint(subject: Subject, batches: Iterable[Batch], accelerator: Accele
     found = _Fingerprint()
     subject.model.to(accelerator.device)
     with gradient_taps(subject.model, subject.names, found.add) as forward:
-        loss = _loss(subject, forward, batch, "true", 0, accelerator)
+        loss = _loss(subject, forward, batch, accelerator.device)
         loss.backward()
     tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
     seen = torch.stack([tensor.detach().double().norm().cpu() for tensor in tensors])
@@ -199,15 +202,13 @@ def _loss(
     subject: Subject,
     forward: Callable[..., Any],
     batch: Batch,
-    labels: Labels,
-    seed: int,
-    accelerator: Accelerator,
+    device: torch.device,
+    labels: Labels = "true",
+    seed: int = 0,
+    precision: Precision = "no",
 ) -> Tensor:
     """Summed, not averaged, over the batch: every sample's gradient is then its own."""
-    device = accelerator.device
-    if accelerator.mixed_precision == "fp16":
-        raise UsageError("fp16 would lose small gradients: use bf16 or no mixed precision for statistics")
-    with torch.enable_grad(), accelerator.autocast():
+    with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = subject.logits(lambda *a, **k: forward(len(batch.labels), *a, **k), _moved(batch.inputs, device))
     logits = logits if logits.dtype == torch.float64 else logits.float()
     outside = batch.labels[(batch.labels < 0) | (batch.labels >= logits.shape[1])]
