@@ -54,8 +54,7 @@ def _run(namespace: argparse.Namespace) -> None:
         namespace.seed,
         "squared-mean" if namespace.squared_mean else "per-sample",
         namespace.streaming,
-        namespace.mixed_precision
-        or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),  # as `accelerate launch` was told
+        precision,
     )
     recipe = StatisticsRecipe(
         model,
