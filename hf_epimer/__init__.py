@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_epimer.config import MergeRecipe, ModelRef
     from hf_epimer.diagnosis import Diagnosis, diagnose
     from hf_epimer.errors import EpimerError
-    from hf_epimer.evaluation import accuracy
+    from hf_epimer.evaluation import Results, accuracy, evaluate
     from hf_epimer.in_memory import merge_state_dicts
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
@@ -37,9 +37,11 @@ _HOMES = {
     "MergeReport": "pipeline",
     "ModelRef": "config",
     "Task": "tasks",
+    "Results": "evaluation",
     "accuracy": "evaluation",
     "diagnose": "diagnosis",
     "estimate_fisher": "statistics.sweep",
+    "evaluate": "evaluation",
     "fisher_from_adam": "statistics.training",
     "merge": "pipeline",
     "merge_state_dicts": "in_memory",
@@ -56,10 +58,12 @@ __all__ = [
     "MergeRecipe",
     "MergeReport",
     "ModelRef",
+    "Results",
     "Task",
     "accuracy",
     "diagnose",
     "estimate_fisher",
+    "evaluate",
     "fisher_from_adam",
     "merge",
     "merge_state_dicts",

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -18,6 +18,9 @@ from hf_epimer.config import MergeRecipe, ModelRef, is_repo_id
 from hf_epimer.errors import MismatchError
 from hf_epimer.hub import Source
 from hf_epimer.methods.base import Method
+
+if TYPE_CHECKING:
+    from hf_epimer.evaluation import Results
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -30,7 +33,7 @@ def merge_card(
     weights: Sequence[float],
     diagnostics: dict[str, str],
     datasets: Sequence[str],
-    results: dict[str, Any] | None = None,
+    results: Results | None = None,
 ) -> str:
     """The README.md of a merged folder.
 
@@ -39,7 +42,7 @@ def merge_card(
         weights: l_t, summing to 1.
         diagnostics: what to show of the report, label -> text.
         datasets: Hub ids of the data sets the models were tuned on.
-        results: contents of results.json, with the data set of every task under `datasets`.
+        results: accuracies, where it was evaluated.
     """
     name = (
         recipe.push_to.split("/")[1] if recipe.push_to else Path(recipe.out or f"merged-{method.name}").resolve().name
@@ -127,30 +130,45 @@ def _without_path(word: str) -> str:
     return f"{label}{equals}{path.name}" if looks_local and path.name else word
 
 
-def _eval_results(results: dict[str, Any]) -> list[EvalResult]:
+def _eval_results(results: Results) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="zero-shot-image-classification",
-            dataset_type=results["datasets"][task],
+            dataset_type=results.datasets[task],
             dataset_name=task,
             metric_type="accuracy",
-            metric_value=round(row["accuracy"], 4),
+            metric_value=round(row.accuracy, 4),
         )
-        for task, row in results["tasks"].items()
+        for task, row in results.tasks.items()
     ]
 
 
-def _results_table(results: dict[str, Any]) -> dict[str, Any]:
+def _results_table(results: Results) -> dict[str, Any]:
     return {
         "rows": [
-            {"task": task, "accuracy": f"{row['accuracy']:.3f}", "samples": row["samples"]}
-            for task, row in results["tasks"].items()
+            {
+                "task": task,
+                "accuracy": f"{row.accuracy:.3f}",
+                "interval": "{:.3f} to {:.3f}".format(*row.interval),
+                "samples": row.samples,
+            }
+            for task, row in results.tasks.items()
         ],
-        "average": f"{results['average']:.3f}",
-        "worst_task": results["worst"]["task"],
-        "worst": f"{results['worst']['accuracy']:.3f}",
-        "note": "",
+        "average": f"{results.average:.3f}",
+        "worst_task": results.worst,
+        "worst": f"{results.tasks[results.worst].accuracy:.3f}",
     }
+
+
+def with_results(card: str, results: Results, name: str) -> str:
+    """A card with the accuracies in its metadata (model-index), beside or instead of older ones of the same tasks."""
+    content = ModelCard(card, ignore_metadata_errors=True)
+    data: Any = content.data
+    new = _eval_results(results)
+    measured = {entry.dataset_name for entry in new}
+    data.model_name = data.model_name or name
+    data.eval_results = [*(old for old in data.eval_results or [] if old.dataset_name not in measured), *new]
+    return str(content)
 
 
 def base_from_cards(cards: Sequence[tuple[Source, dict[str, Any]]]) -> tuple[ModelRef | None, str]:

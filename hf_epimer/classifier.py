@@ -128,6 +128,16 @@ def task_head(task: Task, base_folder: str | Path, class_names: Sequence[str]) -
     """The task's own head file if it has one, else the zero-shot head for these class names."""
     if task.head is None:
         return zero_shot_head(base_folder, class_names, task.templates)
+    return own_head(task, class_names)
+
+
+def own_head(task: Task, class_names: Sequence[str]) -> Tensor:
+    """The head that the task names: [classes, projection_dim].
+
+    Raises:
+        TaskError: the file cannot be read, or does not fit.
+    """
+    assert task.head is not None
     head = _read_head(task.head)
     if len(head) != len(class_names):
         raise TaskError(f"{task.head}: {len(head)} rows for the {len(class_names)} classes of {task.name!r}")

@@ -20,6 +20,7 @@ from typing import NoReturn
 from hf_epimer import __version__
 from hf_epimer.commands import other
 from hf_epimer.commands.diagnose import DIAGNOSE
+from hf_epimer.commands.evaluate import EVALUATE
 from hf_epimer.commands.fisher import FISHER
 from hf_epimer.commands.merge import MERGE
 from hf_epimer.errors import EpimerError, UsageError
@@ -125,6 +126,7 @@ class _Complaints(logging.Handler):
 COMMANDS = {
     "merge": MERGE,
     "fisher": FISHER,
+    "evaluate": EVALUATE,
     "diagnose": DIAGNOSE,
     "push": other.PUSH,
     "methods": other.METHODS,

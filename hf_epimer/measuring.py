@@ -20,6 +20,7 @@ from hf_epimer import hub, pushing
 from hf_epimer.card import statistics_section
 from hf_epimer.config import ModelRef
 from hf_epimer.errors import OutputError, UsageError
+from hf_epimer.heads import check_head
 from hf_epimer.hub import Source
 from hf_epimer.methods.base import Statistic
 from hf_epimer.resolving import check_towers, find_base, tower_of, weight_names
@@ -109,7 +110,7 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     base = find_base(recipe.base, [model], [model.card()], [tower_of(model)])
     check_towers(base, tower_of(base), [model], [tower_of(model)])
     estimate = Estimate(model, base, task, recipe.sampling)
-    estimate.check()
+    check_head(base, task)
     accelerator = Accelerator()
     total = recipe.sampling.samples or 0
     progress("measuring", 0, total)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,8 +30,11 @@ from hf_epimer.gathering import Progress, fetch, gather
 from hf_epimer.hub import Source
 from hf_epimer.merging import Ingredients, MergedLayer, merge_layers
 from hf_epimer.planning import Plan, make_plan, target_folder
-from hf_epimer.resolving import PROCESSOR_FILES, base_folder, config_of
+from hf_epimer.resolving import PROCESSOR_FILES, config_of
 from hf_epimer.writing import atomic_folder, write_tensors
+
+if TYPE_CHECKING:
+    from hf_epimer.evaluation import Results
 
 logger = logging.getLogger(__name__)
 
@@ -157,14 +160,15 @@ def _merge_into(
     seconds = {**seconds, "merging": time.monotonic() - started}
     _write_json(folder / "config.json", _output_config(plan, dtype))
     _copy_processor(plan.base, folder)
-    results = None
+    results: Results | None = None
     if recipe.evaluate:
         results = _evaluate(folder, plan, progress)
         seconds["evaluating"] = time.monotonic() - started - seconds["merging"]
-        _write_json(folder / "results.json", {key: value for key, value in results.items() if key != "datasets"})
+        _write_json(folder / "results.json", results.to_json())
     seconds["total"] = sum(seconds.values())
     memory = {"peak_anonymous": anonymous, "peak_resident": _memory("VmHWM")}
-    report = MergeReport(folder, None, method.name, _totals(layers), layers, seconds, memory, results)
+    accuracies = results.to_json() if results else None
+    report = MergeReport(folder, None, method.name, _totals(layers), layers, seconds, memory, accuracies)
     _write_json(folder / "merge_config.json", recipe_to_json(recipe) | {"versions": _versions()})
     _write_json(folder / "merge_report.json", report.to_json())
     card = merge_card(
@@ -243,17 +247,16 @@ def _datasets(plan: Plan) -> list[str]:
     return sorted({task.dataset for task in plan.tasks if task and not Path(task.dataset).is_absolute()})
 
 
-def _evaluate(folder: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
+def _evaluate(folder: Path, plan: Plan, progress: Progress) -> Results:
     from hf_epimer.evaluation import evaluate_folder
 
     tasks = [task for task in plan.tasks if task]
     progress("evaluating", 0, len(tasks))
     return evaluate_folder(
         folder,
-        base_folder(plan.base),
+        plan.base,
         tasks,
         name=plan.recipe.push_to or target_folder(plan.recipe).name,
-        base_name=plan.base.title,
         on_task=lambda: progress("evaluating", 1, len(tasks)),
     )
 

@@ -266,7 +266,7 @@ def _find_statistics(
             found.append(given[model.label])
         elif needs != "projected" and FILE_OF[needs] in model.files:
             found.append(model)
-        elif task is None or not (task.head or has_text_tower(base)):
+        elif task is None or not has_text_tower(base):
             lacking.append(str(model))
         else:
             try:

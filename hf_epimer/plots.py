@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_epimer.errors import OutputError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -28,6 +30,16 @@ DPI = 150
 def available() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
+
+
+def require() -> None:
+    """Find out before any work whether pictures can be drawn.
+
+    Raises:
+        OutputError: matplotlib is missing; the message says how to get it.
+    """
+    if not available():
+        raise OutputError(MISSING)
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[str]:
@@ -97,6 +109,37 @@ def cosine_matrix(labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> 
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="cosine of the task vectors", shrink=0.8)
     axes.set_title(_closest(labels, pairs), fontsize="medium")
+    return figure
+
+
+def confusion_matrix(task: str, class_names: Sequence[str], confusion: Sequence[Sequence[int]]) -> Figure:
+    """Which class is taken for which, in shares of the true class's samples.
+
+    Args:
+        confusion: true class -> class it was taken for -> count.
+    """
+    size = len(class_names)
+    totals = [sum(row) for row in confusion]
+    shares = [[count / total if total else math.nan for count in row] for row, total in zip(confusion, totals)]
+    mistakes = [(shares[i][j], i, j) for i in range(size) for j in range(size) if i != j and confusion[i][j]]
+    few = size <= 30  # more names than that cannot be read
+    side = min(12.0, 3.5 + (0.32 if few else 0.08) * size)
+    figure = _figure(side + 1.2, side)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if few:
+        axes.set_xticks(range(size), class_names, rotation=90)
+        axes.set_yticks(range(size), class_names)
+    axes.set_xlabel("taken for" if few else "taken for (class number)")
+    axes.set_ylabel("is" if few else "is (class number)")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
+    hits = sum(confusion[i][i] for i in range(size)) / max(sum(totals), 1)
+    title = f"{task}: {hits:.1%} right"
+    if mistakes:
+        share, i, j = max(mistakes)
+        title += f";\nmost often {class_names[i]} is taken for {class_names[j]} ({share:.0%})"
+    axes.set_title(title, fontsize="medium")
     return figure
 
 

@@ -110,6 +110,13 @@ def base_folder(source: Source) -> Path:
     return model_folder(source)
 
 
+def processor_folder(source: Source) -> Path:
+    """The folder of a base with its image processor fetched, and no weights."""
+    for name in {*PROCESSOR_FILES} & source.files:
+        source.fetch(name)
+    return source.fetch("config.json").parent
+
+
 def content_sha(source: Source) -> str:
     """What pins a checkpoint's weights: its commit on the Hub, or the sha256 of a local folder's weight files."""
     if not source.ref.is_local:

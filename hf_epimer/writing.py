@@ -174,3 +174,21 @@ def _alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole: it appears under its name, or changes, only when all of it is on the disk.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)

@@ -47,8 +47,8 @@ def accuracies(
         out=str(out / "merged"),
         overwrite=True,
     )
-    results = evaluate_folder(merge(recipe).out, zoo / "base", tasks, name="epimer", base_name="base")
-    return [results["tasks"][task.name]["accuracy"] for task in tasks]
+    results = evaluate_folder(merge(recipe).out, zoo / "base", tasks, name="epimer")
+    return [results.tasks[task.name].accuracy for task in tasks]
 
 
 def main() -> None:

@@ -50,8 +50,8 @@ def accuracies(zoo: Path, tasks: Sequence[Task], row: str, rank: int, samples: i
         out=str(out / f"{row.replace(', ', '-')}-{len(tasks)}"),
         overwrite=True,
     )
-    results = evaluate_folder(merge(recipe).out, zoo / "base", tasks, name=row, base_name="base")
-    return [results["tasks"][task.name]["accuracy"] for task in tasks]
+    results = evaluate_folder(merge(recipe).out, zoo / "base", tasks, name=row)
+    return [results.tasks[task.name].accuracy for task in tasks]
 
 
 def main() -> None:

@@ -88,8 +88,8 @@ def _merge_and_measure(zoo: Path, out: Path, bars: Any) -> Results:
         report = merge(recipe)
         bars.advance(bar)
         step: Callable[[], None] = lambda bar=bar: bars.advance(bar)  # type: ignore[misc]  # noqa: E731
-        measured = evaluate_folder(report.out, zoo / "base", tasks, name=method, base_name="base", on_task=step)
-        results[method] = {name: measured["tasks"][name]["accuracy"] for name in names}
+        measured = evaluate_folder(report.out, zoo / "base", tasks, name=method, on_task=step)
+        results[method] = {name: measured.tasks[name].accuracy for name in names}
     return results
 
 

@@ -20,13 +20,13 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 from torch import Tensor
 
-from hf_epimer.classifier import load_classifier, task_head
+from hf_epimer.classifier import load_vision
 from hf_epimer.data import ImageBatches, data_revision, read_samples
-from hf_epimer.errors import StatisticsError
+from hf_epimer.heads import classifier_for
 from hf_epimer.hub import Source
 from hf_epimer.methods.base import Statistic
 from hf_epimer.numerics.subspace import TaggedBasis
-from hf_epimer.resolving import base_folder, content_sha, has_text_tower, model_folder
+from hf_epimer.resolving import content_sha, model_folder
 from hf_epimer.statistics.accumulators import (
     Accumulator,
     FisherDiagonal,
@@ -109,18 +109,6 @@ class Estimate:
             "data": [task.dataset, task.config, self.revision, self.split, task.image_column, task.label_column],
             "sampling": vars(self.sampling),
         }
-
-    def check(self) -> None:
-        """Refuse what cannot work before anything is downloaded.
-
-        Raises:
-            StatisticsError: the base has no text tower and the task no head of its own.
-        """
-        if not self.task.head and not has_text_tower(self.base):
-            raise StatisticsError(
-                f"{self.base}: it has no text tower to make the zero-shot head of {self.task.name!r} from: name a full "
-                "CLIP model with --base, or a head in the task file"
-            )
 
 
 def estimate_file(
@@ -205,11 +193,10 @@ def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) 
     Raises:
         EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
     """
-    estimate.check()
     task, sampling = estimate.task, estimate.sampling
     is_local = Path(task.dataset).is_absolute()
     with accelerator.main_process_first():  # one process fetches, the others find everything in place
-        vision, base = model_folder(estimate.model), base_folder(estimate.base)
+        vision = model_folder(estimate.model)
         samples = read_samples(
             task,
             estimate.split,
@@ -219,7 +206,7 @@ def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) 
             revision=None if is_local else estimate.revision,
             streaming=sampling.streaming,
         )
-    model = load_classifier(vision, base, task_head(task, base, samples.class_names))
+        model = classifier_for(load_vision(vision), estimate.base, task, samples.class_names)
     subject = Subject(model, model.vision_names())
     share = (accelerator.process_index, accelerator.num_processes)
     return subject, ImageBatches(samples, model.pixels, batch_size, share)
