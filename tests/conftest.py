@@ -30,6 +30,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.classifier import ImageProcessor, load_vision
+from hf_epimer.tasks import Task
 
 TINY = {
     "hidden_size": 32,
@@ -145,6 +146,28 @@ def write_data(folder: Path, rows: int = 40, seed: int = 0, names: tuple[str, ..
         data = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         (folder / "data").mkdir(parents=True, exist_ok=True)
         data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def write_benchmark(folder: Path, task: Task, rows: int = 12) -> Path:
+    """A data set of a benchmark's schema: splits, columns, config and number of classes, with noise for pictures."""
+    names = tuple(f"class {index}" for index in range(len(task.class_names or ())))
+    write_data(folder, rows, names=names)
+    splits = {"train": task.train_split, "test": task.test_split}
+    where = task.config or "data"
+    (folder / where).mkdir(exist_ok=True)
+    listed = ""
+    for written, split in splits.items():
+        file = folder / "data" / f"{written}-00000-of-00001.parquet"
+        data = datasets.Dataset.from_parquet(str(file), cache_dir=str(folder / ".cache"))
+        columns = {"image": task.image_column, "label": task.label_column}
+        data = data.rename_columns({old: new for old, new in columns.items() if old != new})
+        file.unlink()
+        data.to_parquet(folder / where / f"{split}-00000-of-00001.parquet")
+        listed += f"  - split: {split}\n    path: {where}/{split}-*\n"
+    shutil.rmtree(folder / ".cache")
+    config = task.config or "default"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{listed}---\n")
     return folder
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, write_benchmark
+from hub_server import StandInHub
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,7 @@ from hf_epimer import hub as our_hub
 from hf_epimer.classifier import load_classifier, zero_shot_head
 from hf_epimer.data import read_samples
 from hf_epimer.evaluation import TaskResult, TopOne, evaluate_folder, wilson
-from hf_epimer.tasks import load_task_file
+from hf_epimer.tasks import benchmark_tasks, load_task_file
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -228,3 +229,23 @@ def test_the_merged_folders_results_are_those_of_evaluate(clip_zoo: Path, run: R
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "95% interval" in card and math.isfinite(inside["average"])
     assert len(load_file(tmp_path / "merged" / "model.safetensors")) > 30
+
+
+def test_all_eight_benchmarks_come_from_the_hub(clip_zoo: Path, tmp_path: Path) -> None:
+    """Small parquet repos of the same schema, in a process of its own: ids, configs, splits, columns, class counts."""
+    tasks = benchmark_tasks()
+    with StandInHub() as stand_in:
+        stand_in.add_repo("org/base", clip_zoo / "base")
+        stand_in.add_repo("org/tuned", clip_zoo / "a")
+        for name, task in tasks.items():
+            stand_in.add_repo(task.dataset, write_benchmark(tmp_path / "src" / name, task), repo_type="dataset")
+        environment = {**os.environ, "HF_ENDPOINT": stand_in.url, "HF_HOME": str(tmp_path / "home")}
+        arguments = ["evaluate", "org/tuned", "--base", "org/base", "--task", *tasks, "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_epimer", *arguments], capture_output=True, text=True, env=environment
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["tasks"].keys() == tasks.keys()
+    assert {row["samples"] for row in found["tasks"].values()} == {12}

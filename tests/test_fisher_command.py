@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import write_data
+from conftest import write_benchmark
 from hub_server import StandInHub
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
@@ -273,21 +273,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_zoo: Path) -> Iter
             shutil.copytree(clip_zoo / name, tmp_path / "src" / name)
             (tmp_path / "src" / name / "README.md").write_text("---\nbase_model: org/base\n---\n\n# A model\n")
             stand_in.add_repo(repo, tmp_path / "src" / name)
-        for task in (benchmark_tasks()[name] for name in ("dtd", "svhn")):
-            names = tuple(f"class {index}" for index in range(len(task.class_names or ())))
-            folder = write_data(tmp_path / "src" / "data" / task.name, names=names)
-            if task.config:
-                (folder / task.config).mkdir()
-                for split in ("train", "test"):
-                    (folder / "data" / f"{split}-00000-of-00001.parquet").rename(
-                        folder / task.config / f"{split}-00000-of-00001.parquet"
-                    )
-                shutil.rmtree(folder / "data")
-                paths = "".join(f"  - split: {s}\n    path: {task.config}/{s}-*\n" for s in ("train", "test"))
-                (folder / "README.md").write_text(
-                    f"---\nconfigs:\n- config_name: {task.config}\n  data_files:\n{paths}---\n"
-                )
-            stand_in.add_repo(task.dataset, folder, repo_type="dataset")
+        for name in ("dtd", "svhn"):
+            task = benchmark_tasks()[name]
+            stand_in.add_repo(task.dataset, write_benchmark(tmp_path / "src" / name, task), repo_type="dataset")
         monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
