@@ -31,7 +31,10 @@ BROKEN_SHARE = 0.01
 """Of the samples asked for: so many pictures may be broken."""
 
 SHUFFLE_BUFFER = 10_000
-"""Rows that a stream is shuffled among."""
+"""Rows that a stream is shuffled among; many data sets are sorted by class, so few would be a biased choice."""
+
+LARGE = 2 * 10**9
+"""Bytes of a data set from which on a few samples are streamed rather than all of it downloaded."""
 
 
 class Batch(NamedTuple):
@@ -209,6 +212,11 @@ def class_names_of(task: Task, features: Any) -> tuple[str, ...]:
                 f"{names[place]!r} in the task and {stored[place]!r} in the data"
             )
     return names
+
+
+def is_large(task: Task) -> bool:
+    """Whether a task's data set is on the Hub and larger than `LARGE`: a few samples of it are better streamed."""
+    return not Path(task.dataset).is_absolute() and hub.dataset_bytes(task.dataset) > LARGE
 
 
 def data_revision(task: Task) -> str:

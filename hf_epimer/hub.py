@@ -199,6 +199,18 @@ def dataset_commit(repo_id: str) -> str:
     return str(commit)
 
 
+def dataset_bytes(repo_id: str) -> int:
+    """Bytes of all files of a data set; 0 when HF_HUB_OFFLINE is set, where nothing can be fetched anyway.
+
+    Raises:
+        NotFoundError, AccessError, HubError: as in `resolve`.
+    """
+    if constants.is_offline_mode():
+        return 0
+    info = persist(lambda: HfApi().dataset_info(repo_id, files_metadata=True), f"data set {repo_id}")
+    return sum(sibling.size or 0 for sibling in info.siblings or [])
+
+
 def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] = lambda size: None) -> None:
     """Bring several files into the cache, two at a time, and check them.
 

@@ -23,6 +23,7 @@ from hf_epimer import hub, pushing
 from hf_epimer.architectures import CLIP_VISION, Architecture
 from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape
 from hf_epimer.config import MergeRecipe, ModelRef
+from hf_epimer.data import is_large
 from hf_epimer.errors import (
     CheckpointError,
     DataError,
@@ -294,7 +295,8 @@ def _find_statistics(
 def _cached_or_estimate(
     recipe: MergeRecipe, needs: Statistic, base: Source, model: Source, task: Task
 ) -> Source | Estimate:
-    estimate = Estimate(model, base, task, Sampling(recipe.samples, seed=recipe.seed))
+    sampling = Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task))
+    estimate = Estimate(model, base, task, sampling)
     if needs == "projected":
         return estimate
     path = estimate.cached("kronecker" if needs == "gram" else needs)

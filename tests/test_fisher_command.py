@@ -20,11 +20,12 @@ from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hf_epimer import ModelRef
+from hf_epimer import MergeRecipe, ModelRef, data
 from hf_epimer import hub as our_hub
 from hf_epimer.classifier import load_classifier, task_head
 from hf_epimer.data import ImageBatches, read_samples
 from hf_epimer.numerics.subspace import tagged_basis
+from hf_epimer.planning import make_plan
 from hf_epimer.statistics import estimation
 from hf_epimer.statistics.comparison import compare_with_hessian
 from hf_epimer.statistics.hessian import projected_hessian
@@ -303,6 +304,25 @@ def test_the_mission_command_estimates_on_the_benchmarks_own_data(hub: StandInHu
     assert header["dataset"] == benchmark_tasks()["svhn"].dataset
     assert header["dataset_revision"] == hub.commits(header["dataset"], "dataset")[0].oid
     assert header["model_sha"] == hub.commits("org/vit-b32-svhn")[0].oid
+
+
+def test_large_data_sets_are_streamed(
+    hub: StandInHub, run: Run, clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = benchmark_tasks()["dtd"]
+    assert not data.is_large(task)
+    monkeypatch.setattr(data, "LARGE", 100)
+    assert data.is_large(task) and not data.is_large(load_task_file(clip_zoo / "a.json"))
+    plan = make_plan(MergeRecipe((ModelRef("org/vit-b32-dtd"), ModelRef("org/vit-b32-svhn"))))
+    assert all(estimate.sampling.streaming for estimate in plan.to_estimate) and len(plan.to_estimate) == 2
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    words = ["fisher", "org/vit-b32-dtd", "--task", "dtd", "--streaming", "--samples", "6", "--out", "f.safetensors"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_epimer", *words], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        assert file.metadata()["samples"] == "6"
 
 
 def test_pushing_adds_the_file_and_a_section_in_one_commit(

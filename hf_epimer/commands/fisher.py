@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="per process; changes speed only")
     parser.add_argument("--labels", choices=["true", "sampled"], default="true", help="sampled: the model's own")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples and of sampled labels")
-    parser.add_argument("--streaming", action="store_true", help="fetch only the samples that are used")
+    parser.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        help="fetch only the samples that are used; default: of data sets over 2 GB",
+    )
     parser.add_argument("--squared-mean", action="store_true", help="square the mean gradient (a weak baseline)")
     parser.add_argument("--kronecker", action="store_true", help="Kronecker factors instead of the diagonal")
     parser.add_argument("--compress", choices=["bf16", "rank1"], help="store it small; default fp32")
@@ -39,8 +44,10 @@ def _run(namespace: argparse.Namespace) -> None:
 
     model = ModelRef.parse(namespace.model)
     base = ModelRef.parse(namespace.base) if namespace.base else None
+    from hf_epimer.data import is_large
     from hf_epimer.measuring import StatisticsRecipe, measure
     from hf_epimer.statistics.estimation import Sampling
+    from hf_epimer.tasks import find_task
 
     silence_libraries()
     samples = namespace.samples if namespace.samples is not None or namespace.fraction is not None else 256
@@ -53,9 +60,11 @@ def _run(namespace: argparse.Namespace) -> None:
         namespace.labels,
         namespace.seed,
         "squared-mean" if namespace.squared_mean else "per-sample",
-        namespace.streaming,
+        bool(namespace.streaming),
         precision,
     )
+    if namespace.streaming is None and samples is not None and is_large(find_task(namespace.task)):
+        sampling = replace(sampling, streaming=True)
     recipe = StatisticsRecipe(
         model,
         namespace.task,
