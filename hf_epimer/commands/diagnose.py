@@ -28,7 +28,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", nargs="+", type=int, default=RANKS, metavar="K", help=f"ranks; default {ranks}")
     parser.add_argument("--fisher", nargs="+", default=(), metavar="[LABEL=]REF", help="Fisher information")
     parser.add_argument("--samples", type=int, metavar="N", help="estimate what is missing of it, on N samples a task")
-    parser.add_argument("--task", nargs="+", action="extend", default=(), metavar="FILE", help="task files")
+    parser.add_argument("--task", nargs="+", action="extend", default=[], metavar="FILE", help="task files")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per checkpoint")
     parser.add_argument("--out", default="diagnosis", metavar="DIR", help="folder to write; default ./diagnosis")
     parser.add_argument("--overwrite", action="store_true", help="replace a non-empty --out")
