@@ -22,6 +22,7 @@ from hf_epimer.commands import other
 from hf_epimer.commands.diagnose import DIAGNOSE
 from hf_epimer.commands.fisher import FISHER
 from hf_epimer.commands.merge import MERGE
+from hf_epimer.commands.sweep import SWEEP
 from hf_epimer.errors import EpimerError, UsageError
 
 
@@ -126,6 +127,7 @@ COMMANDS = {
     "merge": MERGE,
     "fisher": FISHER,
     "diagnose": DIAGNOSE,
+    "sweep": SWEEP,
     "push": other.PUSH,
     "methods": other.METHODS,
     "tasks": other.TASKS,
