@@ -25,6 +25,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 MARKERS = "osD^vPX*"
 DPI = 150
 
+SCALE = 20.0
+"""Points of accuracy below the best that a heat map tells apart: merges that collapse must not take all its colours."""
+
 
 def available() -> bool:
     """Whether matplotlib is installed."""
@@ -195,8 +198,8 @@ def accuracy_heatmap(
     figure = _figure(max(6.5, 3.4 + 0.75 * len(alphas)), 1.7 + 0.42 * sum(rows) + 0.42 * len(rows))
     panels = figure.subplots(len(values), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     everything = [value for own in values.values() for value in own.values()]
-    low, high = 100 * min(everything), 100 * max(everything)
-    high = high if high > low else low + 1
+    high = 100 * max(everything)
+    low = max(min(100 * min(everything), high - 1), high - SCALE)
     best = max(((value, name) for name, own in values.items() for value in own.values()), key=lambda pair: pair[0])[1]
     marked = max(values[best], key=lambda key: values[best][key])
     for axes, (name, own) in zip(panels, values.items()):
@@ -219,7 +222,9 @@ def accuracy_heatmap(
         axes.spines[:].set_visible(False)
     panels[-1].set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     panels[-1].set_xlabel("alpha, the scale of the merged task vector")
-    figure.colorbar(image, ax=list(panels), label="average accuracy on validation images (%)", shrink=0.9)
+    clipped = 100 * min(everything) < low
+    label = "average accuracy on validation images (%)"
+    figure.colorbar(image, ax=list(panels), label=label, shrink=0.9, extend="min" if clipped else "neither")
     names = ("rank", "alpha")
     where = ", ".join(f"{word} {value:g}" for word, value in zip(names, marked) if value is not None)
     figure.suptitle(f"Best on average: {best}{' at ' + where if where else ''}, {high:.1f}%", fontsize="medium")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +26,7 @@ TABLE, MARKDOWN, REPORT = "sweep.csv", "sweep.md", "sweep.json"
 CRITERIA = ("average", "worst")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One setting, measured: task -> accuracy."""
 
@@ -36,6 +37,12 @@ class Row:
     def average(self) -> float:
         """Mean accuracy over the tasks."""
         return fmean(own.accuracy for own in self.tasks.values())
+
+    @property
+    def error(self) -> float:
+        """One standard error of the average: sqrt(sum p (1 - p) / n) / T."""
+        variances = [own.accuracy * (1 - own.accuracy) / own.samples for own in self.tasks.values()]
+        return math.sqrt(math.fsum(variances)) / len(variances)
 
     @property
     def worst_task(self) -> str:
@@ -53,6 +60,7 @@ class Row:
             **asdict(self.setting),
             "tasks": {name: {"accuracy": own.accuracy, **vars(own)} for name, own in self.tasks.items()},
             "average": self.average,
+            "standard_error": self.error,
             "worst": {"task": self.worst_task, "accuracy": self.worst},
         }
 
@@ -98,6 +106,11 @@ class SweepReport:
     def winner(self, criterion: str) -> Row:
         """The best setting of all methods by `average` or by `worst` task."""
         return best_row([own[criterion] for own in self.best.values()], criterion)
+
+    def choices(self, method: str) -> dict[Row, str]:
+        """The chosen rows of a method, and by what: one row where both criteria agree."""
+        by_average, by_worst = (self.best[method][criterion] for criterion in CRITERIA)
+        return {by_average: "both"} if by_average is by_worst else {by_average: "average", by_worst: "worst task"}
 
     def at_edge(self, row: Row) -> bool:
         """Whether the alpha is the first or last of the grid, beyond which nothing was tried."""
@@ -149,7 +162,8 @@ class SweepReport:
 def best_row(rows: Sequence[Row], criterion: str) -> Row:
     """The best of some rows; of equal ones the first."""
     other = next(name for name in CRITERIA if name != criterion)
-    return max(rows, key=lambda row: (getattr(row, criterion), getattr(row, other)))
+    # rounded: (0.7 + 0.6) / 2 is a little less than (0.9 + 0.4) / 2
+    return max(rows, key=lambda row: (round(getattr(row, criterion), 9), round(getattr(row, other), 9)))
 
 
 def best_rows(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
@@ -233,7 +247,7 @@ def _markdown(report: SweepReport) -> str:
             "",
             f"**Best by {_NAMES[criterion]}**: {row.setting} (average {row.average:.3f}, worst {row.worst:.3f}",
         ]
-        text[-1] += f" on {row.worst_task})"
+        text[-1] += f" on {row.worst_task}; one standard error of the average {row.error:.3f})"
         text += ["", "```bash", report.commands[row.setting], "```"]
     text += ["", "## Best setting of every method", "", *_best_table(report)]
     text += ["", "## All settings", "", *_table(report.rows, names, bold=True)]
@@ -251,9 +265,9 @@ def _best_table(report: SweepReport) -> list[str]:
         + (" test average | test worst |" if report.test else "")
     ]
     lines.append("|---|---|---:|---:|---:|---:|" + ("---:|---:|" if report.test else ""))
-    for name, own in report.best.items():
-        for criterion, row in own.items():
-            cells = [name, _NAMES[criterion], *_cells(row.setting), f"{row.average:.3f}", f"{row.worst:.3f}"]
+    for name in report.best:
+        for row, chosen_by in report.choices(name).items():
+            cells = [name, chosen_by, *_cells(row.setting), f"{row.average:.3f}", f"{row.worst:.3f}"]
             tested = report.tested(row.setting)
             cells += [f"{tested.average:.3f}", f"{tested.worst:.3f}"] if tested else []
             lines.append(f"| {' | '.join(cells)} |")

@@ -96,12 +96,11 @@ def _print_report(found: SweepReport) -> None:
     columns = ["method", "chosen by", "rank", "alpha", *names, "average", "worst"]
     for column in [*columns, *(["test average", "test worst"] if found.test else [])]:
         table.add_column(column, justify="left" if column in ("method", "chosen by") else "right")
-    for method, own in found.best.items():
-        for criterion, row in own.items():
+    for method in found.best:
+        for row, chosen_by in found.choices(method).items():
             setting = row.setting
             edge = "*" if found.at_edge(row) else ""
-            cells = [method, "average" if criterion == "average" else "worst task"]
-            cells += ["" if setting.rank is None else str(setting.rank)]
+            cells = [method, chosen_by, "" if setting.rank is None else str(setting.rank)]
             cells += ["" if setting.alpha is None else f"{setting.alpha:g}{edge}"]
             values = [*(row.tasks[name].accuracy for name in names), row.average, row.worst]
             tested = found.tested(setting)
@@ -109,6 +108,7 @@ def _print_report(found: SweepReport) -> None:
             table.add_row(*map(escape, cells), *(f"{value:.3f}" for value in values))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
+    console.print(f"one standard error of the average: about {found.winner('average').error:.3f}")
     if any(found.at_edge(row) for own in found.best.values() for row in own.values()):
         console.print("* at the end of the grid: an alpha beyond it may be better")
     for criterion, words in (("average", "on average"), ("worst", "by worst task")):
