@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_epimer.diagnosis import Diagnosis, diagnose
     from hf_epimer.errors import EpimerError
     from hf_epimer.evaluation import Results, accuracy, evaluate
+    from hf_epimer.grid import Grid
     from hf_epimer.in_memory import merge_state_dicts
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from hf_epimer.statistics.files import save_statistics
     from hf_epimer.statistics.sweep import estimate_fisher
     from hf_epimer.statistics.training import FisherCallback, fisher_from_adam
+    from hf_epimer.sweep_report import SweepReport
+    from hf_epimer.sweeping import sweep
     from hf_epimer.tasks import Task
 
 __version__ = "0.1.0"
@@ -32,10 +35,12 @@ _HOMES = {
     "EpiMerConfig": "methods.epimer",
     "FisherCallback": "statistics.training",
     "EpimerError": "errors",
+    "Grid": "grid",
     "METHODS": "methods",
     "MergeRecipe": "config",
     "MergeReport": "pipeline",
     "ModelRef": "config",
+    "SweepReport": "sweep_report",
     "Task": "tasks",
     "Results": "evaluation",
     "accuracy": "evaluation",
@@ -47,6 +52,7 @@ _HOMES = {
     "merge_state_dicts": "in_memory",
     "push_folder": "pushing",
     "save_statistics": "statistics.files",
+    "sweep": "sweeping",
 }
 
 __all__ = [
@@ -55,10 +61,12 @@ __all__ = [
     "EpiMerConfig",
     "EpimerError",
     "FisherCallback",
+    "Grid",
     "MergeRecipe",
     "MergeReport",
     "ModelRef",
     "Results",
+    "SweepReport",
     "Task",
     "accuracy",
     "diagnose",
@@ -69,6 +77,7 @@ __all__ = [
     "merge_state_dicts",
     "push_folder",
     "save_statistics",
+    "sweep",
 ]
 
 

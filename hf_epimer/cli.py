@@ -23,6 +23,7 @@ from hf_epimer.commands.diagnose import DIAGNOSE
 from hf_epimer.commands.evaluate import EVALUATE
 from hf_epimer.commands.fisher import FISHER
 from hf_epimer.commands.merge import MERGE
+from hf_epimer.commands.sweep import SWEEP
 from hf_epimer.errors import EpimerError, UsageError
 
 
@@ -128,6 +129,7 @@ COMMANDS = {
     "fisher": FISHER,
     "evaluate": EVALUATE,
     "diagnose": DIAGNOSE,
+    "sweep": SWEEP,
     "push": other.PUSH,
     "methods": other.METHODS,
     "tasks": other.TASKS,

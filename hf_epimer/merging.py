@@ -234,7 +234,7 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any, dtype: torch.dtype) -> MergedLayer:
     merged = method.merge(layer, config, survey)
-    if not _is_finite(merged.task_vector):
+    if not is_finite(merged.task_vector):
         raise ArithmeticError(f"{layer.name}: {method.name} gave NaN or Inf; try a larger --damping or --exact")
     report = {
         "name": layer.name,
@@ -244,7 +244,7 @@ def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any, dtype: 
         "task_vector_norms": _norms(layer.task_vectors).tolist(),
     }
     stored = (layer.base + merged.task_vector).to("cpu", dtype)
-    if not _is_finite(stored):
+    if not is_finite(stored):
         raise ArithmeticError(f"{layer.name}: the merged values do not fit into {dtype}; choose another --dtype")
     return MergedLayer(layer.name, stored, report)
 
@@ -313,7 +313,7 @@ class _LayerReader:
         values = self.values[part][:, : math.prod(shape)].view(-1, *shape)
         for source, value in zip(self.statistics, values, strict=True):
             source.copy_to(name, value)
-            if not _is_finite(value):
+            if not is_finite(value):
                 raise StatisticsError(f"{source.label}: NaN or Inf in {name}")
             if float((value.diagonal() if part in ("input", "output", "projected") else value).amin()) < 0:
                 raise StatisticsError(f"{source.label}: negative values in {name}")
@@ -327,11 +327,12 @@ def _read_ahead(sources: Sequence[TensorSource], name: str) -> None:
 
 
 def _check_finite(label: str, name: str, values: Tensor) -> None:
-    if not _is_finite(values):
+    if not is_finite(values):
         raise CheckpointError(f"{label}: NaN or Inf in {name}; this checkpoint is damaged or diverged")
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor Inf in it."""
     # a sum is finite unless an entry is not, or it overflows: one fast pass decides nearly always
     return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(values.isfinite().all())
 

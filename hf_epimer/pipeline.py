@@ -137,7 +137,7 @@ def _merge_into(
     layers: list[dict[str, Any]] = []
     anonymous = 0
     total = len(plan.shapes)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else _dtype_of(ingredients.base)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients.base)
 
     def keep(merged: MergedLayer) -> tuple[str, torch.Tensor]:
         nonlocal anonymous
@@ -197,7 +197,8 @@ def _projection_dim(base: Source) -> dict[str, int]:
     return {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
 
 
-def _dtype_of(base: TensorSource) -> torch.dtype:
+def dtype_of(base: TensorSource) -> torch.dtype:
+    """The type that a merge is written in unless another one is asked for."""
     dtype = base.tensor(next(iter(base.shapes))).dtype
     return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
 

@@ -165,6 +165,17 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
     return plan
 
 
+def with_method(plan: Plan, method: Method, options: Any) -> Plan:
+    """The same merge by another method: its statistics are looked for, nothing else is resolved again.
+
+    Raises:
+        StatisticsError, UsageError: as in `make_plan`.
+    """
+    recipe = replace(plan.recipe, method=method.name, options=options)
+    statistics = _find_statistics(recipe, method, options, plan.base, plan.models, plan.tasks, False)
+    return replace(plan, recipe=recipe, method=method, statistics=statistics)
+
+
 def target_folder(recipe: MergeRecipe) -> Path:
     """Where the merged folder goes."""
     return Path(recipe.out or f"merged-{recipe.method}")
@@ -205,8 +216,8 @@ def _tasks_of(recipe: MergeRecipe, models: Sequence[Source], cards: Sequence[dic
         )
         if task is None and recipe.evaluate:
             raise UsageError(
-                f"{source}: --evaluate needs its task; label it (mnist={source.ref.location}) or add --task FILE; "
-                f"known tasks: {', '.join(known)}"
+                f"{source}: to measure accuracy its task must be known: label it (mnist={source.ref.location}) or add "
+                f"--task FILE; known tasks: {', '.join(known)}"
             )
         found.append(task)
     return found

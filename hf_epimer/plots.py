@@ -17,6 +17,7 @@ from hf_epimer.errors import OutputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 MISSING = "the pictures need matplotlib: pip install 'hf-epimer[plots]'"
 
@@ -25,6 +26,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 
 MARKERS = "osD^vPX*"
 DPI = 150
+
+SCALE = 20.0
+"""Points of accuracy below the best that a heat map tells apart: merges that collapse must not take all its colours."""
 
 
 def available() -> bool:
@@ -219,6 +223,94 @@ def _place(name: str) -> tuple[int, str]:
     """Block and kind of a matrix from its name; -1 outside of the blocks."""
     parts = name.removesuffix(".weight").split(".")
     return next((int(part) for part in parts if part.isdigit()), -1), parts[-1]
+
+
+def accuracy_heatmap(
+    values: Mapping[str, Mapping[tuple[int | None, float | None], float]],
+    ranks: Sequence[int],
+    alphas: Sequence[float],
+) -> Figure:
+    """Average accuracy over the grid: one panel per method, rank by alpha, one colour scale for all.
+
+    Args:
+        values: method -> (rank, alpha) -> average accuracy in [0, 1]; None where the method has no rank or no alpha,
+            and the number then stands for the whole row or panel.
+        ranks, alphas: ascending.
+    """
+    rows = [len({rank for rank, _ in own}) for own in values.values()]
+    figure = _figure(max(6.5, 3.4 + 0.75 * len(alphas)), 1.7 + 0.42 * sum(rows) + 0.42 * len(rows))
+    panels = figure.subplots(len(values), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+    everything = [value for own in values.values() for value in own.values()]
+    high = 100 * max(everything)
+    low = max(min(100 * min(everything), high - 1), high - SCALE)
+    best = max(((value, name) for name, own in values.items() for value in own.values()), key=lambda pair: pair[0])[1]
+    marked = max(values[best], key=lambda key: values[best][key])
+    for axes, (name, own) in zip(panels, values.items()):
+        heights: list[int | None] = [rank for rank in ranks if any(key[0] == rank for key in own)] or [None]
+        shown = [
+            [100 * own.get((rank, alpha), own.get((rank, None), math.nan)) for alpha in alphas] for rank in heights
+        ]
+        image = axes.imshow(shown, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        for y, rank in enumerate(heights):
+            spans = {(x, x): own[rank, alpha] for x, alpha in enumerate(alphas) if (rank, alpha) in own}
+            spans = spans or {(0, len(alphas) - 1): own[rank, None]}
+            for (first, last), value in spans.items():
+                colour = "w" if 100 * value < (low + high) / 2 else "k"
+                axes.text((first + last) / 2, y, f"{100 * value:.1f}", ha="center", va="center", color=colour)
+                if name == best and marked in ((rank, alphas[first]), (rank, None)):
+                    axes.add_patch(_frame(first, last, y))
+        axes.set_yticks(range(len(heights)), ["" if rank is None else str(rank) for rank in heights])
+        axes.set_ylabel(name + ("\nrank" if heights != [None] else ""), rotation=0, ha="right", va="center")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    panels[-1].set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    panels[-1].set_xlabel("alpha, the scale of the merged task vector")
+    clipped = 100 * min(everything) < low
+    label = "average accuracy on validation images (%)"
+    figure.colorbar(image, ax=list(panels), label=label, shrink=0.9, extend="min" if clipped else "neither")
+    names = ("rank", "alpha")
+    where = ", ".join(f"{word} {value:g}" for word, value in zip(names, marked) if value is not None)
+    figure.suptitle(f"Best on average: {best}{' at ' + where if where else ''}, {high:.1f}%", fontsize="medium")
+    return figure
+
+
+def accuracy_by_alpha(lines: Mapping[str, tuple[int | None, Mapping[float | None, tuple[float, float]]]]) -> Figure:
+    """Average and worst task against alpha, every method at one rank; a dashed level for one without alpha.
+
+    Args:
+        lines: method -> (its rank or None, alpha -> (average, worst)), in [0, 1]; the alpha None alone for a level.
+    """
+    figure = _figure(9.5, 4.4)
+    panels = figure.subplots(1, 2, sharex=True)
+    titles = ("average over tasks", "worst task")
+    for number, (axes, title) in enumerate(zip(panels, titles)):
+        best, winner = max((max(pair[number] for pair in own.values()), name) for name, (_, own) in lines.items())
+        for index, (name, (rank, own)) in enumerate(lines.items()):
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            label = name if rank is None else f"{name}, rank {rank}"
+            alphas = [alpha for alpha in own if alpha is not None]
+            heights = [100 * pair[number] for pair in own.values()]
+            if not alphas:
+                axes.axhline(heights[0], color=colour, linestyle="--", label=label)
+                continue
+            axes.plot(alphas, heights, color=colour, marker=marker, markersize=4, label=label)
+            top = max(range(len(heights)), key=lambda place: heights[place])
+            axes.plot(alphas[top], heights[top], color=colour, marker=marker, markersize=9, markeredgecolor="k")
+        axes.set_title(f"{title}: {winner} reaches {best:.1%}", fontsize="medium", loc="left")
+        axes.set_xlabel("alpha, the scale of the merged task vector")
+        _tidy(axes)
+    panels[0].set_ylabel("accuracy on validation images (%)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    return figure
+
+
+def _frame(first: int, last: int, row: int) -> Patch:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(
+        (first - 0.47, row - 0.45), last - first + 0.94, 0.9, fill=False, edgecolor="#D55E00", linewidth=2.5
+    )
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 from conftest import TINY, write_checkpoint
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from test_merge_command import contents, fails, rewrite
 from torch import Tensor
@@ -392,6 +393,15 @@ def test_wrong_usage_is_one_line_and_nothing_is_written(
     before = contents(tiny_zoo)
     fails(run("diagnose", *words, "--base", "base"), pattern, code)
     assert contents(tiny_zoo) == before
+
+
+def test_task_files_are_taken(clip_zoo: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    words = ["diagnose", *(f"{name}={clip_zoo / name}" for name in "ab"), "--base", clip_zoo / "base"]
+    files = ["--task", clip_zoo / "a.json", "--task", clip_zoo / "b.json"]
+    code, _, complaint = run(*words, *files, "--samples", 8, "--rank", 2, "--out", tmp_path / "out")
+    assert (code, complaint) == (0, "")
+    assert strict(tmp_path / "out" / "diagnosis.json")["curvature"] is not None
 
 
 def test_another_architecture_or_damage_leaves_nothing_behind(tiny_zoo: Path, run: Run) -> None:

@@ -49,12 +49,12 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="resolve, check, print the plan; write nothing")
     add_output_arguments(parser)
     group = parser.add_argument_group("method options")
-    for name, (text, kind, methods) in sorted(_method_options().items()):
+    for name, (text, kind, methods) in sorted(method_options().items()):
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, dest=name, type=kind, default=absent, help=f"{text} [{', '.join(methods)}]")
 
 
-def _method_options() -> dict[str, tuple[str, type, list[str]]]:
+def method_options() -> dict[str, tuple[str, type, list[str]]]:
     """Option name -> (help, type, methods that have it)."""
     from hf_epimer.methods import METHODS
 
@@ -108,7 +108,7 @@ def _options(given: dict[str, Any], method: Method, options: Any) -> Any:
     """
     own = {item.name for item in fields(method.config)}
     chosen = {}
-    for name, (_, _, methods) in _method_options().items():
+    for name, (_, _, methods) in method_options().items():
         if name not in given:
             continue
         if name not in own:
