@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from hf_epimer import hub, pushing
 from hf_epimer.card import statistics_section
 from hf_epimer.config import ModelRef
+from hf_epimer.data import is_large
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.heads import check_head
 from hf_epimer.hub import Source
@@ -109,8 +110,11 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     weight_names(model)
     base = find_base(recipe.base, [model], [model.card()], [tower_of(model)])
     check_towers(base, tower_of(base), [model], [tower_of(model)])
-    estimate = Estimate(model, base, task, recipe.sampling)
     check_head(base, task)
+    sampling = recipe.sampling
+    if sampling.streaming is None:
+        sampling = replace(sampling, streaming=sampling.samples is not None and is_large(task))
+    estimate = Estimate(model, base, task, sampling)
     accelerator = Accelerator()
     total = recipe.sampling.samples or 0
     progress("measuring", 0, total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -429,3 +430,27 @@ def test_agreement_is_that_of_the_dense_matrices(clip_zoo: Path) -> None:
         cosine = float((matrix * exact).sum() / (matrix.norm() * exact.norm()))
         assert found[metric].agreement == pytest.approx(cosine, abs=1e-4)
         assert found[metric].scale == pytest.approx(float(matrix.trace() / exact.trace()), rel=1e-3)
+
+
+def test_a_sweep_of_repos_gives_a_command_with_their_commits(hub: StandInHub, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+
+    def command(*words: object) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_epimer", *map(str, words)],
+            capture_output=True, text=True, env=environment, cwd=tmp_path,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+
+    grid = ("--method", "epimer", "regmean", "--rank", 2, 4, "--alpha", 1, "--samples", 11, "--test")
+    command("sweep", "org/vit-b32-dtd", "org/vit-b32-svhn", *grid)
+    report = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    chosen = report["best"]["average"]
+    words = shlex.split(chosen["command"])
+    commits = [hub.commits(f"org/{name}")[0].oid for name in ("vit-b32-dtd", "vit-b32-svhn", "base")]
+    assert [word.split("@")[1] for word in (*words[2:4], words[5])] == commits
+    command(*words[1:], "--evaluate", "--out", "merged")
+    results = json.loads((tmp_path / "merged" / "results.json").read_text())
+    tested = next(own for own in report["test"] if (own["method"], own["rank"]) == (chosen["method"], chosen["rank"]))
+    for task, row in tested["tasks"].items():
+        assert row["correct"] == results["tasks"][task]["correct"]

@@ -275,8 +275,8 @@ def test_statistics_never_see_validation_samples(
     shared = len(used & set(validation_samples(task, 1)[0].numbers))
     assert (f"'a' was measured on {shared} of" in complaint) == (shared > 0)
     task_words = ("--task", clip_zoo / "a.json", "--base", clip_zoo / "base", "--out", "a.safetensors")
-    assert run("fisher", clip_zoo / "a", *task_words, "--samples", 20, "--seed", 5)[0] == 0
-    used = set(read_samples(task, "train", seed=5, limit=20).numbers)
+    assert run("fisher", clip_zoo / "a", *task_words, "--samples", 30, "--seed", 5)[0] == 0
+    used = set(read_samples(task, "train", seed=5, limit=30).numbers)
     shared = len(used & set(validation_samples(task, 0)[0].numbers))
     assert shared > 0
     assert f"'a' was measured on {shared} of" in run(*words(clip_zoo), *grid, *given)[2]

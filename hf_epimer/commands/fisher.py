@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,8 @@ def _run(namespace: argparse.Namespace) -> None:
 
     model = ModelRef.parse(namespace.model)
     base = ModelRef.parse(namespace.base) if namespace.base else None
-    from hf_epimer.data import is_large
     from hf_epimer.measuring import StatisticsRecipe, measure
     from hf_epimer.statistics.estimation import Sampling
-    from hf_epimer.tasks import find_task
 
     silence_libraries()
     samples = namespace.samples if namespace.samples is not None or namespace.fraction is not None else 256
@@ -60,11 +57,9 @@ def _run(namespace: argparse.Namespace) -> None:
         namespace.labels,
         namespace.seed,
         "squared-mean" if namespace.squared_mean else "per-sample",
-        bool(namespace.streaming),
+        namespace.streaming,
         precision,
     )
-    if namespace.streaming is None and samples is not None and is_large(find_task(namespace.task)):
-        sampling = replace(sampling, streaming=True)
     recipe = StatisticsRecipe(
         model,
         namespace.task,

@@ -52,7 +52,7 @@ class Sampling:
         split: of the data set; None for the task's training split.
         labels: `true`, or `sampled` from the model's own predictions.
         kind: the mean of per-sample squares, or the square of the mean.
-        streaming: fetch only the samples that are used.
+        streaming: fetch only the samples that are used; None, in a recipe, to decide by the size of the data set.
         precision: of the forward and backward pass; sums are always in fp32.
     """
 
@@ -62,7 +62,7 @@ class Sampling:
     labels: Labels = "true"
     seed: int = 0
     kind: Kind = "per-sample"
-    streaming: bool = False
+    streaming: bool | None = False
     precision: Precision = "no"
 
 
@@ -204,7 +204,7 @@ def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) 
             fraction=sampling.fraction,
             seed=sampling.seed,
             revision=None if is_local else estimate.revision,
-            streaming=sampling.streaming,
+            streaming=bool(sampling.streaming),
         )
         model = classifier_for(load_vision(vision), estimate.base, task, samples.class_names)
     subject = Subject(model, model.vision_names())
