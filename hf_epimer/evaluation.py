@@ -57,14 +57,19 @@ def evaluate_folder(
     *,
     name: str,
     base_name: str,
+    limit: int | None = None,
     on_task: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Test accuracy of one checkpoint on several tasks: the contents of results.json, and `datasets` for the card."""
+    """Test accuracy of one checkpoint on several tasks: the contents of results.json, and `datasets` for the card.
+
+    Args:
+        limit: the first so many samples of each split; None for all.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for task in tasks:
         names = read_samples(task, task.test_split, limit=1).class_names
         found = accuracy(
-            load_classifier(folder, base_folder, task_head(task, base_folder, names)), task, task.test_split
+            load_classifier(folder, base_folder, task_head(task, base_folder, names)), task, task.test_split, limit
         )
         rows[task.name] = {"accuracy": found.accuracy, "correct": found.correct, "samples": found.samples}
         on_task()
