@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,14 @@ class Benchmark:
     seed: int
     out: Path
 
-    @property
+    @cached_property
     def tasks(self) -> list[Task]:
+        """What is measured."""
         return [find_task(name) for name in self.task_files]
 
     @property
     def names(self) -> list[str]:
+        """The tasks' names."""
         return [task.name for task in self.tasks]
 
     @property
@@ -153,8 +155,9 @@ class Benchmark:
 
         return self.kept({"method": "fine-tuned", "models": list(map(str, self.models))}, compute)
 
-    @property
+    @cached_property
     def base_folder(self) -> Path:
+        """Where the base lies, fetched if need be."""
         return base_folder(hub.resolve(self.base))
 
     def kept(self, identity: dict[str, Any], compute: Callable[[], list[float]]) -> list[float]:

@@ -10,8 +10,6 @@ of all eight models. --limit is the number of test images a task whose loss is a
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from benchmark import Comparison, benchmark_of, parser, published
 
 from hf_epimer import METHODS, ModelRef, merge
@@ -29,11 +27,8 @@ def main() -> None:
         own = {"rank": options.rank} if "rank" in METHODS[method].config.__dataclass_fields__ else {}
         folder = merge(benchmark.recipe(method, own, str(benchmark.out / f"merged-{method}"))).out
         merged.append(ModelRef.parse(f"merge-{method}={folder}"))
-    recipe = benchmark.recipe("mean", {}, "")
-    recipe = replace(recipe, out=None)
-    found = landscape(
-        recipe, merged, str(benchmark.out / "landscape"), steps=options.steps, samples=options.limit or 256
-    )
+    recipe, samples = benchmark.recipe("mean", {}, "landscape"), options.limit or 256
+    found = landscape(recipe, merged, str(benchmark.out / "landscape"), steps=options.steps, samples=samples)
     columns = [*found.losses, "mean", "from the plane"]
     source = published()["figures"]["4"]["source"]
     title = f"loss (nats) of every model itself, rank {options.rank}"
