@@ -249,17 +249,29 @@ def _loss_panel(axes: Axes, values: Sequence[Sequence[float]], grid: tuple[Seque
 
 
 def _name_beside(axes: Axes, name: str, place: tuple[float, float], others: Sequence[tuple[float, float]]) -> None:
-    """The name of a marker on the side where its neighbours are not."""
+    """The name of a marker on the side where its neighbours are not, and inside of the panel."""
     from matplotlib.patheffects import withStroke
 
-    nearest = min(
-        (other for other in others if other != place), key=lambda other: math.dist(other, place), default=place
-    )
-    below = nearest[1] > place[1]
+    push = [0.0, 0.0]
+    for other in others:
+        if other != place:
+            for axis in range(2):
+                push[axis] += (place[axis] - other[axis]) / math.dist(other, place) ** 3
+    left, right = axes.get_xlim()
+    share = (place[0] - left) / (right - left)
+    beside = abs(push[0]) > abs(push[1]) and (share < 0.6 if push[0] > 0 else share > 0.4)
+    sign = 1 if push[0 if beside else 1] > 0 else -1
     axes.annotate(
-        name, place, (0, -9 if below else 9), textcoords="offset points", ha="center", va="top" if below else "bottom",
-        fontsize="small", path_effects=[withStroke(linewidth=2.5, foreground="w")], zorder=4,
-    )  # fmt: skip
+        name,
+        place,
+        (9 * sign, 0) if beside else (0, 9 * sign),
+        textcoords="offset points",
+        ha=("left" if sign > 0 else "right") if beside else "center",
+        va="center" if beside else "bottom" if sign > 0 else "top",
+        fontsize="small",
+        path_effects=[withStroke(linewidth=2.5, foreground="w")],
+        zorder=4,
+    )
 
 
 def _lowest(mean: Sequence[Sequence[float]], models: Mapping[str, Mapping[str, float]], tuned: set[str]) -> str:

@@ -26,7 +26,7 @@ def main() -> None:
     for method in options.merges:
         own = {"rank": options.rank} if "rank" in METHODS[method].config.__dataclass_fields__ else {}
         folder = merge(benchmark.recipe(method, own, str(benchmark.out / f"merged-{method}"))).out
-        merged.append(ModelRef.parse(f"merge-{method}={folder}"))
+        merged.append(ModelRef.parse(f"{method}={folder}"))
     recipe, samples = benchmark.recipe("mean", {}, "landscape"), options.limit or 256
     found = landscape(recipe, merged, str(benchmark.out / "landscape"), steps=options.steps, samples=samples)
     columns = [*found.losses, "mean", "from the plane"]
