@@ -232,6 +232,7 @@ def evaluate_folder(
     tasks: Sequence[Task],
     *,
     name: str,
+    limit: int | None = None,
     on_task: Callable[[], None] = lambda: None,
 ) -> Results:
     """Test accuracy of a checkpoint in a local folder, which need not have a card or a proper base.
@@ -239,6 +240,7 @@ def evaluate_folder(
     Args:
         base: a folder, or a resolved reference.
         name: of the checkpoint, for results.json.
+        limit: the first so many samples of each split; None for all.
         on_task: called after every task.
     """
     home = base if isinstance(base, Source) else hub.resolve(ModelRef(str(Path(base).absolute())))
@@ -247,7 +249,7 @@ def evaluate_folder(
         if stage == "tasks":
             on_task()
 
-    return _evaluate(load_vision(folder), name, home, tasks, None, None, 64, None, progress)
+    return _evaluate(load_vision(folder), name, home, tasks, None, limit, 64, None, progress)
 
 
 def _evaluate(
