@@ -4,8 +4,8 @@ resolve and check as for a merge -> choose validation samples -> merge all candi
 checkpoints -> put base + alpha tau into one tower, setting by setting -> count hits -> choose by average and by worst
 task -> CSV, Markdown, JSON, pictures
 
-Settings are compared and chosen on validation samples of the training splits alone. The test splits are read for
-`test` only, after the choice, and for the chosen settings only.
+Settings are compared and chosen on validation samples of the training splits alone. The test splits are used for `test`
+only, after the choice, and for the chosen settings only.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from hf_epimer.gathering import Progress, fetch, gather
 from hf_epimer.grid import Candidate, Grid, Setting, config_of
 from hf_epimer.heads import check_head, classifier_for
 from hf_epimer.hub import Source
-from hf_epimer.merging import is_finite
+from hf_epimer.merging import Ingredients, is_finite
 from hf_epimer.pipeline import dtype_of
 from hf_epimer.planning import Plan, make_plan, with_method
 from hf_epimer.resolving import PROCESSOR_FILES, base_folder
+from hf_epimer.statistics.estimation import Estimate
 from hf_epimer.statistics.files import FILE_OF
 from hf_epimer.sweep_report import Row, SweepReport, best_rows, merge_command, write_report
 from hf_epimer.tasks import Task
@@ -78,6 +79,8 @@ def sweep(
     for task in tasks:
         check_head(plan.base, task)
     chosen = {task.name: validation_samples(task, recipe.seed, limit) for task in tasks}
+    data = {name: samples for name, (samples, _) in chosen.items()}
+    unseen = {task.name: read_samples(task, task.test_split) for task in tasks} if test else {}
     for own, _ in plans:
         fetch(own, progress, PROCESSOR_FILES)
         _check_disjoint(own, chosen)
@@ -85,39 +88,20 @@ def sweep(
     seconds = {"preparing": time.monotonic() - started}
     with atomic_folder(Path(out), recipe.overwrite) as folder:
         with task_vector_file(folder / "task-vectors.tmp", plan.shapes, len(candidates)) as stored:
-            started = time.monotonic()
-            progress("merging", 0, len(plans) * len(plan.shapes))
-            for (_, members), read in zip(plans, ingredients, strict=True):
-                merge_candidates(
-                    read,
-                    {number: candidates[number] for number in members},
-                    stored,
-                    seed=recipe.seed,
-                    exact=recipe.exact,
-                    device=recipe.device,
-                    on_layer=lambda stage, done: progress(
-                        "merging" if stage == "merge" else "surveying", done, len(plans) * len(plan.shapes)
-                    ),
-                )
-            seconds["merging"] = time.monotonic() - started
+            _merge_all(plans, ingredients, candidates, stored, progress)
+            seconds["merging"] = time.monotonic() - started - seconds["preparing"]
             dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients[0].base)
             bench = _Bench(plan, tasks, stored, settings, dtype, progress)
-            rows = bench.measure(list(settings), {name: samples for name, (samples, _) in chosen.items()}, "validating")
+            rows = bench.measure(list(settings), data, "validating")
             best = best_rows(rows)
-            tested: list[Row] = []
-            if test:
-                wanted = list(dict.fromkeys(row.setting for own in best.values() for row in own.values()))
-                tested = bench.measure(wanted, {t.name: read_samples(t, t.test_split) for t in tasks}, "testing")
-            seconds["evaluating"] = time.monotonic() - started - seconds["merging"]
+            wanted = dict.fromkeys(row.setting for own in best.values() for row in own.values())
+            tested = bench.measure(list(wanted), unseen, "testing") if test else []
+            seconds["evaluating"] = time.monotonic() - started - sum(seconds.values())
         report = SweepReport(
             base=str(plan.recipe.base),
             models=tuple(map(str, plan.recipe.models)),
             weights=plan.weights,
-            statistics=tuple(
-                entry.label if isinstance(entry, Source) else f"estimated on {entry.sampling.samples} samples"
-                for own, _ in plans
-                for entry in own.statistics
-            ),
+            statistics=tuple(_origin(entry) for own, _ in plans for entry in own.statistics),
             methods={name: _options(candidates, name) for name in grid.methods},
             ranks=tuple(dict.fromkeys(own.rank for own in candidates if own.rank is not None)),
             alphas=tuple(grid.alphas),
@@ -126,7 +110,7 @@ def sweep(
             rows=tuple(rows),
             best=best,
             test=tuple(tested),
-            commands=_commands(plans, candidates, settings, best),
+            commands=_commands(plans, candidates, {setting: settings[setting] for setting in wanted}),
             seconds=seconds,
             out=Path(out),
         )
@@ -164,6 +148,31 @@ def _check_disjoint(plan: Plan, chosen: Mapping[str, tuple[Samples, int]]) -> No
         warning = check_disjoint(*chosen[task.name], statistics)
         if warning:
             logger.warning("%s", warning)
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+def _merge_all(
+    plans: Sequence[tuple[Plan, list[int]]],
+    ingredients: Sequence[Ingredients],
+    candidates: Sequence[Candidate],
+    stored: TaskVectorFile,
+    progress: Progress,
+) -> None:
+    """Every group of candidates in a pass of its own; nearly always there is one group."""
+    total = len(plans) * len(stored.shapes)
+    progress("merging", 0, total)
+    for (plan, members), read in zip(plans, ingredients, strict=True):
+        merge_candidates(
+            read,
+            {number: candidates[number] for number in members},
+            stored,
+            seed=plan.recipe.seed,
+            exact=plan.recipe.exact,
+            device=plan.recipe.device,
+            on_layer=lambda stage, done: progress("merging" if stage == "merge" else "surveying", done, total),
+        )
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -216,6 +225,15 @@ class _Bench:
             parameters[name].copy_(merged)
 
 
+# --- what is said of it ---------------------------------------------------------------------------------------------
+
+
+def _origin(statistics: Source | Estimate) -> str:
+    if isinstance(statistics, Source):
+        return statistics.label
+    return f"{statistics.model.label}, estimated on {statistics.sampling.samples} samples"
+
+
 def _options(candidates: Sequence[Candidate], name: str) -> dict[str, object]:
     """A method's options as they were, but for what the grid varies."""
     config = next(own.config for own in candidates if own.method.name == name)
@@ -223,16 +241,12 @@ def _options(candidates: Sequence[Candidate], name: str) -> dict[str, object]:
 
 
 def _commands(
-    plans: Sequence[tuple[Plan, list[int]]],
-    candidates: Sequence[Candidate],
-    settings: Mapping[Setting, int],
-    best: Mapping[str, Mapping[str, Row]],
+    plans: Sequence[tuple[Plan, list[int]]], candidates: Sequence[Candidate], chosen: Mapping[Setting, int]
 ) -> dict[Setting, str]:
     """The merge of every chosen setting, as words for the shell."""
     plan_of = {number: plan for plan, members in plans for number in members}
     found = {}
-    for setting in dict.fromkeys(row.setting for own in best.values() for row in own.values()):
-        number = settings[setting]
+    for setting, number in chosen.items():
         own = candidates[number]
         plan = plan_of[number] if own.statistic else replace(plan_of[number], statistics=())
         found[setting] = merge_command(plan, own.method, config_of(own, setting))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_epimer.classifier import Classifier
@@ -83,8 +83,11 @@ def check_disjoint(samples: Samples, before: int, statistics: Source | Estimate)
             )
         return None
     path = statistics.fetch(statistics_name(statistics))
-    with safe_open(path, "pt") as file:
-        header = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError):  # said better when it is opened to be read
+        return None
     if header.get("task") != task.name or not (header.get("samples", "") + header.get("seed", "")).isdigit():
         return None
     order = np.random.default_rng(int(header["seed"])).permutation(before + len(samples))

@@ -213,7 +213,7 @@ def test_what_cannot_be_drawn_is_refused(clip_zoo: Path, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="two models are called a"):
         landscape(recipe, [ModelRef.parse(f"a={clip_zoo / 'b'}")], out)
     unknown = MergeRecipe(tuple(ModelRef.parse(str(clip_zoo / name)) for name in "ab"), recipe.base)
-    with pytest.raises(UsageError, match="needs its task"):
+    with pytest.raises(UsageError, match="its task must be known"):
         landscape(unknown, out=out)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("kept")

@@ -471,6 +471,18 @@ def test_without_tasks_or_text_tower_there_is_nothing_to_measure(
     fails(run(*blind, "--task", clip_zoo / "a.json"), "no text tower")
 
 
+def test_a_missing_test_split_is_found_before_the_work(
+    clip_zoo: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "merge_candidates", lambda *a, **k: pytest.fail("merged"))
+    content = json.loads((clip_zoo / "a.json").read_text())
+    (tmp_path / "a.json").write_text(
+        json.dumps(content | {"dataset": str(clip_zoo / "data" / "a"), "test_split": "exam"})
+    )
+    plain = ("sweep", f"a={clip_zoo / 'a'}", "--base", clip_zoo / "base", "--task", "a.json", "--method", "mean")
+    fails(run(*plain, "--test"), "exam")
+
+
 def test_files_of_two_kinds_cannot_both_be_given(clip_zoo: Path, run: Run) -> None:
     given = ("--method", "epimer", "regmean", "--samples", 30, "--rank", 2, "--alpha", 1)
     assert run(*words(clip_zoo), *given)[::2] == (0, "")  # estimated, each in a pass of its own
