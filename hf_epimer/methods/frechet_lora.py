@@ -35,7 +35,7 @@ class FrechetLoraConfig:
     )
     alpha: float = option(1.0, "global scale of the merged task vector")
     common_rank: int | None = option(
-        None, "rank of the manifold; default that of the largest adapter, for chordal the sum of all", low=1
+        None, "largest rank of the mean; default that of the largest adapter, for chordal the sum of all", low=1
     )
     metric: Literal["flat", "kronecker"] = option("flat", "chordal only: weigh directions by Kronecker curvature")
     normalize: Literal["none", "trace"] = option("none", "divide every task's metric by its trace, per layer")

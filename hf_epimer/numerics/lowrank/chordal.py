@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_epimer.numerics.lowrank.factors import LowRank, LowRankMean, largest_angle, low_rank
+from hf_epimer.numerics.lowrank.factors import LowRank, LowRankMean, largest_angle, low_rank, rounding
 
 _GAP = 1e-9
 """Gap in the spectrum, relative to the largest singular value, below which two triples cannot be told apart."""
@@ -30,6 +30,9 @@ def chordal_mean(points: Sequence[LowRank], weights: Tensor, rank: int | None = 
     left = torch.cat([w * (x.u * x.s) for w, x in zip(weights, points, strict=True)], dim=1)
     right = torch.cat([x.v for x in points], dim=1)
     whole = low_rank(left, right.mT)
+    # rounding is that of the terms, which may cancel, not that of their sum
+    largest = max(float(w * x.s[0]) for w, x in zip(weights, points, strict=True) if x.rank)
+    whole = whole.truncated(int((whole.s > rounding(left) * largest).sum()))
     if rank is None or rank >= whole.rank:
         return LowRankMean(whole, angle=largest_angle(points, whole))
     value = whole.truncated(rank)

@@ -103,11 +103,12 @@ def low_rank(b: Tensor, a: Tensor) -> LowRank:
 def factorize(matrix: Tensor) -> LowRank:
     """Thin SVD of a dense matrix, singular values that are rounding dropped."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    kept = int((s > _rounding(matrix) * s[0]).sum()) if s.numel() else 0
+    kept = int((s > rounding(matrix) * s[0]).sum()) if s.numel() else 0
     return LowRank(u[:, :kept], s[:kept], vh[:kept].mT)
 
 
-def _rounding(matrix: Tensor) -> float:
+def rounding(matrix: Tensor) -> float:
+    """Relative size below which a singular value of this matrix is rounding."""
     return 4 * torch.finfo(matrix.dtype).eps * max(matrix.shape)
 
 
