@@ -5,7 +5,8 @@
 Stored keys are base_model.model.<module>.lora_A.weight (r x n) and .lora_B.weight (m x r); modules are named as in the
 model that was trained, with `vision_model.` before transformers 5.6 and in every CLIPModel. Names are made canonical
 by the architecture, as those of checkpoints. Convolutions are folded to m x (n k k); embeddings (num x m) store A as
-r x num and B as m x r, so that D = (B A)^T. `modules_to_save` and trained biases replace the base's values.
+r x num and B as m x r, so that D = (B A)^T. `modules_to_save` and trained biases replace the base's values. `fan_in_fan_out` says nothing here: PEFT itself drops
+it for the Linear layers of which CLIP consists.
 """
 
 from __future__ import annotations
@@ -147,13 +148,13 @@ class Adapter:
             b, a = self.factors(name, out.dtype)
             torch.mm(b, a, out=out.view(len(b), -1))
         elif name in self._replaced:
-            out.copy_(self._stored.tensor(self._replaced[name]))
+            out.copy_(self._read(self._replaced[name], out.dtype))
             out.sub_(self.base.tensor(name).to(out.dtype))
         else:
             out.zero_()
         if name in self._added:
             key, scaling = self._added[name]
-            out.add_(self._stored.tensor(key).to(out.dtype), alpha=scaling)
+            out.add_(self._read(key, out.dtype), alpha=scaling)
 
     def factors(self, name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """B (m x r, scaling included) and A (r x n) of one weight, folded to a matrix."""
