@@ -5,8 +5,8 @@
 Stored keys are base_model.model.<module>.lora_A.weight (r x n) and .lora_B.weight (m x r); modules are named as in the
 model that was trained, with `vision_model.` before transformers 5.6 and in every CLIPModel. Names are made canonical
 by the architecture, as those of checkpoints. Convolutions are folded to m x (n k k); embeddings (num x m) store A as
-r x num and B as m x r, so that D = (B A)^T. `modules_to_save` and trained biases replace the base's values. `fan_in_fan_out` says nothing here: PEFT itself drops
-it for the Linear layers of which CLIP consists.
+r x num and B as m x r, so that D = (B A)^T. `modules_to_save` and trained biases replace the base's values.
+`fan_in_fan_out` says nothing here: PEFT itself drops it for the Linear layers of which CLIP consists.
 """
 
 from __future__ import annotations
