@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.checkpoints import StateDict, TensorSource
-from hf_epimer.lora import Adapter, merge_adapters, read_adapter, write_adapter
+from hf_epimer.lora import Adapter, MergedUpdate, merge_adapters, read_adapter, write_adapter
 from hf_epimer.methods import METHODS, Layer
 from hf_epimer.methods.base import PARTS
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
@@ -329,14 +329,25 @@ def measure(folder: Path, row: str) -> None:
     adapters = [read_adapter(path, base, CLIP_VISION.canonical) for path in sorted(folder.iterdir())]
     method, _, kind = row.partition(" ")
     config = FrechetLoraConfig(lora_mean=kind) if kind else METHODS[method].config()  # type: ignore[arg-type]
-    updates = list(merge_adapters(adapters, METHODS[method], config))
-    unique = sum(u.report.get("unique", True) for u in updates)
-    steps = sum(u.report.get("steps", 0) for u in updates) / len(updates)
+    reports: list[dict[str, Any]] = []
+
+    def noted(updates: Iterable[MergedUpdate]) -> Iterator[MergedUpdate]:
+        for update in updates:
+            reports.append(update.report)
+            yield update
+
     with tempfile.TemporaryDirectory() as out:
-        write_adapter(Path(out), updates, base)
-    seconds = time.monotonic() - began
-    found = {"seconds": seconds, "peak": memory("VmHWM"), "before": before, "anonymous": memory("RssAnon")}
-    print(json.dumps(found | {"unique": unique, "layers": len(updates), "steps": steps}))
+        write_adapter(Path(out), noted(merge_adapters(adapters, METHODS[method], config)), base)
+    found = {
+        "seconds": time.monotonic() - began,
+        "peak": memory("VmHWM"),
+        "before": before,
+        "unique": sum(report.get("unique", True) for report in reports),
+        "layers": len(reports),
+        "steps": sum(report.get("steps", 0) for report in reports) / len(reports),
+        "residual": max(report.get("residual", 0.0) for report in reports),
+    }
+    print(json.dumps(found))
 
 
 def cost(rank: int) -> None:

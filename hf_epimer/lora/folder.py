@@ -11,13 +11,13 @@ prefix; older ones, CLIPModel and CLIPVisionModelWithProjection have it. PEFT do
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_epimer.checkpoints import TensorSource
@@ -25,6 +25,7 @@ from hf_epimer.errors import OutputError
 from hf_epimer.lora.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROOT
 from hf_epimer.lora.merging import MergedUpdate
 from hf_epimer.numerics.lowrank import LowRank
+from hf_epimer.writing import write_tensors
 
 PREFIX = "vision_model."
 _EMBEDDING = "position_embedding"
@@ -63,7 +64,8 @@ def write_adapter(
         module = _module(merged.name, prefixed)
         if isinstance(merged.update, LowRank) and merged.name.endswith(".weight"):
             if merged.update.rank:
-                tensors |= _factors(module, merged, merged.update, embedding=module.endswith(_EMBEDDING))
+                factors = _factors(module, merged, merged.update, embedding=module.endswith(_EMBEDDING))
+                tensors |= _stored_as(factors, dtype)  # at once: float64 factors of all layers would add up
                 ranks[module] = merged.update.rank
         else:
             values = merged.update.dense().view(merged.shape) if isinstance(merged.update, LowRank) else merged.update
@@ -72,15 +74,21 @@ def write_adapter(
     if not ranks:
         raise OutputError("the merged adapter is zero in every layer: there is nothing to write")
     kept, saved, has_biases = _whole_parameters(whole, ranks, base, prefixed)
-    tensors |= kept
-    stored = {ROOT + key: value.to(dtype).contiguous() for key, value in sorted(tensors.items())}
-    for key, value in stored.items():
-        if not bool(value.isfinite().all()):
-            raise OutputError(f"{key}: the merged values do not fit into {dtype}; choose another --dtype")
+    stored = {ROOT + key: value for key, value in sorted({**tensors, **_stored_as(kept, dtype)}.items())}
     config = _config(ranks, saved, has_biases, base_name, base_revision)
-    save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    shapes = {key: tuple(value.shape) for key, value in stored.items()}
+    (written,) = write_tensors(folder, shapes, dtype, stored.items(), max_shard_bytes=sys.maxsize)
+    (folder / written).rename(folder / ADAPTER_WEIGHTS)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return config
+
+
+def _stored_as(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    found = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
+    for key, value in found.items():
+        if not bool(value.isfinite().all()):
+            raise OutputError(f"{key}: the merged values do not fit into {dtype}; choose another --dtype")
+    return found
 
 
 def _module(name: str, prefixed: bool) -> str:
