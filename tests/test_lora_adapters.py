@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.checkpoints import Checkpoint, TaskVectorSource
 from hf_epimer.checkpoints import StateDict as InMemory
 from hf_epimer.errors import CheckpointError, EpimerError, MismatchError, OutputError, StatisticsError, UsageError
-from hf_epimer.lora import Adapter, adapter_of, is_adapter, merge_adapters, read_adapter, write_adapter
+from hf_epimer.lora import Adapter, adapter_of, far_apart, is_adapter, merge_adapters, read_adapter, write_adapter
 from hf_epimer.lora.adapters import adapter_weights
 from hf_epimer.merging import Ingredients, merge_layers, normalized_weights, stream_layers
 from hf_epimer.methods import METHODS
@@ -379,6 +380,9 @@ def test_distance_is_reported(zoo: list[Adapter]) -> None:
     assert reports[QUERY]["angle"] > 0.8 and not reports[QUERY]["unique"]
     assert "degrees apart" in reports[QUERY]["note"]
     json.dumps(reports)
+    said = far_apart(list(reports.values()))
+    assert said and re.match(r"in \d+ of 8 layers .*principal angles up to \d\d degrees.*local mean", said)
+    assert far_apart([u.report for u in merge_adapters(zoo, METHODS["frechet-lora"], FrechetLoraConfig())]) is None
 
 
 def test_a_full_model_from_adapters(zoo: list[Adapter], base: Checkpoint) -> None:

@@ -9,6 +9,15 @@ from __future__ import annotations
 
 from hf_epimer.lora.adapters import Adapter, is_adapter, read_adapter
 from hf_epimer.lora.folder import write_adapter
-from hf_epimer.lora.merging import MergedUpdate, adapter_of, merge_adapters
+from hf_epimer.lora.merging import MergedUpdate, adapter_of, far_apart, merge_adapters
 
-__all__ = ["Adapter", "MergedUpdate", "adapter_of", "is_adapter", "merge_adapters", "read_adapter", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "MergedUpdate",
+    "adapter_of",
+    "far_apart",
+    "is_adapter",
+    "merge_adapters",
+    "read_adapter",
+    "write_adapter",
+]

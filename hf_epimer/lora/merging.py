@@ -120,6 +120,21 @@ def adapter_of(updates: Iterable[MergedUpdate], base: TensorSource, label: str =
     return Adapter(label, config, StateDict(label, stored), base)
 
 
+def far_apart(reports: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line for all layers in which the adapters are too far apart for a unique mean, and what was done there."""
+    far = [report for report in reports if not report.get("unique", True)]
+    if not far:
+        return None
+    angle = max(report["angle"] for report in far) * 180 / math.pi
+    unsettled = sum("limit of steps" in report.get("note", "") for report in far)
+    ends = f"; in {unsettled} of them the iteration stopped at its limit of steps" if unsettled else ""
+    return (
+        f"in {len(far)} of {len(reports)} layers the adapters are too far apart for a unique mean (principal angles up "
+        f"to {angle:.0f} degrees, 45 is safe): the local mean that the chordal one leads to was taken{ends}; "
+        "--lora-mean chordal has no such limit"
+    )
+
+
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
