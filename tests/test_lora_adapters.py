@@ -490,6 +490,7 @@ def test_adapters_of_another_model(base_folder: Path, base: Checkpoint) -> None:
     cases: list[tuple[Callable[[StateDict], Any], type[EpimerError], str]] = [
         (lambda s: s.update({key: torch.zeros(4, 20)}), MismatchError, rf"{FC1} has factors .*another model"),
         (lambda s: s.pop(key), CheckpointError, "lora_A.weight is missing: it is incomplete"),
+        (lambda s: s.update({key: torch.zeros(0)}), CheckpointError, f"{key} is empty or no matrix"),
         (lambda s: s.update({key: torch.full((4, 32), torch.nan)}), CheckpointError, f"NaN or Inf in {key}"),
         (
             lambda s: s.update({key: good, key.replace("layers.0", "layers.7"): good.clone()}),

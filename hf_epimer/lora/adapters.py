@@ -207,7 +207,12 @@ class Adapter:
         for needed in (a, b):
             if needed not in self._stored.shapes:
                 raise CheckpointError(f"{self.label}: {key} is there, but {needed} is missing: it is incomplete")
-        scaling = self._scaling(module, self._stored.shapes[a])
+        factors = [self._stored.shapes[needed] for needed in (a, b) if not needed.endswith(".bias")]
+        if any(len(shape) < 2 or 0 in shape for shape in factors):
+            raise CheckpointError(
+                f"{self.label}: {key} is empty or no matrix; a sharded adapter must be gathered before it is saved"
+            )
+        scaling = self._scaling(module, factors[0])
         if part == "lora_B.bias":
             self._added[parameter] = (key, scaling)
         else:
