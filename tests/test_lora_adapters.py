@@ -274,6 +274,23 @@ def test_methods_give_in_the_core_what_they_give_on_whole_layers(
             assert torch.equal(whole[name].float(), base.tensor(name))
 
 
+@pytest.mark.parametrize("mean", ["chordal", "procrustes", "polar", "riemannian"])
+def test_means_of_dense_task_vectors_are_those_of_their_factors(
+    mean: str, zoo: list[Adapter], base: Checkpoint
+) -> None:
+    """Streamed beside full checkpoints an adapter is a float32 task vector; its rank is found again."""
+    config = FrechetLoraConfig(lora_mean=mean)  # type: ignore[arg-type]
+    found, seen = updates_of(zoo, config=config), {}
+
+    def merge(layer: Any) -> None:
+        if layer.name in found:
+            seen[layer.name] = METHODS["frechet-lora"].merge(layer, config, None).task_vector.clone()
+
+    list(stream_layers(Ingredients(base, zoo, normalized_weights(None, 3)), merge))
+    assert seen.keys() == found.keys()
+    assert all(difference(seen[name], found[name]) < 1e-3 for name in found)
+
+
 def test_iso_in_the_core_has_the_scale_of_the_core(zoo: list[Adapter], base: Checkpoint) -> None:
     """Most of min(m, n) directions are empty for adapters: the mean singular value is over those of the core."""
     ingredients = Ingredients(base, zoo, normalized_weights(None, 3))

@@ -4,7 +4,8 @@
     Z <- sum l_t Z_t O_t until it stands still (generalised Procrustes analysis; the sum of squares never grows)
 
 Balancing takes GL(r) down to O(r). Adapters of lower rank get columns of zeros, which no rotation can tell apart. The
-iteration starts at the chordal mean.
+iteration starts at the chordal mean and takes plain steps: every iterate is itself free of G, so that stopping early,
+as far adapters make one do, costs accuracy but no invariance. Extrapolated steps would amplify rounding.
 """
 
 from __future__ import annotations
