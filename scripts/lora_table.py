@@ -38,7 +38,7 @@ from hf_epimer.methods.frechet_lora import FrechetLoraConfig
 from hf_epimer.methods.ties import TIESConfig, merge_ties
 from hf_epimer.numerics.lowrank import LowRank
 
-ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+ALPHAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 BATCH = 32
 MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
@@ -324,7 +324,7 @@ def memory(field: str) -> float:
 def measure(folder: Path, row: str) -> None:
     """One merge from files to a file, in a process of its own; prints JSON."""
     before = memory("VmRSS")
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     base = shapes_only()
     adapters = [read_adapter(path, base, CLIP_VISION.canonical) for path in sorted(folder.iterdir())]
     method, _, kind = row.partition(" ")
@@ -340,6 +340,7 @@ def measure(folder: Path, row: str) -> None:
         write_adapter(Path(out), noted(merge_adapters(adapters, METHODS[method], config)), base)
     found = {
         "seconds": time.monotonic() - began,
+        "cpu": time.process_time() - used,
         "peak": memory("VmHWM"),
         "before": before,
         "unique": sum(report.get("unique", True) for report in reports),
@@ -352,7 +353,16 @@ def measure(folder: Path, row: str) -> None:
 
 def cost(rank: int) -> None:
     table = Table(title=f"eight adapters of rank {rank}, ViT-L/14 shape, {torch.get_num_threads()} thread(s)")
-    for column in ("merge", "apart", "seconds", "peak GiB", "of which torch", "steps a layer", "unique in"):
+    for column in (
+        "merge",
+        "apart",
+        "seconds",
+        "CPU seconds",
+        "peak GiB",
+        "of which torch",
+        "steps a layer",
+        "unique in",
+    ):
         table.add_column(column, justify="left" if column == "merge" else "right")
     rows = [f"frechet-lora {kind}" for kind in ("chordal", "procrustes", "polar", "riemannian")]
     for spread in (0.05, 1.0):
@@ -362,7 +372,12 @@ def cost(rank: int) -> None:
             for row in [*rows, "tsv-m", "iso-c", "ties"]:
                 command = [sys.executable, __file__, "--measure", folder, row]
                 found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                cells = (f"{found['seconds']:.1f}", f"{found['peak']:.2f}", f"{found['before']:.2f}")
+                cells = (
+                    f"{found['seconds']:.1f}",
+                    f"{found['cpu']:.1f}",
+                    f"{found['peak']:.2f}",
+                    f"{found['before']:.2f}",
+                )
                 unique = f"{found['unique']}/{found['layers']}" if row.startswith("frechet") else ""
                 table.add_row(row, f"{spread:g}", *cells, f"{found['steps']:.0f}", unique)
     Console(width=120).print(table)
