@@ -1,0 +1,23 @@
+"""PEFT adapters: reading, merging and writing them.
+
+adapters   a LoRA adapter as a checkpoint (base + B A) and as thin SVDs of its task vectors
+merging    adapters to a merged adapter, layer by layer, in the core that they span
+folder     adapter_config.json + adapter_model.safetensors that PeftModel.from_pretrained loads
+"""
+
+from __future__ import annotations
+
+from hf_epimer.lora.adapters import Adapter, is_adapter, read_adapter
+from hf_epimer.lora.folder import write_adapter
+from hf_epimer.lora.merging import MergedUpdate, adapter_of, far_apart, merge_adapters
+
+__all__ = [
+    "Adapter",
+    "MergedUpdate",
+    "adapter_of",
+    "far_apart",
+    "is_adapter",
+    "merge_adapters",
+    "read_adapter",
+    "write_adapter",
+]
