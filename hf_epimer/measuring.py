@@ -22,7 +22,7 @@ from hf_epimer.config import ModelRef
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.hub import Source
 from hf_epimer.methods.base import Statistic
-from hf_epimer.resolving import check_towers, find_base, tower_of, weight_names
+from hf_epimer.resolving import check_towers, find_base, is_adapter, tower_of, weight_names
 from hf_epimer.statistics.estimation import Estimate, Sampling, estimate_file
 from hf_epimer.statistics.files import FILE_OF, FORMATS, Compression, StatisticsMetadata, save_statistics
 from hf_epimer.tasks import find_task
@@ -104,8 +104,10 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     if recipe.push and recipe.model.revision == model.ref.revision:
         raise UsageError(f"--push needs a branch to add to, and {recipe.model.revision} is a commit")
     weight_names(model)
-    base = find_base(recipe.base, [model], [model.card()], [tower_of(model)])
-    check_towers(base, tower_of(base), [model], [tower_of(model)])
+    full = [] if is_adapter(model) else [model]
+    towers = [tower_of(source) for source in full]
+    base = find_base(recipe.base, [model], [model.card()], towers)
+    check_towers(base, tower_of(base), full, towers)
     estimate = Estimate(model, base, task, recipe.sampling)
     estimate.check()
     accelerator = Accelerator()

@@ -21,7 +21,7 @@ import torch
 
 from hf_epimer import hub, pushing
 from hf_epimer.architectures import CLIP_VISION, Architecture
-from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape
+from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape, StateDict
 from hf_epimer.config import MergeRecipe, ModelRef
 from hf_epimer.errors import (
     CheckpointError,
@@ -33,11 +33,21 @@ from hf_epimer.errors import (
     UsageError,
 )
 from hf_epimer.hub import Source
+from hf_epimer.lora import read_adapter
 from hf_epimer.merging import check_shapes, find_method, normalized_weights
 from hf_epimer.methods import METHODS, Method
 from hf_epimer.methods.base import Statistic
 from hf_epimer.numerics.subspace import capped_rank
-from hf_epimer.resolving import check_towers, find_base, has_text_tower, tower_of, weight_names
+from hf_epimer.resolving import (
+    adapter_config,
+    check_towers,
+    find_base,
+    has_text_tower,
+    is_adapter,
+    model_folder,
+    tower_of,
+    weight_names,
+)
 from hf_epimer.statistics.estimation import Estimate, Sampling
 from hf_epimer.statistics.files import FILE_OF, NAMES
 from hf_epimer.tasks import Task, benchmark_tasks, infer_task, load_task_file
@@ -64,6 +74,16 @@ class Plan:
     def statistic(self) -> Statistic | None:
         """What the method needs to know beside the weights."""
         return self.method.statistic(self.recipe.options)
+
+    @property
+    def only_adapters(self) -> bool:
+        """Whether there is no full checkpoint among the models, so that the result can be an adapter, too."""
+        return all(map(is_adapter, self.models))
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether the result is an adapter rather than a full checkpoint."""
+        return self.only_adapters and not self.recipe.dense
 
     @property
     def measured(self) -> tuple[Source, ...]:
@@ -96,6 +116,7 @@ class Plan:
             "tasks": {m.label: task.name for m, task in zip(self.models, self.tasks, strict=True) if task},
             "method": self.method.name,
             "options": vars(self.recipe.options) if self.recipe.options else {},
+            "writes": "adapter" if self.writes_adapter else "checkpoint",
             "weights": list(self.weights),
             "statistics": [str(source) for source in self.measured],
             "to_estimate": [
@@ -107,7 +128,7 @@ class Plan:
             "matrices": len(matrices),
             "capped_ranks": capped,
             "bytes_to_read": sum(s.sizes.get(name, 0) for s in sources for name in weight_names(s))
-            + sum(s.sizes.get(statistics_name(s), 0) for s in self.measured),
+            + sum(s.sizes.get(statistics_name(s, self.statistic), 0) for s in self.measured if self.statistic),
             "out": str(target_folder(self.recipe)),
             "push_to": self.recipe.push_to,
         }
@@ -138,12 +159,17 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
     cards = [source.card() for source in found]
     tasks = _tasks_of(recipe, found, cards)
     models = _labelled(found, tasks)
-    towers = [tower_of(source) for source in models]
+    adapters, full = [m for m in models if is_adapter(m)], [m for m in models if not is_adapter(m)]
+    for source in adapters:
+        adapter_config(source)
+    towers = [tower_of(source) for source in full]
+    if recipe.out_rank is not None and full:
+        raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
     base = find_base(recipe.base, models, cards, towers)
     if base.ref.is_local:  # a base that a card names is an input too
         check_target(target_folder(recipe), recipe.overwrite, [Path(base.ref.location)])
     tower = tower_of(base)
-    check_towers(base, tower, models, towers)
+    check_towers(base, tower, full, towers)
     _check_distinct(base, models)
     for source in (base, *models):
         weight_names(source)
@@ -157,10 +183,14 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
         tasks=tuple(str(Path(task).absolute()) for task in recipe.tasks),
     )
     plan = Plan(pinned, method, base, tuple(models), statistics, tuple(tasks), weights, tower)
-    for source in (base, *models):  # what lies here already can be checked now
+    for source in (base, *full):  # what lies here already can be checked now
         if source.ref.is_local:
             paths = [source.fetch(name) for name in weight_names(source)]
             check_checkpoint(plan.shapes, Checkpoint(source.label, paths, plan.architecture.canonical))
+    promised = StateDict("base", {name: torch.empty(shape, device="meta") for name, shape in plan.shapes.items()})
+    for source in adapters:
+        if source.ref.is_local:
+            read_adapter(model_folder(source), promised, plan.architecture.canonical, source.label, quiet=True)
     return plan
 
 
@@ -169,9 +199,9 @@ def target_folder(recipe: MergeRecipe) -> Path:
     return Path(recipe.out or f"merged-{recipe.method}")
 
 
-def statistics_name(source: Source) -> str:
-    """The name of the statistics file of a reference: itself, or the one in its folder."""
-    return next((name for name in FILE_OF.values() if name in source.files), next(iter(source.files), ""))
+def statistics_name(source: Source, statistic: Statistic) -> str:
+    """The name of the file that holds this statistic: the one in the reference's folder, or the reference itself."""
+    return FILE_OF[statistic] if FILE_OF[statistic] in source.files else next(iter(source.files), "")
 
 
 def check_checkpoint(shapes: Mapping[str, Shape], checkpoint: Checkpoint) -> None:

@@ -97,14 +97,8 @@ class Adapter:
         self._low: dict[str, _Low] = {}
         self._replaced: dict[str, str] = {}
         self._added: dict[str, tuple[str, float]] = {}
-        foreign = [key for key in stored.shapes if not self._place(key, canonical)]
-        if foreign:
-            logger.warning(
-                "%s: %d of its tensors are no part of the vision tower and are left out (%s)",
-                label,
-                len(foreign),
-                foreign[0],
-            )
+        self.foreign = [key for key in stored.shapes if not self._place(key, canonical)]
+        """Stored tensors that belong to other parts of the model."""
         touched = {*self._low, *self._replaced, *self._added}
         self.changed = [name for name in base.shapes if name in touched] + sorted(touched - {*base.shapes})
         """Canonical names of the parameters that it changes, in the order of the base."""
@@ -279,9 +273,17 @@ def adapter_weights(names: Iterable[str], label: str) -> str:
 
 
 def read_adapter(
-    folder: Path, base: TensorSource, canonical: Callable[[str], str | None], label: str | None = None
+    folder: Path,
+    base: TensorSource,
+    canonical: Callable[[str], str | None],
+    label: str | None = None,
+    *,
+    quiet: bool = False,
 ) -> Adapter:
     """An adapter from a local folder.
+
+    Args:
+        quiet: do not warn of tensors that are left out.
 
     Raises:
         CheckpointError, MismatchError: as `Adapter`, `adapter_weights`, `read_json` and `Checkpoint` do.
@@ -289,7 +291,15 @@ def read_adapter(
     label = label or folder.name
     config = read_json(folder / ADAPTER_CONFIG, label)
     file = folder / adapter_weights([path.name for path in folder.iterdir()], label)
-    return Adapter(label, config, Checkpoint(label, [file]), base, canonical)
+    adapter = Adapter(label, config, Checkpoint(label, [file]), base, canonical)
+    if adapter.foreign and not quiet:
+        logger.warning(
+            "%s: %d of its tensors are no part of the vision tower and are left out (%s)",
+            label,
+            len(adapter.foreign),
+            adapter.foreign[0],
+        )
+    return adapter
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_epimer.checkpoints import Shape, StateDict, TensorSource
+from hf_epimer.checkpoints import Shape, TensorSource
 from hf_epimer.errors import MismatchError, StatisticsError, UsageError
-from hf_epimer.lora.adapters import ROOT, Adapter
+from hf_epimer.lora.adapters import Adapter
 from hf_epimer.merging import Ingredients, normalized_weights, stream_layers
 from hf_epimer.methods import Layer, Method
 from hf_epimer.methods.base import PARTS
 from hf_epimer.numerics.lowrank import LowRank, UnionCore, factorize, union_core
+from hf_epimer.numerics.subspace import TaggedBasis
 
 IN_THE_CORE = ("frechet-lora", "epimer", "tsv-m", "iso-c", "iso-cts", "mean", "task-arithmetic", "ties", "dare")
 """Methods that can work on cores; the others work on whole layers."""
@@ -49,8 +50,10 @@ def merge_adapters(
     *,
     weights: Sequence[float] | None = None,
     statistics: Sequence[TensorSource] | None = None,
+    bases: Mapping[str, TaggedBasis] | None = None,
     out_rank: int | None = None,
     seed: int = 0,
+    exact: bool = False,
     on_layer: Callable[[str, int], None] = lambda stage, layers: None,
 ) -> Iterator[MergedUpdate]:
     """Merge every parameter that an adapter changes, in the order of the base.
@@ -61,8 +64,10 @@ def merge_adapters(
         config: an instance of `method.config`.
         weights: l_t, normalised to sum to 1.
         statistics: one per adapter, tensors named as in `hf_epimer.methods.base.PARTS`.
+        bases: where statistics were taken in a tagged basis, that basis by parameter (`tagged_bases`).
         out_rank: largest rank of the result; None for min(sum r_t, m, n) of each layer, which holds any core.
         seed: of everything random.
+        exact: float64, full decompositions and dense solves also for whole layers; cores always have them.
         on_layer: called with the stage ("survey" or "merge") and 1 after every layer.
 
     Raises:
@@ -78,16 +83,20 @@ def merge_adapters(
     if needs and statistics is None:
         raise StatisticsError(f"{method.name} needs {needs} statistics of every adapter, or other options")
     ingredients = Ingredients(
-        adapters[0].base, adapters, normalized_weights(weights, len(adapters)), statistics if needs else None
+        adapters[0].base,
+        adapters,
+        normalized_weights(weights, len(adapters)),
+        statistics if needs else None,
+        bases or {},
     )
-    through_core = method.name in IN_THE_CORE and needs in (None, "kronecker")
+    through_core = works_in_core(method, config)
 
     def over_layers(work: Callable[[Layer], Any], stage: str = "survey") -> Iterable[Any]:
         found: Iterator[Any]
         if through_core:
             found = (work(layer) for layer, _ in _core_layers(ingredients, adapters, needs is not None, seed))
         else:
-            found = stream_layers(ingredients, work, needs, seed=seed)
+            found = stream_layers(ingredients, work, needs, seed=seed, exact=exact)
         for result in found:
             yield result
             on_layer(stage, 1)
@@ -103,21 +112,9 @@ def merge_adapters(
         on_layer("merge", 1)
 
 
-def adapter_of(updates: Iterable[MergedUpdate], base: TensorSource, label: str = "merged") -> Adapter:
-    """The merged adapter in memory: a checkpoint (base + D) for a full merged model, or to be merged again."""
-    stored: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for merged in updates:
-        if isinstance(merged.update, Tensor):
-            stored[ROOT + merged.name] = base.tensor(merged.name).float() + merged.update
-        elif merged.update.rank:
-            module = merged.name.removesuffix(".weight")
-            b, a = merged.update.balanced()
-            stored[f"{ROOT}{module}.lora_A.weight"] = a.reshape(len(a), *merged.shape[1:])
-            stored[f"{ROOT}{module}.lora_B.weight"] = b
-            ranks[f"^{module}"] = merged.update.rank
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks}
-    return Adapter(label, config, StateDict(label, stored), base)
+def works_in_core(method: Method, config: Any) -> bool:
+    """Whether adapters are merged in the core that they span; if not, their whole layers are."""
+    return method.name in IN_THE_CORE and method.statistic(config) in (None, "kronecker")
 
 
 def far_apart(reports: Sequence[Mapping[str, Any]]) -> str | None:
@@ -236,8 +233,7 @@ def _merged(
     merged = method.merge(layer, config, survey)
     _check_finite(layer.name, merged.task_vector, method)
     if core is None:
-        report = {"name": layer.name, "shape": list(layer.base.shape), **merged.report}
-        return MergedUpdate(layer.name, tuple(layer.base.shape), merged.task_vector, report)
+        return _unfactored(layer, merged.task_vector, merged.report)
     update = core.expand(factorize(merged.task_vector))
     return _cut(layer.name, adapters, update, merged.report, out_rank)
 
@@ -249,11 +245,16 @@ def _whole(
     merged = method.merge(layer, config, survey)
     _check_finite(layer.name, merged.task_vector, method)
     if layer.base.ndim < 2:
-        report = {"name": layer.name, "shape": list(layer.base.shape), **merged.report}
-        return MergedUpdate(layer.name, tuple(layer.base.shape), merged.task_vector.clone(), report)
+        return _unfactored(layer, merged.task_vector.clone(), merged.report)
     found = factorize(merged.task_vector.flatten(1).float())
     update = LowRank(found.u.double(), found.s.double(), found.v.double())
     return _cut(layer.name, adapters, update, merged.report, out_rank)
+
+
+def _unfactored(layer: Layer, task_vector: Tensor, report: Mapping[str, Any]) -> MergedUpdate:
+    shape = tuple(layer.base.shape)
+    facts = {"name": layer.name, "shape": list(shape), **report, "merged_norm": float(task_vector.norm())}
+    return MergedUpdate(layer.name, shape, task_vector, facts)
 
 
 def _cut(
