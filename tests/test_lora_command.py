@@ -149,9 +149,12 @@ def test_a_full_model_that_was_folded_by_peft_merges_alike(
             assert distance(weights(root / "mixed"), weights(root / "lora"), weights(base_folder)) < 1e-3
 
 
-def test_out_rank_cuts_the_merged_adapter(adapters: tuple[Path, Path], base_folder: Path, run: Run) -> None:
+@pytest.mark.parametrize("method", ["mean", "fisher"])
+def test_out_rank_cuts_the_merged_adapter(
+    method: str, adapters: tuple[Path, Path], base_folder: Path, run: Run
+) -> None:
     thin, full = base_folder.parent / "thin", base_folder.parent / "full"
-    words = ["merge", *adapters, "--method", "mean", "--out-rank", 3]
+    words = ["merge", *adapters, "--method", method, "--out-rank", 3]
     code, output, _ = run(*words, "--out", thin)
     assert code == 0
     assert "largest rank 3, at most" in output
@@ -167,7 +170,7 @@ def test_out_rank_cuts_the_merged_adapter(adapters: tuple[Path, Path], base_fold
 
 def test_merge_config_repeats_the_merge_bit_for_bit(adapters: tuple[Path, Path], base_folder: Path, run: Run) -> None:
     first, second = base_folder.parent / "first", base_folder.parent / "second"
-    chosen = ["--lora-mean", "procrustes", "--out-rank", 5, "--weights", 3, 1, "--dtype", "bfloat16"]
+    chosen = ["--lora-mean", "procrustes", "--out-rank", 3, "--weights", 3, 1, "--dtype", "bfloat16"]
     for flags, file in (([], "adapter_model.safetensors"), (["--dense"], "model.safetensors")):
         words = ["merge", *adapters, "--method", "frechet-lora", *chosen, *flags, "--out", first, "--overwrite"]
         assert run(*words)[0] == 0
