@@ -18,10 +18,11 @@ from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging import Ingredients, tagged_bases
-from hf_epimer.planning import Plan, check_checkpoint, statistics_name
+from hf_epimer.planning import Plan, check_checkpoint
 from hf_epimer.resolving import is_adapter, model_folder, weight_names
 from hf_epimer.statistics.estimation import Estimate, estimate_file, project_fisher
 from hf_epimer.statistics.files import NAMES, open_statistics
+from hf_epimer.statistics.finding import statistics_name
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, units done since the last call, units in all); 0 done announces a stage."""
