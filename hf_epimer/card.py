@@ -34,6 +34,8 @@ def merge_card(
     diagnostics: dict[str, str],
     datasets: Sequence[str],
     results: Results | None = None,
+    *,
+    as_adapter: bool = False,
 ) -> str:
     """The README.md of a merged folder.
 
@@ -43,17 +45,20 @@ def merge_card(
         diagnostics: what to show of the report, label -> text.
         datasets: Hub ids of the data sets the models were tuned on.
         results: accuracies, where it was evaluated.
+        as_adapter: the result is an adapter of the base; a full checkpoint otherwise.
     """
     name = (
         recipe.push_to.split("/")[1] if recipe.push_to else Path(recipe.out or f"merged-{method.name}").resolve().name
     )
-    on_hub = [model.ref.location for model in models if not model.ref.is_local]
+    parents = [base] if as_adapter else models
+    on_hub = [source.ref.location for source in parents if not source.ref.is_local]
+    rank = {"out_rank": recipe.out_rank} if recipe.out_rank else {}
     data = ModelCardData(
         base_model=on_hub or None,
-        base_model_relation="merge",
-        library_name="transformers",
+        base_model_relation="adapter" if as_adapter else "merge",
+        library_name="peft" if as_adapter else "transformers",
         pipeline_tag="image-feature-extraction",
-        tags=["merge", "hf-epimer", "clip", method.name],
+        tags=["merge", "hf-epimer", "clip", *(["lora"] if as_adapter else []), method.name],
         datasets=list(datasets) or None,
         model_name=name if results else None,
         eval_results=_eval_results(results) if results else None,
@@ -63,11 +68,12 @@ def merge_card(
         template_path=str(TEMPLATE),
         title=name,
         count=len(models),
+        as_adapter=as_adapter,
         method=method,
         base=_row(base),
         models=[_row(m) | {"weight": f"{w:.4g}"} for m, w in zip(models, weights, strict=True)],
         results=_results_table(results) if results else None,
-        options=asdict(recipe.options) | {"seed": recipe.seed, "exact": recipe.exact},
+        options=asdict(recipe.options) | rank | {"seed": recipe.seed, "exact": recipe.exact},
         diagnostics=diagnostics,
         command=_command(recipe),
         load_from=recipe.push_to or name,
@@ -111,9 +117,11 @@ def _row(source: Source) -> dict[str, str]:
     ref = source.ref
     if ref.is_local:
         name = ref.name.replace("|", "\\|")
-        return {"label": source.label, "link": f"`{name}` (local folder)", "commit": "", "load": ref.name}
+        return {"label": source.label, "link": f"`{name}` (local folder)", "commit": "", "load": ref.name, "pin": ""}
     link = f"[{ref.location}](https://huggingface.co/{ref.location})"
-    return {"label": source.label, "link": link, "commit": f"`{(ref.revision or '')[:12]}`", "load": ref.location}
+    pin = f', revision="{ref.revision}"'
+    commit = f"`{(ref.revision or '')[:12]}`"
+    return {"label": source.label, "link": link, "commit": commit, "load": ref.location, "pin": pin}
 
 
 def _command(recipe: MergeRecipe) -> str:
@@ -175,10 +183,12 @@ def base_from_cards(cards: Sequence[tuple[Source, dict[str, Any]]]) -> tuple[Mod
     """The base model on which all cards that name one agree, or None and why not.
 
     A card with several base models is a merge's: it names none. The card of a local folder may name a folder, absolute
-    or relative to itself; one from the Hub names Hub ids and nothing else.
+    or relative to itself (or, as PEFT writes it, to the working directory, if it cannot be a Hub id); one from the Hub
+    names Hub ids and nothing else.
 
     Args:
-        cards: every checkpoint with its card's metadata.
+        cards: every checkpoint with its card's metadata; for an adapter `base_model` and `revision`
+            as its config has them, which is then `said_in`.
 
     Raises:
         MismatchError: a card names something that is neither.
@@ -188,19 +198,23 @@ def base_from_cards(cards: Sequence[tuple[Source, dict[str, Any]]]) -> tuple[Mod
         base = card.get("base_model")
         choices = base if isinstance(base, list) else [base]
         if len(choices) == 1 and choices[0]:
-            named[source.label] = _named_base(source, str(choices[0]))
-    bases = sorted({str(ref) for ref in named.values()})
-    if len(bases) == 1:
-        return next(iter(named.values())), ""
+            named[source.label] = _named_base(source, str(choices[0]), card)
+    bases = {ref.location for ref in named.values()}
+    revisions = {ref.revision for ref in named.values()} - {None}
+    if len(bases) == 1 and len(revisions) <= 1:  # one that names no revision agrees with one that does
+        return max(named.values(), key=lambda ref: ref.revision or ""), ""
     if not bases:
         return None, "no model card names a base_model"
     listed = ", ".join(f"{label} says {base}" for label, base in named.items())
-    return None, f"the model cards disagree on base_model: {listed}"
+    return None, f"the models disagree on base_model: {listed}"
 
 
-def _named_base(source: Source, name: str) -> ModelRef:
-    if source.ref.is_local and (Path(source.ref.location) / name).is_dir():
-        return ModelRef(str((Path(source.ref.location) / name).resolve()))
+def _named_base(source: Source, name: str, card: dict[str, Any]) -> ModelRef:
+    if source.ref.is_local:
+        places = [Path(source.ref.location), *([] if is_repo_id(name) else [Path()])]
+        if folder := next((place / name for place in places if (place / name).is_dir()), None):
+            return ModelRef(str(folder.resolve()))
     if not is_repo_id(name):
-        raise MismatchError(f"{source}: its card names base_model {name!r}, which cannot be found; name it with --base")
-    return ModelRef(name)
+        where = card.get("said_in", "its card")
+        raise MismatchError(f"{source}: {where} names base_model {name!r}, which cannot be found; name it with --base")
+    return ModelRef(name, card.get("revision"))

@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +46,14 @@ class TensorSource(Protocol):
 
     def copy_to(self, name: str, out: Tensor) -> None:
         """Copy the tensor to `out`, converting to its dtype."""
+
+
+@runtime_checkable
+class TaskVectorSource(TensorSource, Protocol):
+    """A source that knows its difference to the base better than a subtraction would: an adapter."""
+
+    def task_vector_to(self, name: str, out: Tensor) -> None:
+        """Write the tensor minus the base's to `out`."""
 
 
 class StateDict:

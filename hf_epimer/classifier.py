@@ -28,7 +28,10 @@ try:
 except ImportError:  # before it existed, the plain name was the one that needs no torchvision
     from transformers import CLIPImageProcessor as ImageProcessor  # type: ignore[assignment]
 
+from hf_epimer.architectures import CLIP_VISION
+from hf_epimer.checkpoints import StateDict
 from hf_epimer.errors import CheckpointError, TaskError
+from hf_epimer.lora import is_adapter, read_adapter
 from hf_epimer.tasks import Task
 
 PREFIX = "vision_model."
@@ -86,15 +89,27 @@ def load_vision(folder: str | Path) -> CLIPVisionModel:
     return _load(CLIPVisionModel, folder)
 
 
+def load_adapted(adapter_folder: str | Path, base_folder: str | Path) -> CLIPVisionModel:
+    """The vision tower of a base with an adapter folded into it, in fp32."""
+    vision = load_vision(base_folder)
+    weights = {PREFIX + name.removeprefix(PREFIX): weight.data for name, weight in vision.named_parameters()}
+    adapter = read_adapter(Path(adapter_folder), StateDict("base", weights), CLIP_VISION.canonical, quiet=True)
+    for name in adapter.changed:
+        weights[name].copy_(adapter.tensor(name))
+    return vision
+
+
 def load_processor(base_folder: str | Path) -> Any:
     """The base's image preprocessing, without torchvision."""
     return ImageProcessor.from_pretrained(base_folder)
 
 
 def load_classifier(vision_folder: str | Path, base_folder: str | Path, head: Tensor) -> Classifier:
-    """The tower of one checkpoint behind the head and the projection of its base, ready to be evaluated."""
+    """The tower of one checkpoint or adapter behind the head and the projection of its base, ready to be evaluated."""
     base = load_base(base_folder)
-    return classifier_of(load_vision(vision_folder), base, head, load_processor(base_folder))
+    adapted = is_adapter([path.name for path in Path(vision_folder).iterdir()])
+    vision = load_adapted(vision_folder, base_folder) if adapted else load_vision(vision_folder)
+    return classifier_of(vision, base, head, load_processor(base_folder))
 
 
 def classifier_of(vision: nn.Module, base: CLIPModel, head: Tensor, processor: Any) -> Classifier:

@@ -95,6 +95,8 @@ class MergeRecipe:
         dtype: of the written weights; None for that of the base.
         seed: of everything random.
         exact: float64, full decompositions and dense solves.
+        out_rank: of adapters alone: the largest rank of the merged adapter's layers; None for what they need.
+        dense: of adapters alone: fold the merged adapter into the base and write a full checkpoint.
     """
 
     models: tuple[ModelRef, ...]
@@ -115,6 +117,8 @@ class MergeRecipe:
     dtype: str | None = None
     seed: int = 0
     exact: bool = False
+    out_rank: int | None = None
+    dense: bool = False
     command: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +130,8 @@ class MergeRecipe:
             raise UsageError(f"--samples must be a whole number of at least 1, not {self.samples!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
+        if self.out_rank is not None and (not isinstance(self.out_rank, int) or self.out_rank < 1):
+            raise UsageError(f"--out-rank must be a whole number of at least 1, not {self.out_rank!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.push_to is not None and not is_repo_id(self.push_to):
@@ -135,7 +141,7 @@ class MergeRecipe:
                 raise UsageError(f"--{flag.replace('_', '-')} needs --push-to")
 
 
-_DECIDES = ("weights", "samples", "evaluate", "tasks", "device", "dtype", "seed", "exact")
+_DECIDES = ("weights", "samples", "evaluate", "tasks", "device", "dtype", "seed", "exact", "out_rank", "dense")
 """Fields of a recipe that go into merge_config.json as they are; destinations do not."""
 
 

@@ -24,13 +24,13 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from hf_epimer import hub
-from hf_epimer.classifier import Classifier, load_vision
+from hf_epimer.classifier import Classifier
 from hf_epimer.config import ModelRef
 from hf_epimer.data import ImageBatches, Samples, read_samples
 from hf_epimer.errors import DataError, UsageError
-from hf_epimer.heads import classifier_for
+from hf_epimer.heads import classifier_for, load_tower
 from hf_epimer.hub import Source
-from hf_epimer.resolving import check_towers, find_base, model_folder, tower_of
+from hf_epimer.resolving import base_of, model_folder
 from hf_epimer.tasks import Task, find_task
 
 Progress = Callable[[str, int, int], None]
@@ -217,13 +217,11 @@ def evaluate(
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
     source = hub.resolve(ModelRef.parse(model) if isinstance(model, str) else model)
-    towers = [tower_of(source)]
-    given = ModelRef.parse(base) if isinstance(base, str) else base
-    home = find_base(given, [source], [source.card()], towers)
-    check_towers(home, tower_of(home), [source], towers)
+    home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
     with Accelerator().main_process_first():  # one process fetches, the others find everything in place
         folder = model_folder(source)
-    return _evaluate(load_vision(folder), source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)
+        vision = load_tower(folder, home)
+    return _evaluate(vision, source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)
 
 
 def evaluate_folder(
@@ -249,7 +247,7 @@ def evaluate_folder(
         if stage == "tasks":
             on_task()
 
-    return _evaluate(load_vision(folder), name, home, tasks, None, limit, 64, None, progress)
+    return _evaluate(load_tower(folder, home), name, home, tasks, None, limit, 64, None, progress)
 
 
 def _evaluate(

@@ -16,11 +16,13 @@ from hf_epimer.checkpoints import Checkpoint, StateDict, TensorSource
 from hf_epimer.config import ModelRef
 from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub import Source
+from hf_epimer.lora import read_adapter
 from hf_epimer.merging import Ingredients, tagged_bases
-from hf_epimer.planning import Plan, check_checkpoint, statistics_name
-from hf_epimer.resolving import weight_names
+from hf_epimer.planning import Plan, check_checkpoint
+from hf_epimer.resolving import is_adapter, model_folder, weight_names
 from hf_epimer.statistics.estimation import Estimate, estimate_file, project_fisher
 from hf_epimer.statistics.files import NAMES, open_statistics
+from hf_epimer.statistics.finding import statistics_name
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, units done since the last call, units in all); 0 done announces a stage."""
@@ -33,7 +35,7 @@ def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
         more: names of other files of the base, as far as it has them.
     """
     files = [(source, name) for source in (plan.base, *plan.models) for name in weight_names(source)]
-    files += [(source, statistics_name(source)) for source in plan.measured]
+    files += [(source, statistics_name(source, plan.statistic)) for source in plan.measured if plan.statistic]
     files += [(plan.base, name) for name in more if name in plan.base.files]
     remote = [(source, name) for source, name in files if not source.ref.is_local]
     size = sum(source.sizes.get(name, 0) for source, name in remote)
@@ -77,32 +79,38 @@ def gather(plan: Plan, progress: Progress) -> Ingredients:
 
 
 def _open_weights(plan: Plan) -> Ingredients:
-    opened = []
-    for source in (plan.base, *plan.models):
-        paths = [source.fetch(name) for name in weight_names(source)]
-        checkpoint = Checkpoint(source.label, paths, plan.architecture.canonical)
-        check_checkpoint(plan.shapes, checkpoint)
-        opened.append(checkpoint)
-    base, *models = opened
+    base = _open_checkpoint(plan, plan.base)
     base.label = str(replace(plan.base.pinned, label=None))
     base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
-    _check_not_the_base(base, models)
+    models: list[TensorSource] = []
+    for source in plan.models:
+        if is_adapter(source):
+            models.append(read_adapter(model_folder(source), base, plan.architecture.canonical, source.label))
+        else:
+            models.append(_open_checkpoint(plan, source))
+            _check_not_the_base(base, models[-1])
     return Ingredients(base, models, plan.weights)
+
+
+def _open_checkpoint(plan: Plan, source: Source) -> Checkpoint:
+    paths = [source.fetch(name) for name in weight_names(source)]
+    checkpoint = Checkpoint(source.label, paths, plan.architecture.canonical)
+    check_checkpoint(plan.shapes, checkpoint)
+    return checkpoint
 
 
 def _open_measured(plan: Plan, files: Sequence[Source]) -> list[TensorSource]:
     """One file of statistics per model."""
     opened = []
     for source, model in zip(files, plan.models, strict=True):
-        path = source.fetch(statistics_name(source))
         assert plan.statistic
+        path = source.fetch(statistics_name(source, plan.statistic))
         label = f"{NAMES[plan.statistic]} of {model.label} ({path.name})"
         opened.append(open_statistics(path, label, plan.statistic, plan.shapes, plan.architecture.canonical))
     return opened
 
 
-def _check_not_the_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+def _check_not_the_base(base: TensorSource, model: TensorSource) -> None:
     """A copy of the base under another name; any real fine-tuned model differs in the first tensor compared."""
-    for model in models:
-        if all(torch.equal(model.tensor(name).float(), base.tensor(name).float()) for name in base.shapes):
-            raise MismatchError(f"{model.label}: every tensor equals the base's; a model cannot be its own base")
+    if all(torch.equal(model.tensor(name).float(), base.tensor(name).float()) for name in base.shapes):
+        raise MismatchError(f"{model.label}: every tensor equals the base's; a model cannot be its own base")

@@ -18,11 +18,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from hf_epimer.classifier import Classifier, load_base, load_processor, own_head, text_head
+from hf_epimer.classifier import (
+    Classifier,
+    load_adapted,
+    load_base,
+    load_processor,
+    load_vision,
+    own_head,
+    text_head,
+)
 from hf_epimer.errors import StatisticsError
 from hf_epimer.hub import Source
+from hf_epimer.lora import is_adapter
 from hf_epimer.resolving import base_folder, content_sha, has_text_tower, processor_folder
 from hf_epimer.tasks import Task
+
+
+def load_tower(folder: str | Path, base: Source) -> nn.Module:
+    """The vision tower of a checkpoint, or of a base with an adapter folded into it."""
+    if is_adapter([path.name for path in Path(folder).iterdir()]):
+        return load_adapted(folder, base_folder(base))
+    return load_vision(folder)
 
 
 def classifier_for(vision: nn.Module, base: Source, task: Task, class_names: Sequence[str]) -> Classifier:

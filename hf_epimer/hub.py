@@ -173,8 +173,10 @@ def _resolve_offline(ref: ModelRef, label: str) -> Source:
     """From the local cache alone: the commit it last saw for this revision, and the files it has of it."""
     with translated(str(ref)):
         commit = HfApi().resolve_revision(ref.location, revision=ref.revision, local_files_only=True).resolved
-    config = try_to_load_from_cache(ref.location, "config.json", revision=commit)
-    if not isinstance(config, str):
+    configs = ("config.json", "adapter_config.json")  # of a checkpoint, of an adapter
+    found = [try_to_load_from_cache(ref.location, name, revision=commit) for name in configs]
+    config = next((path for path in found if isinstance(path, str)), None)
+    if config is None:
         raise HubError(f"{ref}: not in the local cache, and HF_HUB_OFFLINE is set")
     folder = Path(config).parent
     paths = [path for path in folder.iterdir() if path.is_file()]

@@ -24,7 +24,7 @@ from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.heads import check_head
 from hf_epimer.hub import Source
 from hf_epimer.methods.base import Statistic
-from hf_epimer.resolving import check_towers, find_base, tower_of, weight_names
+from hf_epimer.resolving import base_of, weight_names
 from hf_epimer.statistics.estimation import Estimate, Sampling, estimate_file
 from hf_epimer.statistics.files import FILE_OF, FORMATS, Compression, StatisticsMetadata, save_statistics
 from hf_epimer.tasks import find_task
@@ -108,8 +108,7 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     if recipe.push and recipe.model.revision == model.ref.revision:
         raise UsageError(f"--push needs a branch to add to, and {recipe.model.revision} is a commit")
     weight_names(model)
-    base = find_base(recipe.base, [model], [model.card()], [tower_of(model)])
-    check_towers(base, tower_of(base), [model], [tower_of(model)])
+    base = base_of(model, recipe.base)
     check_head(base, task)
     sampling = recipe.sampling
     if sampling.streaming is None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hf_epimer.checkpoints import Checkpoint, Shape, TensorSource
+from hf_epimer.checkpoints import Checkpoint, Shape, TaskVectorSource, TensorSource
 from hf_epimer.errors import CheckpointError, MismatchError, StatisticsError, UsageError
 from hf_epimer.methods import METHODS, Layer, Method
 from hf_epimer.methods.base import PARTS, Statistic
@@ -286,8 +286,11 @@ class _LayerReader:
         _check_finite(self.ingredients.base.label, name, base)
         task_vectors = self.task_vectors[:, : base.numel()].view(-1, *base.shape)
         for model, difference in zip(self.ingredients.models, task_vectors, strict=True):
-            model.copy_to(name, difference)
-            difference.sub_(base)
+            if isinstance(model, TaskVectorSource):
+                model.task_vector_to(name, difference)
+            else:
+                model.copy_to(name, difference)
+                difference.sub_(base)
             _check_finite(model.label, name, difference)
         return Layer(
             name=name,

@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_epimer import pushing
+from hf_epimer.adapting import dense_layers, write_merged_adapter
 from hf_epimer.card import merge_card
 from hf_epimer.checkpoints import TensorSource, read_json
 from hf_epimer.config import MergeRecipe, is_repo_id, recipe_to_json
 from hf_epimer.errors import NotFoundError, UsageError
 from hf_epimer.gathering import Progress, fetch, gather
 from hf_epimer.hub import Source
-from hf_epimer.merging import Ingredients, MergedLayer, merge_layers
+from hf_epimer.lora import far_apart
+from hf_epimer.lora.adapters import ADAPTER_CONFIG
+from hf_epimer.merging import Ingredients, MergedLayer
 from hf_epimer.planning import Plan, make_plan, target_folder
 from hf_epimer.resolving import PROCESSOR_FILES, config_of
 from hf_epimer.writing import atomic_folder, write_tensors
@@ -101,7 +104,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
             recipe.push_to,
             private=recipe.private,
             create_pr=recipe.create_pr,
-            title=_commit_title(len(plan.models), plan.method.name),
+            title=_commit_title(len(plan.models), plan.method.name, plan.writes_adapter),
         )
     return replace(report, out=out, url=url)
 
@@ -125,7 +128,7 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
     if not content.get("models") or "method" not in content:
         raise NotFoundError(f"{folder} is no merged folder: its merge_config.json names no models")
     pushing.check_push_access(repo_id, create_pr=create_pr, private=private)
-    title = _commit_title(len(content["models"]), content["method"])
+    title = _commit_title(len(content["models"]), content["method"], (folder / ADAPTER_CONFIG).is_file())
     return pushing.push_folder(folder, repo_id, private=private, create_pr=create_pr, title=title)
 
 
@@ -137,29 +140,32 @@ def _merge_into(
     layers: list[dict[str, Any]] = []
     anonymous = 0
     total = len(plan.shapes)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients.base)
 
-    def keep(merged: MergedLayer) -> tuple[str, torch.Tensor]:
+    def keep(report: dict[str, Any]) -> None:
         nonlocal anonymous
-        layers.append(merged.report)
+        layers.append(report)
         anonymous = max(anonymous, _memory("RssAnon"))
+
+    def passed(merged: MergedLayer) -> tuple[str, torch.Tensor]:
+        keep(merged.report)
         return merged.name, merged.tensor
 
-    stream = merge_layers(
-        ingredients,
-        method,
-        recipe.options,
-        seed=recipe.seed,
-        exact=recipe.exact,
-        device=recipe.device,
-        dtype=dtype,
-        on_layer=lambda stage, done: progress("merging" if stage == "merge" else "surveying", done, total),
-    )
+    def on_layer(stage: str, done: int) -> None:
+        progress("merging" if stage == "merge" else "surveying", done, total)
+
     progress("merging", 0, total)
-    write_tensors(folder, plan.shapes, dtype, map(keep, stream))
+    if plan.writes_adapter:
+        dtype = getattr(torch, recipe.dtype or "float32")
+        write_merged_adapter(folder, plan, ingredients, dtype, keep, on_layer)
+    else:
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients.base)
+        stream = dense_layers(plan, ingredients, dtype, on_layer)
+        write_tensors(folder, plan.shapes, dtype, map(passed, stream))
+        _write_json(folder / "config.json", _output_config(plan, dtype))
+        _copy_processor(plan.base, folder)
     seconds = {**seconds, "merging": time.monotonic() - started}
-    _write_json(folder / "config.json", _output_config(plan, dtype))
-    _copy_processor(plan.base, folder)
+    if note := far_apart(layers):
+        logger.warning("%s", note)
     results: Results | None = None
     if recipe.evaluate:
         results = _evaluate(folder, plan, progress)
@@ -172,7 +178,15 @@ def _merge_into(
     _write_json(folder / "merge_config.json", recipe_to_json(recipe) | {"versions": _versions()})
     _write_json(folder / "merge_report.json", report.to_json())
     card = merge_card(
-        recipe, method, plan.base, plan.models, plan.weights, _diagnostics(report), _datasets(plan), results
+        recipe,
+        method,
+        plan.base,
+        plan.models,
+        plan.weights,
+        _diagnostics(report),
+        _datasets(plan),
+        results,
+        as_adapter=plan.writes_adapter,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return report
@@ -226,6 +240,11 @@ def _totals(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         totals["eta"] = math.fsum(layer.get("eta", 0.0) for layer in layers)
         totals["steps"] = sum(layer["steps"] for layer in solved)
         totals["worst_condition"] = max((layer["condition"] for layer in solved), default=1.0)
+    if factored := [layer for layer in layers if "cut_off" in layer]:
+        totals["largest_rank"] = max(layer["out_rank"] for layer in factored)
+        totals["largest_cut_off"] = max(layer["cut_off"] for layer in factored)
+    if note := far_apart(layers):
+        totals["note"] = note
     return totals
 
 
@@ -240,6 +259,11 @@ def _diagnostics(report: MergeReport) -> dict[str, str]:
     if "eta" in totals:
         shown["curvature heterogeneity eta"] = f"{totals['eta']:.4g}"
         shown["solver steps, all layers"] = str(totals["steps"])
+    if "largest_rank" in totals:
+        shown["largest rank of a merged layer"] = str(totals["largest_rank"])
+        shown["largest part of a layer's norm cut off"] = f"{totals['largest_cut_off']:.2%}"
+    if "note" in totals:
+        shown["unique"] = totals["note"]
     shown["seconds"] = f"{report.seconds['merging']:.1f}"
     return shown
 
@@ -262,8 +286,8 @@ def _evaluate(folder: Path, plan: Plan, progress: Progress) -> Results:
     )
 
 
-def _commit_title(models: int, method: str) -> str:
-    return f"Merge {models} checkpoints with {method} (hf-epimer)"
+def _commit_title(models: int, method: str, adapters: bool) -> str:
+    return f"Merge {models} {'adapters' if adapters else 'checkpoints'} with {method} (hf-epimer)"
 
 
 def _versions() -> dict[str, str]:

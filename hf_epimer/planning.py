@@ -1,8 +1,5 @@
 """Before any work: resolve references, infer tasks and base, find statistics, compare configs and key sets.
 
-Statistics of a checkpoint come, in this order, from --fisher, from the checkpoint itself, from the local cache, or else
-they are estimated on its task's training data when the merge begins.
-
 A `Plan` is a merge in which everything is known but the numbers. Whatever can go wrong for reasons known beforehand
 (rights, configs, missing statistics, a target folder in use) goes wrong here, before a weight is read.
 """
@@ -21,26 +18,26 @@ import torch
 
 from hf_epimer import hub, pushing
 from hf_epimer.architectures import CLIP_VISION, Architecture
-from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape
-from hf_epimer.config import MergeRecipe, ModelRef
-from hf_epimer.data import is_large
-from hf_epimer.errors import (
-    CheckpointError,
-    DataError,
-    HubError,
-    MismatchError,
-    NotFoundError,
-    StatisticsError,
-    UsageError,
-)
+from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape, StateDict
+from hf_epimer.config import MergeRecipe
+from hf_epimer.errors import CheckpointError, MismatchError, UsageError
 from hf_epimer.hub import Source
+from hf_epimer.lora import read_adapter
 from hf_epimer.merging import check_shapes, find_method, normalized_weights
-from hf_epimer.methods import METHODS, Method
+from hf_epimer.methods import Method
 from hf_epimer.methods.base import Statistic
 from hf_epimer.numerics.subspace import capped_rank
-from hf_epimer.resolving import check_towers, find_base, has_text_tower, tower_of, weight_names
-from hf_epimer.statistics.estimation import Estimate, Sampling
-from hf_epimer.statistics.files import FILE_OF, NAMES
+from hf_epimer.resolving import (
+    adapter_config,
+    check_towers,
+    find_base,
+    is_adapter,
+    model_folder,
+    tower_of,
+    weight_names,
+)
+from hf_epimer.statistics.estimation import Estimate
+from hf_epimer.statistics.finding import find_statistics, statistics_name
 from hf_epimer.tasks import Task, benchmark_tasks, infer_task, load_task_file
 from hf_epimer.writing import check_target
 
@@ -65,6 +62,16 @@ class Plan:
     def statistic(self) -> Statistic | None:
         """What the method needs to know beside the weights."""
         return self.method.statistic(self.recipe.options)
+
+    @property
+    def only_adapters(self) -> bool:
+        """Whether there is no full checkpoint among the models, so that the result can be an adapter, too."""
+        return all(map(is_adapter, self.models))
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether the result is an adapter rather than a full checkpoint."""
+        return self.only_adapters and not self.recipe.dense
 
     @property
     def measured(self) -> tuple[Source, ...]:
@@ -97,6 +104,7 @@ class Plan:
             "tasks": {m.label: task.name for m, task in zip(self.models, self.tasks, strict=True) if task},
             "method": self.method.name,
             "options": vars(self.recipe.options) if self.recipe.options else {},
+            "writes": "adapter" if self.writes_adapter else "checkpoint",
             "weights": list(self.weights),
             "statistics": [str(source) for source in self.measured],
             "to_estimate": [
@@ -108,7 +116,7 @@ class Plan:
             "matrices": len(matrices),
             "capped_ranks": capped,
             "bytes_to_read": sum(s.sizes.get(name, 0) for s in sources for name in weight_names(s))
-            + sum(s.sizes.get(statistics_name(s), 0) for s in self.measured),
+            + sum(s.sizes.get(statistics_name(s, self.statistic), 0) for s in self.measured if self.statistic),
             "out": str(target_folder(self.recipe)),
             "push_to": self.recipe.push_to,
         }
@@ -139,16 +147,21 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
     cards = [source.card() for source in found]
     tasks = _tasks_of(recipe, found, cards)
     models = _labelled(found, tasks)
-    towers = [tower_of(source) for source in models]
+    adapters, full = [m for m in models if is_adapter(m)], [m for m in models if not is_adapter(m)]
+    for source in adapters:
+        adapter_config(source)
+    towers = [tower_of(source) for source in full]
+    if recipe.out_rank is not None and full:
+        raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
     base = find_base(recipe.base, models, cards, towers)
     if base.ref.is_local:  # a base that a card names is an input too
         check_target(target_folder(recipe), recipe.overwrite, [Path(base.ref.location)])
     tower = tower_of(base)
-    check_towers(base, tower, models, towers)
+    check_towers(base, tower, full, towers)
     _check_distinct(base, models)
     for source in (base, *models):
         weight_names(source)
-    statistics = _find_statistics(recipe, method, options, base, models, tasks, statistics_optional)
+    statistics = find_statistics(recipe, method, options, base, models, tasks, statistics_optional)
     pinned = replace(
         recipe,
         options=options,
@@ -158,10 +171,14 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
         tasks=tuple(str(Path(task).absolute()) for task in recipe.tasks),
     )
     plan = Plan(pinned, method, base, tuple(models), statistics, tuple(tasks), weights, tower)
-    for source in (base, *models):  # what lies here already can be checked now
+    for source in (base, *full):  # what lies here already can be checked now
         if source.ref.is_local:
             paths = [source.fetch(name) for name in weight_names(source)]
             check_checkpoint(plan.shapes, Checkpoint(source.label, paths, plan.architecture.canonical))
+    promised = StateDict("base", {name: torch.empty(shape, device="meta") for name, shape in plan.shapes.items()})
+    for source in adapters:
+        if source.ref.is_local:
+            read_adapter(model_folder(source), promised, plan.architecture.canonical, source.label, quiet=True)
     return plan
 
 
@@ -172,18 +189,13 @@ def with_method(plan: Plan, method: Method, options: Any) -> Plan:
         StatisticsError, UsageError: as in `make_plan`.
     """
     recipe = replace(plan.recipe, method=method.name, options=options)
-    statistics = _find_statistics(recipe, method, options, plan.base, plan.models, plan.tasks, False)
+    statistics = find_statistics(recipe, method, options, plan.base, plan.models, plan.tasks, False)
     return replace(plan, recipe=recipe, method=method, statistics=statistics)
 
 
 def target_folder(recipe: MergeRecipe) -> Path:
     """Where the merged folder goes."""
     return Path(recipe.out or f"merged-{recipe.method}")
-
-
-def statistics_name(source: Source) -> str:
-    """The name of the statistics file of a reference: itself, or the one in its folder."""
-    return next((name for name in FILE_OF.values() if name in source.files), next(iter(source.files), ""))
 
 
 def check_checkpoint(shapes: Mapping[str, Shape], checkpoint: Checkpoint) -> None:
@@ -243,107 +255,6 @@ def _labelled(models: Sequence[Source], tasks: Sequence[Task | None]) -> list[So
             labels.append(label)
         found.append(replace(source, label=label))
     return found
-
-
-def _find_statistics(
-    recipe: MergeRecipe,
-    method: Method,
-    options: Any,
-    base: Source,
-    models: Sequence[Source],
-    tasks: Sequence[Task | None],
-    optional: bool,
-) -> tuple[Source | Estimate, ...]:
-    """Where each model's statistics come from; empty when the method needs none.
-
-    Args:
-        optional: empty, too, when none are given and some would have to be estimated or cannot be had.
-
-    Raises:
-        StatisticsError: there is no way to them, listing the ways and the methods that need none.
-    """
-    needs = method.statistic(options)
-    if recipe.fisher and needs == "projected":
-        raise UsageError("--fisher: the projected metric is measured anew for every merge, no file can hold it")
-    if needs is None:
-        if recipe.fisher:
-            users = ", ".join(m.name for m in METHODS.values() if m.needs)
-            raise UsageError(f"--fisher: {method.name} uses no Fisher information; {users} do")
-        return ()
-    given = _given_statistics(recipe, models, needs)
-    found: list[Source | Estimate] = []
-    lacking, reasons = [], []
-    for model, task in zip(models, tasks, strict=True):
-        if model.label in given:
-            found.append(given[model.label])
-        elif needs != "projected" and FILE_OF[needs] in model.files:
-            found.append(model)
-        elif task is None or not has_text_tower(base):
-            lacking.append(str(model))
-        else:
-            try:
-                found.append(_cached_or_estimate(recipe, needs, base, model, task))
-            except (HubError, DataError) as error:  # its data cannot be reached; there are other ways
-                lacking.append(str(model))
-                reasons.append(f" (not on {task.dataset} now: {error})")
-    if optional and not recipe.fisher and (lacking or any(isinstance(entry, Estimate) for entry in found)):
-        return ()
-    if lacking:
-        free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
-        ways = [f"give it with --fisher, put {FILE_OF[needs]} beside the weights (hf-epimer fisher makes it)"]
-        if has_text_tower(base):
-            ways.append("label the checkpoint with its task (dtd=REF), or add --task FILE, so that it can be estimated")
-        else:
-            ways.append("name a full CLIP model with --base so that it can be estimated (this one has no text tower)")
-        raise StatisticsError(
-            f"{method.name} needs the {NAMES[needs]} of {', '.join(lacking)}: "
-            f"{', '.join(ways[needs == 'projected' :])}{''.join(reasons[:1])}, or choose a method that needs no data: "
-            f"{free}"
-        )
-    return tuple(found)
-
-
-def _cached_or_estimate(
-    recipe: MergeRecipe, needs: Statistic, base: Source, model: Source, task: Task
-) -> Source | Estimate:
-    sampling = Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task))
-    estimate = Estimate(model, base, task, sampling)
-    if needs == "projected":
-        return estimate
-    path = estimate.cached("kronecker" if needs == "gram" else needs)
-    return _statistics_source(ModelRef(str(path), label=model.label), needs) if path.is_file() else estimate
-
-
-def _given_statistics(recipe: MergeRecipe, models: Sequence[Source], needs: Statistic) -> dict[str, Source]:
-    """--fisher references by the label of the model they belong to."""
-    labelled = [ref for ref in recipe.fisher if ref.label]
-    if labelled and len(labelled) < len(recipe.fisher):
-        raise UsageError("--fisher: label all references (dtd=REF) or none of them")
-    if not labelled:
-        if recipe.fisher and len(recipe.fisher) != len(models):
-            raise UsageError(f"--fisher: {len(models)} models but {len(recipe.fisher)} unlabelled references")
-        labelled = [replace(ref, label=model.label) for ref, model in zip(recipe.fisher, models, strict=False)]
-    labels = {model.label for model in models}
-    given = {}
-    for ref in labelled:
-        if ref.label not in labels:
-            raise UsageError(
-                f"--fisher {ref}: no model is labelled {ref.label} (there are {', '.join(sorted(labels))})"
-            )
-        if ref.label in given:
-            raise UsageError(f"--fisher: {ref.label} is given twice")
-        given[str(ref.label)] = _statistics_source(ref, needs)
-    return given
-
-
-def _statistics_source(ref: ModelRef, needs: Statistic) -> Source:
-    path = Path(ref.location)
-    if ref.is_local and path.is_file():
-        return Source(ref, str(ref.label), frozenset({path.name}), {path.name: path.stat().st_size})
-    source = hub.resolve(ref)
-    if FILE_OF[needs] not in source.files:
-        raise NotFoundError(f"--fisher {ref}: there is no {FILE_OF[needs]}")
-    return source
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -174,7 +174,17 @@ def with_section(card: str, section: str) -> str:
 def _is_ours(name: str) -> bool:
     """Files that would speak of other weights than those now pushed."""
     is_weights = name.startswith("model") and ".safetensors" in name
-    return is_weights or name in ("fisher.safetensors", "results.json")
+    return is_weights or name in _OURS
+
+
+_OURS = (
+    "adapter_config.json",  # beside full weights it would make transformers load them as an adapter's base
+    "adapter_model.safetensors",
+    "config.json",  # of full weights, now replaced by an adapter
+    "fisher.safetensors",
+    "kronecker.safetensors",
+    "results.json",
+)
 
 
 def _open_pull_requests(api: HfApi, repo_id: str, title: str) -> dict[int, str]:

@@ -141,11 +141,11 @@ def _plans(recipe: MergeRecipe, grid: Grid) -> tuple[list[tuple[Plan, list[int]]
 
 
 def _check_disjoint(plan: Plan, chosen: Mapping[str, tuple[Samples, int]]) -> None:
-    if not plan.statistics:
+    if plan.statistic is None or not plan.statistics:
         return
     for task, statistics in zip(plan.tasks, plan.statistics, strict=True):
         assert task
-        warning = check_disjoint(*chosen[task.name], statistics)
+        warning = check_disjoint(*chosen[task.name], statistics, plan.statistic)
         if warning:
             logger.warning("%s", warning)
 

@@ -23,8 +23,9 @@ from hf_epimer.data import Batch, ImageBatches, Samples, data_revision, read_sam
 from hf_epimer.errors import DataError, TaskError, UsageError
 from hf_epimer.evaluation import TaskResult
 from hf_epimer.hub import Source
-from hf_epimer.planning import statistics_name
+from hf_epimer.methods.base import Statistic
 from hf_epimer.statistics.estimation import Estimate
+from hf_epimer.statistics.finding import statistics_name
 from hf_epimer.tasks import Task
 
 VALIDATION_SHARE = 0.1
@@ -60,11 +61,12 @@ def validation_samples(task: Task, seed: int, limit: int | None = None) -> tuple
     return replace(everything, rows=rows, numbers=everything.numbers[before:]), before
 
 
-def check_disjoint(samples: Samples, before: int, statistics: Source | Estimate) -> str | None:
+def check_disjoint(samples: Samples, before: int, statistics: Source | Estimate, statistic: Statistic) -> str | None:
     """Compare the validation samples with those that statistics of the same task are, or will be, measured on.
 
     Args:
         before: how many rows of the permutation come before them.
+        statistic: which one it is.
 
     Returns:
         A warning where a file that is there already was measured on some of them; None where it was not, or where
@@ -82,7 +84,7 @@ def check_disjoint(samples: Samples, before: int, statistics: Source | Estimate)
                 f"{len(samples)} on which settings are compared, so give at most --samples {before}"
             )
         return None
-    path = statistics.fetch(statistics_name(statistics))
+    path = statistics.fetch(statistics_name(statistics, statistic))
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -183,3 +183,16 @@ def relative_error(found: Tensor, expected: Tensor, base: Tensor) -> float:
     """Of the merged task vector, in the Frobenius norm: the base would hide any error."""
     delta = expected.double() - base.double()
     return float((found.double() - expected.double()).norm() / delta.norm())
+
+
+def kronecker_mean(
+    deltas: list[Tensor], outputs: list[Tensor], inputs: list[Tensor], weights: list[float], rho: float
+) -> Tensor:
+    """argmin sum l_t tr(S_t (M - D_t) A_t (M - D_t)^T) + rho ||M - mean||^2, as one dense system in vec(M)."""
+    mean = sum(w * d for w, d in zip(weights, deltas))
+    system = sum(w * torch.kron(s, a) for w, s, a in zip(weights, outputs, inputs))
+    damping = rho * torch.eye(len(system), dtype=system.dtype)
+    right = (
+        sum(w * (s @ d @ a).flatten() for w, s, d, a in zip(weights, outputs, deltas, inputs)) + rho * mean.flatten()
+    )
+    return torch.linalg.solve(system + damping, right).view(mean.shape)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults()
     absent = argparse.SUPPRESS
-    parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help="checkpoints: folders or org/name[@revision]")
+    what = "checkpoints or LoRA adapters: folders or org/name[@revision]"
+    parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help=what)
     parser.add_argument("--base", default=absent, metavar="REF", help="the common base; default: from the cards")
     parser.add_argument("--method", default=absent, help="see `hf-epimer methods`; default epimer")
     parser.add_argument("--weights", nargs="+", type=float, default=absent, metavar="W", help="one per checkpoint")
@@ -46,6 +47,8 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default=absent, help="of the written weights: float32, float16, bfloat16")
     parser.add_argument("--seed", type=int, default=absent, help="of everything random; default 0")
     parser.add_argument("--exact", action="store_true", default=absent, help="float64, full SVDs, dense solves")
+    parser.add_argument("--out-rank", type=int, default=absent, metavar="R", help="of adapters: the result's rank")
+    parser.add_argument("--dense", action="store_true", default=absent, help="of adapters: write a full checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="resolve, check, print the plan; write nothing")
     add_output_arguments(parser)
     group = parser.add_argument_group("method options")
@@ -88,7 +91,7 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
         arguments.pop("options")
     arguments |= {"method": method.name, "options": _options(given, method, arguments.get("options"))}
     plain = ("samples", "evaluate", "out", "overwrite", "push_to", "private", "create_pr", "device", "dtype", "seed")
-    arguments |= {name: given[name] for name in (*plain, "exact") if name in given}
+    arguments |= {name: given[name] for name in (*plain, "exact", "out_rank", "dense") if name in given}
     if "base" in given:
         arguments["base"] = ModelRef.parse(given["base"])
     if "weights" in given:
@@ -136,12 +139,16 @@ def _run_merge(namespace: argparse.Namespace) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     totals = report.totals
+    what = "adapters" if "largest_rank" in totals else "checkpoints"
     console.print(
-        f"[bold green]merged[/] {len(recipe.models)} checkpoints with [bold]{report.method}[/] "
+        f"[bold green]merged[/] {len(recipe.models)} {what} with [bold]{report.method}[/] "
         f"in {report.seconds['total']:.1f} s: {totals['parameters']:,} parameters in {totals['layers']} tensors"
     )
     if totals["capped"]:
         console.print(f"rank capped at floor(min(m, n) / T) in {len(totals['capped'])} of them: {totals['capped'][0]}")
+    if "largest_rank" in totals:
+        cut = f"at most {totals['largest_cut_off']:.1%} of a layer's norm cut off"
+        console.print(f"largest rank {totals['largest_rank']}, {cut}")
     if report.results:
         for task, row in report.results["tasks"].items():
             console.print(f"  {escape(task):<16} {row['accuracy']:.3f}")

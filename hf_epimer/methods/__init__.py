@@ -10,6 +10,7 @@ from hf_epimer.methods.base import Layer, LayerMerge, Method
 from hf_epimer.methods.dare import DARE
 from hf_epimer.methods.epimer import EPIMER
 from hf_epimer.methods.fisher_averaging import FISHER, GRADIENT_MATCHING
+from hf_epimer.methods.frechet_lora import FRECHET_LORA
 from hf_epimer.methods.iso import ISO_C, ISO_CTS
 from hf_epimer.methods.linear import MEAN, NAN, TASK_ARITHMETIC
 from hf_epimer.methods.regmean import REGMEAN
@@ -31,6 +32,7 @@ METHODS: dict[str, Method] = {
         REGMEAN,
         GRADIENT_MATCHING,
         NAN,
+        FRECHET_LORA,
     )
 }
 

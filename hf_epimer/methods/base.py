@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hf_epimer.errors import StatisticsError, UsageError
+from hf_epimer.numerics.lowrank.factors import LowRank
 from hf_epimer.numerics.subspace import TaggedBasis
 
 Statistic = Literal["fisher", "gram", "kronecker", "projected"]
@@ -53,6 +54,7 @@ class Layer:
         statistics: part (see `PARTS`) -> one tensor per task, T x ...; without those that were not asked for or are
             not available for this parameter.
         basis: the tagged basis, where statistics were taken in one; None to compute it.
+        factors: the task vectors by their thin SVDs, where they are known (adapters); None to compute them.
         seed: of everything random in this merge.
         exact: full decompositions and dense solves.
     """
@@ -65,6 +67,7 @@ class Layer:
     labels: tuple[str, ...]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     basis: TaggedBasis | None = None
+    factors: tuple[LowRank, ...] | None = None
     seed: int = 0
     exact: bool = False
 

@@ -12,6 +12,7 @@ Notation: N samples, W is m x n, S the tagged basis of p atoms.
     sweep.py          one pass over the data, on one process or many; labels; the determinism probe
     files.py          fisher.safetensors and kronecker.safetensors, small ones too
     estimation.py     from a checkpoint and a task to such a file, through the cache
+    finding.py        which statistics a merge has, and which are to be estimated
     hessian.py        the exact projected Hessian of small models, to judge the others by
     training.py       Fisher information out of a training run
 """

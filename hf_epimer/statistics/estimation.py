@@ -20,9 +20,8 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 from torch import Tensor
 
-from hf_epimer.classifier import load_vision
 from hf_epimer.data import ImageBatches, data_revision, read_samples
-from hf_epimer.heads import classifier_for
+from hf_epimer.heads import classifier_for, load_tower
 from hf_epimer.hub import Source
 from hf_epimer.methods.base import Statistic
 from hf_epimer.numerics.subspace import TaggedBasis
@@ -206,7 +205,7 @@ def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) 
             revision=None if is_local else estimate.revision,
             streaming=bool(sampling.streaming),
         )
-        model = classifier_for(load_vision(vision), estimate.base, task, samples.class_names)
+        model = classifier_for(load_tower(vision, estimate.base), estimate.base, task, samples.class_names)
     subject = Subject(model, model.vision_names())
     share = (accelerator.process_index, accelerator.num_processes)
     return subject, ImageBatches(samples, model.pixels, batch_size, share)

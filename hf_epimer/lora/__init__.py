@@ -1,0 +1,27 @@
+"""PEFT adapters: reading, merging and writing them.
+
+adapters   a LoRA adapter as a checkpoint (base + B A) and as thin SVDs of its task vectors
+merging    adapters to a merged adapter, layer by layer, in the core that they span
+folding    a merged adapter as full weights
+folder     adapter_config.json + adapter_model.safetensors that PeftModel.from_pretrained loads
+"""
+
+from __future__ import annotations
+
+from hf_epimer.lora.adapters import Adapter, is_adapter, read_adapter
+from hf_epimer.lora.folder import write_adapter
+from hf_epimer.lora.folding import adapter_of, fold_updates
+from hf_epimer.lora.merging import MergedUpdate, far_apart, merge_adapters, works_in_core
+
+__all__ = [
+    "Adapter",
+    "MergedUpdate",
+    "adapter_of",
+    "far_apart",
+    "fold_updates",
+    "is_adapter",
+    "merge_adapters",
+    "read_adapter",
+    "works_in_core",
+    "write_adapter",
+]

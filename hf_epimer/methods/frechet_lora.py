@@ -1,0 +1,107 @@
+"""Fréchet means of low-rank adapters: B_t A_t is defined up to (B_t G, G^{-1} A_t), and so is the mean.
+
+    D = alpha Mean(B_1 A_1 .. B_T A_T; l_t) on the quotient by GL(r); averages of B_t and A_t themselves depend on G
+
+    chordal      the mean of the matrices, rank sum r_t (or `common_rank`)       polar        subspaces and scales apart
+    procrustes   balanced factors, rotated onto each other                       riemannian   scale-free quotient metric
+
+The formulas are in `hf_epimer.numerics.lowrank`. With `metric="kronecker"` the chordal mean is weighted by curvature
+(Fisher merging on the adapters' common space): argmin sum l_t tr(S_t (M - M_t) A_t (M - M_t)^T), a generalised
+Sylvester equation. After "Model Merging as Fréchet Averaging on Manifolds", with its case of LoRA adapters.
+
+Works on any layer; task vectors that are no adapters count as matrices of their numerical rank. Parameters that are
+not matrices take the mean of the task vectors, times alpha.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from hf_epimer.errors import UsageError
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
+from hf_epimer.numerics.lowrank import LowRank, factorize, low_rank_mean
+from hf_epimer.numerics.lowrank.sylvester import kronecker_mean
+
+
+@dataclass(frozen=True)
+class FrechetLoraConfig(MethodConfig):
+    """Options of `frechet-lora`."""
+
+    lora_mean: Literal["chordal", "procrustes", "polar", "log-polar", "riemannian"] = option(
+        "chordal", "which mean of B_t A_t is taken"
+    )
+    alpha: float = option(1.0, "global scale of the merged task vector")
+    common_rank: int | None = option(
+        None, "largest rank of the mean; default that of the largest adapter, for chordal the sum of all", low=1
+    )
+    metric: Literal["flat", "kronecker"] = option("flat", "chordal only: weigh directions by Kronecker curvature")
+    normalize: Literal["none", "trace"] = option("none", "divide every task's metric by its trace, per layer")
+    damping: float = option(1e-6, "added to the curvature, relative to its mean; large values give the mean", low=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metric != "flat" and self.lora_mean != "chordal":
+            raise UsageError(f"--metric {self.metric} weighs the chordal mean: use it with --lora-mean chordal")
+
+
+def merge_frechet_lora(layer: Layer, config: FrechetLoraConfig, survey: None = None) -> LayerMerge:
+    """alpha times the mean of one layer."""
+    mean = layer.mean()
+    if not layer.is_matrix or not bool(layer.task_vectors.any()):
+        return LayerMerge(mean * config.alpha)
+    if config.metric == "kronecker":
+        return _merge_curved(layer, config)
+    if config.lora_mean == "chordal" and config.common_rank is None:  # nothing is cut off: the mean as it is
+        return LayerMerge(mean * config.alpha)
+    points = layer.factors or tuple(map(_factorized, layer.task_vectors))
+    found = low_rank_mean(config.lora_mean, points, layer.weights.double(), config.common_rank)
+    report: dict[str, Any] = {
+        "steps": found.steps,
+        "residual": found.residual,
+        "angle": found.angle,
+        "unique": found.unique,
+    }
+    value = found.value.dense().to(layer.base.dtype)
+    return LayerMerge(value * config.alpha, report | ({"note": found.note} if found.note else {}))
+
+
+def _factorized(task_vector: torch.Tensor) -> LowRank:
+    """Thin SVD in float64, cut where the rounding of the task vector's own precision begins."""
+    found = factorize(task_vector)
+    return LowRank(found.u.double(), found.s.double(), found.v.double())
+
+
+def _merge_curved(layer: Layer, config: FrechetLoraConfig) -> LayerMerge:
+    found = kronecker_mean(
+        layer.task_vectors.double(),
+        layer.measured("output").double(),
+        layer.measured("input").double(),
+        layer.weights.double(),
+        damping=config.damping,
+        normalize=config.normalize,
+    )
+    value = found.value
+    if config.common_rank is not None:
+        value = factorize(value).truncated(config.common_rank).dense()
+    report = {"eta": found.eta, "steps": found.steps, "residual": found.residual, "condition": found.condition}
+    return LayerMerge(value.to(layer.base.dtype) * config.alpha, report)
+
+
+FRECHET_LORA = Method(
+    "frechet-lora",
+    "Fréchet mean of low-rank adapters on their quotient manifold",
+    "W = W_0 + alpha Mean(B_1 A_1 .. B_T A_T; l_t), invariant under (B_t G, G^{-1} A_t)",
+    Paper(
+        "frechet",
+        "The authors of Fréchet averaging for model merging",
+        "Model Merging as Fréchet Averaging on Manifolds, with an algorithm for LoRA adapters",
+        "preprint",
+        2026,
+    ),
+    FrechetLoraConfig,
+    merge_frechet_lora,
+    needs_with=lambda config: "kronecker" if config.metric == "kronecker" else None,
+)

@@ -1,0 +1,111 @@
+"""The polar mean: column space, scale and row space apart, (St(m, r) x SPD(r) x St(n, r)) / O(r).
+
+    D_t = U_t S_t V_t^T ~ (U_t O, O^T S_t O, V_t O);   O_t = polar(U_t^T U + V_t^T V)
+    U <- polar(sum l_t U_t O_t),  V <- polar(sum l_t V_t O_t)  until they stand still
+    R = mean of O_t^T S_t O_t in SPD(r): affine-invariant (`polar`) or log-Euclidean (`log-polar`);   D = U R V^T
+
+Bonnabel and Sepulchre, SIAM J. Matrix Anal. 2010; Meyer, Bonnabel and Sepulchre, ICML 2011. Unlike the chordal mean it
+does not shrink scales when subspaces turn. Adapters of lower rank vote on the directions that they have (O_t is then
+r_t x r with orthonormal rows); their scales are singular, infinitely far from SPD(r), so scales are then averaged
+arithmetically, and the note says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_epimer.numerics.lowrank.chordal import chordal_start
+from hf_epimer.numerics.lowrank.factors import LowRank, LowRankMean, aligning, low_rank, padded, verdict
+
+
+def polar_mean(
+    points: Sequence[LowRank],
+    weights: Tensor,
+    rank: int | None = None,
+    *,
+    log_euclidean: bool = False,
+    tolerance: float = 1e-9,
+    max_steps: int = 500,
+) -> LowRankMean:
+    """Alternate rotations and subspaces, then average the scales.
+
+    Args:
+        points: D_1 .. D_T of one shape, none of them zero.
+        weights: l_t, length T, summing to 1.
+        rank: of the mean, by default the largest of the points; below that the mean is taken there and truncated.
+        log_euclidean: average the logarithms of the scales instead of iterating the affine-invariant mean.
+        tolerance: change of U and V, relative to the root of r, at which they count as standing still.
+        max_steps: after which it is given up.
+    """
+    largest = max(point.rank for point in points)
+    columns = min(max(rank or largest, largest), *points[0].shape)
+    start, cancelled = chordal_start(points, weights, columns)
+    if cancelled:
+        return cancelled
+    u_t, v_t = padded([x.u for x in points], largest), padded([x.v for x in points], largest)
+    u, v = start.u, start.v
+    steps, change = 0, torch.inf
+    while steps < max_steps and change > tolerance:
+        turns = aligning(u_t.mT @ u + v_t.mT @ v)
+        before = u, v
+        u = aligning(torch.einsum("t,tij->ij", weights, u_t @ turns))
+        v = aligning(torch.einsum("t,tij->ij", weights, v_t @ turns))
+        change = float(torch.hypot((u - before[0]).norm(), (v - before[1]).norm())) / max(u.shape[1], 1) ** 0.5
+        steps += 1
+    turns = aligning(u_t.mT @ u + v_t.mT @ v)
+    s_t = padded([x.s.unsqueeze(0) for x in points], largest).squeeze(1)
+    scales = turns.mT @ (s_t.unsqueeze(2) * turns)
+    singular = any(point.rank < u.shape[1] for point in points)
+    mean = _arithmetic if singular else log_euclidean_mean if log_euclidean else affine_invariant_mean
+    value = low_rank(u @ mean(scales, weights), v.mT)
+    angle, unique, note = verdict(points, value, change <= tolerance)
+    if singular:
+        note = "; ".join(filter(None, [note, "unlike ranks: scales averaged arithmetically"]))
+    return LowRankMean(value.truncated(rank or columns), steps, change, angle, unique, note)
+
+
+def log_polar_mean(points: Sequence[LowRank], weights: Tensor, rank: int | None = None) -> LowRankMean:
+    """The polar mean with the log-Euclidean mean of the scales."""
+    return polar_mean(points, weights, rank, log_euclidean=True)
+
+
+def log_euclidean_mean(matrices: Tensor, weights: Tensor) -> Tensor:
+    """exp(sum l_t log R_t) for R_t symmetric positive definite, T x r x r."""
+    return _through_eigenvalues(_arithmetic(_through_eigenvalues(matrices, torch.log), weights), torch.exp)
+
+
+def affine_invariant_mean(
+    matrices: Tensor, weights: Tensor, *, tolerance: float = 1e-13, max_steps: int = 200
+) -> Tensor:
+    """The Karcher mean of SPD(r): sum l_t log(X^{-1/2} R_t X^{-1/2}) = 0, by fixed-point steps from the log mean."""
+    x = log_euclidean_mean(matrices, weights)
+    step = 1.0
+    before = torch.inf
+    for _ in range(max_steps):
+        root = _through_eigenvalues(x, torch.sqrt)
+        inverse = _through_eigenvalues(x, torch.rsqrt)
+        inner = inverse @ matrices @ inverse
+        logs = _arithmetic(_through_eigenvalues(0.5 * (inner + inner.mT), torch.log), weights)
+        size = float(logs.norm())
+        if size <= tolerance * x.shape[0]:
+            break
+        if size > before:  # points far apart: a full step overshoots
+            step *= 0.5
+        before = size
+        x = root @ _through_eigenvalues(step * logs, torch.exp) @ root
+        x = 0.5 * (x + x.mT)
+    return x
+
+
+def _arithmetic(matrices: Tensor, weights: Tensor) -> Tensor:
+    return torch.einsum("t,tij->ij", weights, matrices)
+
+
+def _through_eigenvalues(matrices: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrices)
+    if function is not torch.exp:  # rounding may push an eigenvalue of a positive matrix to zero or below
+        values = values.clamp_min(torch.finfo(values.dtype).eps * float(values.amax()))
+    return (vectors * function(values).unsqueeze(-2)) @ vectors.mT

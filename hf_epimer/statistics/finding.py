@@ -1,0 +1,129 @@
+"""Where the statistics of a merge come from: --fisher, the checkpoint itself, the local cache, or else an estimate.
+
+Estimates are made when the merge begins, on the task's training data; here nothing is measured and no tensor read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_epimer import hub
+from hf_epimer.config import MergeRecipe, ModelRef
+from hf_epimer.data import is_large
+from hf_epimer.errors import DataError, HubError, NotFoundError, StatisticsError, UsageError
+from hf_epimer.hub import Source
+from hf_epimer.methods import METHODS, Method
+from hf_epimer.methods.base import Statistic
+from hf_epimer.resolving import has_text_tower
+from hf_epimer.statistics.estimation import Estimate, Sampling
+from hf_epimer.statistics.files import FILE_OF, NAMES
+from hf_epimer.tasks import Task
+
+
+def find_statistics(
+    recipe: MergeRecipe,
+    method: Method,
+    options: Any,
+    base: Source,
+    models: Sequence[Source],
+    tasks: Sequence[Task | None],
+    optional: bool,
+) -> tuple[Source | Estimate, ...]:
+    """Where each model's statistics come from; empty when the method needs none.
+
+    Args:
+        optional: empty, too, when none are given and some would have to be estimated or cannot be had.
+
+    Raises:
+        StatisticsError: there is no way to them, listing the ways and the methods that need none.
+    """
+    needs = method.statistic(options)
+    if recipe.fisher and needs == "projected":
+        raise UsageError("--fisher: the projected metric is measured anew for every merge, no file can hold it")
+    if needs is None:
+        if recipe.fisher:
+            users = ", ".join(m.name for m in METHODS.values() if m.needs)
+            raise UsageError(f"--fisher: {method.name} uses no Fisher information; {users} do")
+        return ()
+    given = _given_statistics(recipe, models, needs)
+    found: list[Source | Estimate] = []
+    lacking, reasons = [], []
+    for model, task in zip(models, tasks, strict=True):
+        if model.label in given:
+            found.append(given[model.label])
+        elif needs != "projected" and FILE_OF[needs] in model.files:
+            found.append(model)
+        elif task is None or not has_text_tower(base):
+            lacking.append(str(model))
+        else:
+            try:
+                found.append(_cached_or_estimate(recipe, needs, base, model, task))
+            except (HubError, DataError) as error:  # its data cannot be reached; there are other ways
+                lacking.append(str(model))
+                reasons.append(f" (not on {task.dataset} now: {error})")
+    if optional and not recipe.fisher and (lacking or any(isinstance(entry, Estimate) for entry in found)):
+        return ()
+    if lacking:
+        free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
+        ways = [f"give it with --fisher, put {FILE_OF[needs]} beside the weights (hf-epimer fisher makes it)"]
+        if has_text_tower(base):
+            ways.append("label the checkpoint with its task (dtd=REF), or add --task FILE, so that it can be estimated")
+        else:
+            ways.append("name a full CLIP model with --base so that it can be estimated (this one has no text tower)")
+        raise StatisticsError(
+            f"{method.name} needs the {NAMES[needs]} of {', '.join(lacking)}: "
+            f"{', '.join(ways[needs == 'projected' :])}{''.join(reasons[:1])}, or choose a method that needs no data: "
+            f"{free}"
+        )
+    return tuple(found)
+
+
+def _cached_or_estimate(
+    recipe: MergeRecipe, needs: Statistic, base: Source, model: Source, task: Task
+) -> Source | Estimate:
+    sampling = Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task))
+    estimate = Estimate(model, base, task, sampling)
+    if needs == "projected":
+        return estimate
+    path = estimate.cached("kronecker" if needs == "gram" else needs)
+    return _statistics_source(ModelRef(str(path), label=model.label), needs) if path.is_file() else estimate
+
+
+def _given_statistics(recipe: MergeRecipe, models: Sequence[Source], needs: Statistic) -> dict[str, Source]:
+    """--fisher references by the label of the model they belong to."""
+    labelled = [ref for ref in recipe.fisher if ref.label]
+    if labelled and len(labelled) < len(recipe.fisher):
+        raise UsageError("--fisher: label all references (dtd=REF) or none of them")
+    if not labelled:
+        if recipe.fisher and len(recipe.fisher) != len(models):
+            raise UsageError(f"--fisher: {len(models)} models but {len(recipe.fisher)} unlabelled references")
+        labelled = [replace(ref, label=model.label) for ref, model in zip(recipe.fisher, models, strict=False)]
+    labels = {model.label for model in models}
+    given = {}
+    for ref in labelled:
+        if ref.label not in labels:
+            raise UsageError(
+                f"--fisher {ref}: no model is labelled {ref.label} (there are {', '.join(sorted(labels))})"
+            )
+        if ref.label in given:
+            raise UsageError(f"--fisher: {ref.label} is given twice")
+        given[str(ref.label)] = _statistics_source(ref, needs)
+    return given
+
+
+def _statistics_source(ref: ModelRef, needs: Statistic) -> Source:
+    path = Path(ref.location)
+    if ref.is_local and path.is_file():
+        return Source(ref, str(ref.label), frozenset({path.name}), {path.name: path.stat().st_size})
+    source = hub.resolve(ref)
+    if FILE_OF[needs] not in source.files:
+        raise NotFoundError(f"--fisher {ref}: there is no {FILE_OF[needs]}")
+    return source
+
+
+def statistics_name(source: Source, statistic: Statistic) -> str:
+    """The name of the file that holds this statistic: the one in the reference's folder, or the reference itself."""
+    return FILE_OF[statistic] if FILE_OF[statistic] in source.files else next(iter(source.files), "")
