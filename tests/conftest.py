@@ -16,18 +16,21 @@ os.environ.pop("HF_TOKEN", None)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from hub_server import StandInHub
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from hf_epimer import hub
 from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.classifier import ImageProcessor, load_vision
 from hf_epimer.tasks import Task
@@ -188,3 +191,21 @@ def clip_zoo(clip_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         task = {"name": name, "dataset": f"data/{name}", "templates": ["{} b.", "a {}"]}
         (folder / f"{name}.json").write_text(json.dumps(task))
     return folder
+
+
+WRITER = "hf_writer_secret"
+
+
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    """A Hub to which the client of this process talks as ann, who may write to org; the working folder is tmp_path."""
+    with StandInHub() as stand_in:
+        stand_in.add_user(WRITER, "ann", orgs=["org"])
+        template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        monkeypatch.setattr(hub, "BACKOFF", (0.01, 0.02))
+        monkeypatch.chdir(tmp_path)
+        yield stand_in

@@ -9,13 +9,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import write_benchmark
+from conftest import WRITER, write_benchmark
 from hub_server import StandInHub
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
@@ -262,35 +262,24 @@ def test_two_processes_measure_what_one_does(clip_zoo: Path, run: Run, tmp_path:
 
 # --- on the Hub -----------------------------------------------------------------------------------------------------
 
-TOKEN = "hf_writer_secret"
-
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_zoo: Path) -> Iterator[StandInHub]:
-    with StandInHub() as stand_in:
-        stand_in.add_user(TOKEN, "ann", orgs=["org"])
-        stand_in.add_user("hf_reader_secret", "ann", role="read", orgs=["org"])
-        stand_in.add_repo("org/base", clip_zoo / "base")
-        for name, repo in (("a", "org/vit-b32-dtd"), ("b", "org/vit-b32-svhn")):
-            shutil.copytree(clip_zoo / name, tmp_path / "src" / name)
-            (tmp_path / "src" / name / "README.md").write_text("---\nbase_model: org/base\n---\n\n# A model\n")
-            stand_in.add_repo(repo, tmp_path / "src" / name)
-        for name in ("dtd", "svhn"):
-            task = benchmark_tasks()[name]
-            stand_in.add_repo(task.dataset, write_benchmark(tmp_path / "src" / name, task), repo_type="dataset")
-        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(our_hub, "BACKOFF", (0.01, 0.02))
-        yield stand_in
+def hub(empty_hub: StandInHub, tmp_path: Path, clip_zoo: Path) -> StandInHub:
+    """A Hub with org/base, two checkpoints without statistics, and small data sets of their benchmarks' schema."""
+    empty_hub.add_user("hf_reader_secret", "ann", role="read", orgs=["org"])
+    empty_hub.add_repo("org/base", clip_zoo / "base")
+    for folder, name in (("a", "dtd"), ("b", "svhn")):
+        shutil.copytree(clip_zoo / folder, tmp_path / "src" / folder)
+        (tmp_path / "src" / folder / "README.md").write_text("---\nbase_model: org/base\n---\n\n# A model\n")
+        empty_hub.add_repo(f"org/vit-b32-{name}", tmp_path / "src" / folder)
+        task = benchmark_tasks()[name]
+        empty_hub.add_repo(task.dataset, write_benchmark(tmp_path / "src" / name, task), repo_type="dataset")
+    return empty_hub
 
 
 def test_the_mission_command_estimates_on_the_benchmarks_own_data(hub: StandInHub, tmp_path: Path) -> None:
     """No Fisher file anywhere: tasks from the repos' names, data and base from the Hub, in a process of its own."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
     words = ("merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--push-to", "org/merged")
     done = subprocess.run(
         [sys.executable, "-m", "hf_epimer", *words], capture_output=True, text=True, env=environment, cwd=tmp_path
@@ -316,7 +305,7 @@ def test_large_data_sets_are_streamed(
     assert data.is_large(task) and not data.is_large(load_task_file(clip_zoo / "a.json"))
     plan = make_plan(MergeRecipe((ModelRef("org/vit-b32-dtd"), ModelRef("org/vit-b32-svhn"))))
     assert all(estimate.sampling.streaming for estimate in plan.to_estimate) and len(plan.to_estimate) == 2
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
     words = ["fisher", "org/vit-b32-dtd", "--task", "dtd", "--streaming", "--samples", "6", "--out", "f.safetensors"]
     done = subprocess.run(
         [sys.executable, "-m", "hf_epimer", *words], capture_output=True, text=True, env=environment, cwd=tmp_path
@@ -339,7 +328,7 @@ def test_pushing_adds_the_file_and_a_section_in_one_commit(
     assert card.startswith("---\nbase_model: org/base\n---\n\n# A model\n")
     assert "## Fisher information" in card and "12 samples of `a`" in card
     assert "hf-epimer merge org/vit-b32-dtd OTHER" in card
-    assert TOKEN not in card and str(clip_zoo) not in card
+    assert WRITER not in card and str(clip_zoo) not in card
     assert ModelCard(card).data.to_dict()["base_model"] == "org/base"
     # again with other samples: the section is replaced, not repeated
     assert run(*words[:-2], 13, "--push")[0] == 0
@@ -357,7 +346,7 @@ def test_who_may_not_push_hears_it_first(
     monkeypatch.setenv("HF_TOKEN", "hf_reader_secret")
     code, _, complaint = run(*words)
     assert code == 1 and "write token" in complaint and "secret" not in complaint
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
     words[1] = f"org/vit-b32-dtd@{hub.commits('org/vit-b32-dtd')[0].oid}"
     code, _, complaint = run(*words)
     assert code == 2 and "is a commit" in complaint
@@ -433,7 +422,7 @@ def test_agreement_is_that_of_the_dense_matrices(clip_zoo: Path) -> None:
 
 
 def test_a_sweep_of_repos_gives_a_command_with_their_commits(hub: StandInHub, tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
 
     def command(*words: object) -> None:
         done = subprocess.run(

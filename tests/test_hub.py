@@ -9,47 +9,33 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import StateDict, tiny_fisher, tiny_state, write_checkpoint
+from conftest import WRITER, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from hub_server import Fault, StandInHub
 from safetensors.torch import load_file
 
-from hf_epimer import hub as our_hub
-
 Run = Callable[..., tuple[int, str, str]]
 
-WRITER, READER, STRANGER = "hf_writer_secret", "hf_reader_secret", "hf_stranger_secret"
+READER, STRANGER = "hf_reader_secret", "hf_stranger_secret"
 TOKENS = (WRITER, READER, STRANGER)
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_state: StateDict) -> Iterator[StandInHub]:
-    """A Hub with org/base, org/vit-b32-dtd and org/vit-b32-svhn; the client of this process talks to it."""
-    from huggingface_hub import constants
-
-    with StandInHub() as stand_in:
-        stand_in.add_user(WRITER, "ann", orgs=["org"])
-        stand_in.add_user(READER, "ann", role="read", orgs=["org"])
-        stand_in.add_user(STRANGER, "bob")
-        stand_in.add_repo("org/base", write_checkpoint(tmp_path / "src" / "base", base_state))
-        for seed, task in enumerate(("dtd", "svhn"), start=1):
-            card = "---\nbase_model: org/base\n---\n"
-            folder = write_checkpoint(
-                tmp_path / "src" / task, tiny_state(seed, base_state), fisher=tiny_fisher(seed), card=card
-            )
-            stand_in.add_repo(f"org/vit-b32-{task}", folder)
-        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+def hub(empty_hub: StandInHub, tmp_path: Path, base_state: StateDict) -> StandInHub:
+    """A Hub with org/base, org/vit-b32-dtd and org/vit-b32-svhn."""
+    empty_hub.add_user(READER, "ann", role="read", orgs=["org"])
+    empty_hub.add_user(STRANGER, "bob")
+    empty_hub.add_repo("org/base", write_checkpoint(tmp_path / "src" / "base", base_state))
+    for seed, task in enumerate(("dtd", "svhn"), start=1):
+        card = "---\nbase_model: org/base\n---\n"
+        folder = write_checkpoint(
+            tmp_path / "src" / task, tiny_state(seed, base_state), fisher=tiny_fisher(seed), card=card
         )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        monkeypatch.setattr(our_hub, "BACKOFF", (0.01, 0.02))
-        monkeypatch.chdir(tmp_path)
-        yield stand_in
+        empty_hub.add_repo(f"org/vit-b32-{task}", folder)
+    return empty_hub
 
 
 MISSION = ("merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--push-to", "org/merged")

@@ -8,19 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import StateDict, tiny_fisher, tiny_state, write_checkpoint
+from conftest import WRITER, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from hub_server import StandInHub
 from safetensors.torch import load_file, save_file
 from test_lora_adapters import FC1, QUERY, base, base_folder, folded, make, rewrite_config, rewrite_weights
 from test_merge_command import contents, fails
 
-from hf_epimer import hub as our_hub
 from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.checkpoints import Checkpoint
 from hf_epimer.lora import merge_adapters, read_adapter
@@ -445,32 +444,16 @@ def test_nothing_half_written_is_left(adapters: tuple[Path, Path], base_folder: 
 
 # --- the Hub --------------------------------------------------------------------------------------------------------
 
-TOKEN = "hf_writer_secret"
-
 
 @pytest.fixture
-def hub(
-    tmp_path: Path, adapters: tuple[Path, Path], base_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[StandInHub]:
+def hub(empty_hub: StandInHub, adapters: tuple[Path, Path], base_folder: Path) -> StandInHub:
     """A Hub with org/base and the adapters org/a and org/b, which name it, b at a commit."""
-    from huggingface_hub import constants
-
-    with StandInHub() as stand_in:
-        stand_in.add_user(TOKEN, "ann", orgs=["org"])
-        stand_in.add_repo("org/base", base_folder)
-        for folder, revision in zip(adapters, (None, stand_in.commits("org/base")[0].oid), strict=True):
-            rewrite_config(folder, base_model_name_or_path="org/base", revision=revision)
-            (folder / "README.md").unlink()
-            stand_in.add_repo(f"org/{folder.name}", folder)
-        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(our_hub, "BACKOFF", (0.01, 0.02))
-        monkeypatch.chdir(tmp_path)
-        yield stand_in
+    empty_hub.add_repo("org/base", base_folder)
+    for folder, revision in zip(adapters, (None, empty_hub.commits("org/base")[0].oid), strict=True):
+        rewrite_config(folder, base_model_name_or_path="org/base", revision=revision)
+        (folder / "README.md").unlink()
+        empty_hub.add_repo(f"org/{folder.name}", folder)
+    return empty_hub
 
 
 def test_adapters_from_the_hub_pushed_and_loaded_back(hub: StandInHub, run: Run, tmp_path: Path) -> None:
@@ -499,7 +482,7 @@ def test_adapters_from_the_hub_pushed_and_loaded_back(hub: StandInHub, run: Run,
         "tuned = PeftModel.from_pretrained(base, 'org/merged').merge_and_unload().state_dict()\n"
         "print(float(next(v for k, v in tuned.items() if k.endswith('layers.0.mlp.fc1.weight'))[0, 0]))\n"
     )
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert loaded.returncode == 0, loaded.stderr
     expected = folded(Path("merged-tsv-m"), tmp_path / "base")[FC1][0, 0]
