@@ -286,16 +286,20 @@ def accuracy_by_alpha(lines: Mapping[str, tuple[int | None, Mapping[float | None
     for number, (axes, title) in enumerate(zip(panels, titles)):
         best, winner = max((max(pair[number] for pair in own.values()), name) for name, (_, own) in lines.items())
         for index, (name, (rank, own)) in enumerate(lines.items()):
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            lap = index // len(COLOURS)  # a colour that comes again has another marker and another dash
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[(index + lap) % len(MARKERS)]
             label = name if rank is None else f"{name}, rank {rank}"
             alphas = [alpha for alpha in own if alpha is not None]
             heights = [100 * pair[number] for pair in own.values()]
             if not alphas:
-                axes.axhline(heights[0], color=colour, linestyle="--", label=label)
+                axes.axhline(heights[0], color=colour, linestyle=":" if lap else "--", label=label)
                 continue
-            axes.plot(alphas, heights, color=colour, marker=marker, markersize=4, label=label)
+            style = "-." if lap else "-"
+            axes.plot(alphas, heights, color=colour, marker=marker, markersize=4, linestyle=style, label=label)
             top = max(range(len(heights)), key=lambda place: heights[place])
             axes.plot(alphas[top], heights[top], color=colour, marker=marker, markersize=9, markeredgecolor="k")
+        everything = [100 * pair[number] for _, own in lines.values() for pair in own.values()]
+        axes.set_ylim(max(min(everything) - 1, 100 * best - SCALE), 100 * best + 2)  # merges that collapsed fall out
         axes.set_title(f"{title}: {winner} reaches {best:.1%}", fontsize="medium", loc="left")
         axes.set_xlabel("alpha, the scale of the merged task vector")
         _tidy(axes)

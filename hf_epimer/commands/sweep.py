@@ -92,10 +92,12 @@ def _print_report(found: SweepReport) -> None:
     images = sum(own.samples for own in found.rows[0].tasks.values())
     title = f"{len(found.rows)} settings on {images} validation images of {len(found.splits)} tasks"
     table = Table(title=title, title_justify="left", box=None)
-    names = list(found.splits)
+    console = Console(highlight=False, soft_wrap=True)
+    # what does not fit beside the rest is left to sweep.md
+    names = list(found.splits) if console.width >= 72 + sum(len(name) + 2 for name in found.splits) else []
     columns = ["method", "chosen by", "rank", "alpha", *names, "average", "worst"]
-    for column in [*columns, *(["test average", "test worst"] if found.test else [])]:
-        table.add_column(column, justify="left" if column in ("method", "chosen by") else "right")
+    for column in [*columns, *(["test avg.", "worst"] if found.test else [])]:
+        table.add_column(column, justify="left" if column in ("method", "chosen by") else "right", no_wrap=True)
     for method in found.best:
         for row, chosen_by in found.choices(method).items():
             setting = row.setting
@@ -106,7 +108,6 @@ def _print_report(found: SweepReport) -> None:
             tested = found.tested(setting)
             values += [tested.average, tested.worst] if tested else []
             table.add_row(*map(escape, cells), *(f"{value:.3f}" for value in values))
-    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"one standard error of the average: about {found.winner('average').error:.3f}")
     if any(found.at_edge(row) for own in found.best.values() for row in own.values()):
