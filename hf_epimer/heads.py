@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from hf_epimer.hub import Source
 from hf_epimer.lora import is_adapter
 from hf_epimer.resolving import base_folder, content_sha, has_text_tower, processor_folder
 from hf_epimer.tasks import Task
+from hf_epimer.writing import atomic_file
 
 
 def load_tower(folder: str | Path, base: Source) -> nn.Module:
@@ -76,10 +76,8 @@ def base_parts(base: Source, task: Task, class_names: Sequence[str]) -> dict[str
     parts = {"projection": model.visual_projection.weight.detach(), "logit_scale": model.logit_scale.detach()}
     if not task.head:
         parts["head"] = text_head(model, AutoTokenizer.from_pretrained(folder), class_names, task.templates)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in parts.items()}, unfinished)
-    os.replace(unfinished, path)
+    with atomic_file(path) as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in parts.items()}, unfinished)
     return parts
 
 

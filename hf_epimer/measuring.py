@@ -28,6 +28,7 @@ from hf_epimer.resolving import base_of, weight_names
 from hf_epimer.statistics.estimation import Estimate, Sampling, estimate_file
 from hf_epimer.statistics.files import FILE_OF, FORMATS, Compression, StatisticsMetadata, save_statistics
 from hf_epimer.tasks import find_task
+from hf_epimer.writing import atomic_file
 
 Progress = Callable[[str, int, int], None]
 
@@ -129,7 +130,8 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     if accelerator.is_main_process:
         path = _compressed(cached, recipe.compress)
         if out:
-            _copy(path, out)
+            with atomic_file(out) as unfinished:
+                shutil.copyfile(path, unfinished)
         else:
             progress("pushing", 0, 0)
             url = _push(path, FILE_OF[statistic], recipe.model, model)
@@ -172,18 +174,6 @@ def _compressed(path: Path, compress: Compression | None) -> Path:
         origin = StatisticsMetadata(**{**fields, "samples": int(fields["samples"]), "seed": int(fields["seed"])})  # type: ignore[arg-type]
         save_statistics(small, load_file(path), origin, "fisher", compress)
     return small
-
-
-def _copy(path: Path, out: Path) -> None:
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, unfinished)
-        os.replace(unfinished, out)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}; the estimate is kept in {path}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _push(path: Path, name: str, ref: ModelRef, measured: Source) -> str:

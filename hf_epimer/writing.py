@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_epimer.checkpoints import FORMATS, WEIGHTS, WEIGHTS_INDEX, Shape
@@ -182,13 +183,25 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise OutputError(f"cannot write {file}: {error.strerror or error}; nothing was left there") from error
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` when the block ends well and disappears when it does not.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to.
+    """
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        os.replace(unfinished, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {target}: {reason}; nothing was left there") from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)

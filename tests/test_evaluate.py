@@ -249,3 +249,16 @@ def test_all_eight_benchmarks_come_from_the_hub(clip_zoo: Path, tmp_path: Path) 
     found = json.loads(done.stdout)
     assert found["tasks"].keys() == tasks.keys()
     assert {row["samples"] for row in found["tasks"].values()} == {12}
+
+
+def test_a_head_that_cannot_be_kept_leaves_nothing(
+    clip_zoo: Path, run: Run, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(heads, "save_file", full)
+    code, _, complaint = run(*words(clip_zoo))
+    assert code == 1 and "cannot write" in complaint and "No space left" in complaint
+    assert list((own_home / "heads").iterdir()) == []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_epimer.checkpoints import Checkpoint, Shape, TensorSource
-from hf_epimer.errors import OutputError, StatisticsError
+from hf_epimer.errors import StatisticsError
 from hf_epimer.merging import check_shapes
 from hf_epimer.methods.base import PARTS, Statistic
+from hf_epimer.writing import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +89,8 @@ def save_statistics(
             raise StatisticsError(f"--compress is for Fisher information, not for {statistic} statistics")
         header["compress"] = compress
     stored = _COMPRESSORS[compress](tensors) if compress else {name: value.float() for name, value in tensors.items()}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as unfinished:
         save_file({name: value.contiguous() for name, value in stored.items()}, unfinished, metadata=header)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def open_statistics(
