@@ -179,6 +179,37 @@ def regmean(tuned: list[Tensor], grams: list[Tensor], decay: float = 0.95) -> Te
     return sum(w.double() @ g for w, g in zip(tuned, a)) @ torch.linalg.inv(sum(a))
 
 
+def epimer_core(
+    base: Tensor,
+    tuned: list[Tensor],
+    outputs: list[Tensor] | None,
+    inputs: list[Tensor] | None,
+    weights: list[float],
+    rank: int,
+    rho: float,
+    scaffold: str,
+) -> Tensor:
+    """The full core's equation as one dense system in vec(M); identity S_t, and A_t = D_t^T D_t, where not given."""
+    deltas = [w.double() - base.double() for w in tuned]
+    u, v, sigma, k = basis(deltas, rank)
+    if scaffold == "tsv-m":
+        start = torch.diag(sigma * torch.tensor(weights, dtype=sigma.dtype).repeat_interleave(k) * len(tuned))
+    else:
+        left, s, right = torch.linalg.svd(len(tuned) * sum(w * d for w, d in zip(weights, deltas)))
+        n = len(s)
+        start = u.mT @ (left[:, :n] @ right[:n] * s.mean()) @ v
+    system, right_side = rho * torch.eye(start.numel(), dtype=torch.float64), rho * start
+    for t, (w, d) in enumerate(zip(weights, deltas)):
+        s = outputs[t].double() if outputs else torch.eye(len(d), dtype=torch.float64)
+        a = inputs[t].double() if inputs else d.mT @ d
+        left, right = u.mT @ s @ u, v.mT @ a @ v
+        gain = w * len(sigma) ** 2 / (left.trace() * right.trace())
+        system = system + gain * torch.kron(left, right)
+        right_side = right_side + gain * u.mT @ s @ d @ a @ v
+    core = torch.linalg.solve(system, right_side.flatten()).view(start.shape)
+    return base.double() + u @ core @ v.mT
+
+
 def relative_error(found: Tensor, expected: Tensor, base: Tensor) -> float:
     """Of the merged task vector, in the Frobenius norm: the base would hide any error."""
     delta = expected.double() - base.double()

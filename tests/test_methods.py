@@ -12,6 +12,7 @@ from conftest import StateDict, tiny_fisher, tiny_state
 from hf_epimer import EpiMerConfig, merge_state_dicts
 from hf_epimer.errors import MismatchError, StatisticsError, UsageError
 from hf_epimer.methods import METHODS
+from hf_epimer.methods.epimer_core import EpiMerCoreConfig
 from hf_epimer.methods.linear import NANConfig, TaskArithmeticConfig
 from hf_epimer.methods.regmean import RegMeanConfig
 from hf_epimer.methods.ties import TIESConfig
@@ -34,11 +35,23 @@ def grams(seed: int) -> StateDict:
     return found
 
 
+def factors(seed: int) -> StateDict:
+    """Kronecker factors for every Linear weight."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {f"{name}.input_factor": value for name, value in grams(seed).items()}
+    for name, value in tiny_state(0).items():
+        if f"{name}.input_factor" in found:
+            g = torch.randn(200, len(value), generator=generator)
+            found[f"{name}.output_factor"] = g.mT @ g / 200
+    return found
+
+
 def statistics(method: str, tasks: int) -> list[StateDict] | None:
     needs = METHODS[method].needs
     if needs is None:
         return None
-    return [tiny_fisher(100 + t) if needs == "fisher" else grams(100 + t) for t in range(tasks)]
+    make = {"fisher": tiny_fisher, "gram": grams, "kronecker": factors}[needs]
+    return [make(100 + t) for t in range(tasks)]
 
 
 def models(base: StateDict, tasks: int = 3) -> list[StateDict]:
@@ -294,6 +307,73 @@ def test_regmean(base_state: StateDict) -> None:
     expected = reference.regmean([m[MATRIX] for m in tuned], [g[MATRIX] for g in measured])
     config = RegMeanConfig(damping=0.0)
     assert error("regmean", expected, base_state, tuned, statistics=measured, config=config) < 1e-5
+
+
+# --- the full core ---------------------------------------------------------------------------------------------------
+
+
+def core_error(config: EpiMerCoreConfig, expected: Any, base: StateDict, **arguments: Any) -> float:
+    doubled = {name: value.double() for name, value in base.items()}
+    return error("epimer-core", expected, doubled, models(base), config=config, exact=True, **arguments)
+
+
+@pytest.mark.parametrize("scaffold", ["tsv-m", "iso-c"])
+@pytest.mark.parametrize("metric", ["kronecker", "inputs", "task-vectors"])
+@pytest.mark.parametrize("rho", [0.01, 3.0])
+def test_epimer_core_minimises_its_objective(base_state: StateDict, scaffold: str, metric: str, rho: float) -> None:
+    measured = None if metric == "task-vectors" else statistics("epimer-core", 3)
+    outputs = [s[f"{MATRIX}.output_factor"] for s in measured] if measured and metric == "kronecker" else None
+    inputs = [s[f"{MATRIX}.input_factor"] for s in measured] if measured else None
+    if metric == "inputs" and measured:
+        measured = [{n.removesuffix(".input_factor"): v for n, v in s.items() if "input" in n} for s in measured]
+    weights = [0.5, 0.2, 0.3]
+    expected = reference.epimer_core(
+        base_state[MATRIX], [m[MATRIX] for m in models(base_state)], outputs, inputs, weights, 6, rho, scaffold
+    )
+    config = EpiMerCoreConfig(rank=6, rho=rho, metric=metric, scaffold=scaffold)  # type: ignore[arg-type]
+    assert core_error(config, expected, base_state, statistics=measured, weights=weights) < 1e-5
+
+
+def test_epimer_core_pulled_hard_is_its_scaffold(base_state: StateDict) -> None:
+    tsv = merged("tsv-m", base_state, models(base_state), config=TSVMConfig(rank=6))
+    held = merged("epimer-core", base_state, models(base_state), config=EpiMerCoreConfig(rank=6, rho=1e7))
+    free = merged("epimer-core", base_state, models(base_state), config=EpiMerCoreConfig(rank=6, rho=0.1))
+    assert distance(tsv, held, base_state) < 1e-4 < 1e-2 < distance(tsv, free, base_state)
+
+
+def test_epimer_core_on_a_complete_basis_without_labels_is_regmean() -> None:
+    """Square layers, rank n / T: the basis spans all m n directions, so the core is the whole weight."""
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(12, 12, generator=generator, dtype=torch.float64)}
+    tuned = [{"w": base["w"] + torch.randn(12, 12, generator=generator, dtype=torch.float64)} for _ in range(3)]
+    inputs = []
+    for _ in range(3):
+        x = torch.randn(50, 12, generator=generator, dtype=torch.float64)
+        gram = x.mT @ x
+        inputs.append({"w": gram / gram.trace()})  # one scale for all, as the weights w_t would give them
+    config = EpiMerCoreConfig(rank=4, metric="inputs", rho=1e-9)
+    core = merge_state_dicts(base, tuned, method="epimer-core", config=config, statistics=inputs, exact=True)
+    expected = reference.regmean([t["w"] for t in tuned], [g["w"] for g in inputs], decay=1.0)
+    assert reference.relative_error(core["w"], expected, base["w"]) < 1e-5
+
+
+def test_epimer_core_of_diagonal_curvature_is_epimers_kronecker_metric() -> None:
+    """Task vectors on disjoint axes and diagonal factors: nothing couples two atoms, and no residual is left out."""
+    base, tuned, measured = {"w": torch.zeros(6, 6, dtype=torch.float64)}, [], []
+    generator = torch.Generator().manual_seed(0)
+    for task in range(2):
+        delta = torch.zeros(6, 6, dtype=torch.float64)
+        for i in range(3 * task, 3 * task + 3):
+            delta[i, i] = 1.0 + i
+        tuned.append({"w": delta})
+        s, a = torch.rand(2, 6, generator=generator, dtype=torch.float64) + 0.1
+        s, a = s / s.mean(), a / a.mean()
+        measured.append({"w.input_factor": torch.diag(a), "w.output_factor": torch.diag(s)})
+    full = EpiMerCoreConfig(rank=3, rho=1e-9)
+    core = merge_state_dicts(base, tuned, method="epimer-core", config=full, statistics=measured, exact=True)
+    atoms = EpiMerConfig(rank=3, metric="kronecker", aggregator="mean", damping=0.0)
+    epimer = merge_state_dicts(base, tuned, config=atoms, statistics=measured, exact=True)
+    assert torch.allclose(core["w"], epimer["w"], atol=1e-6) and bool(core["w"].any())
 
 
 def test_dare_keeps_the_mean_and_the_share() -> None:

@@ -3,21 +3,19 @@
     F(M) = sum l_t tr(S_t (M - M_t) A_t (M - M_t)^T),  S_t p x p of outputs, A_t q x q of inputs, in core coordinates
     sum l_t S_t M A_t + rho M = sum l_t S_t M_t A_t + rho M_bar,  M_bar = sum l_t M_t
 
-Solved by conjugate gradients from M_bar, preconditioned by the Kronecker product nearest in traces, S_bar (x) A_bar +
-rho, through two eigendecompositions. With curvature of the dense layer, S_t = U_ref^T S U_ref and A_t = V_ref^T A
-V_ref, and D_t lies in the core, so the right side is exact.
+Solved from M_bar. With curvature of the dense layer, S_t = U_ref^T S U_ref and A_t = V_ref^T A V_ref, and D_t lies in
+the core, so the right side is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hf_epimer.numerics.linalg import conjugate_gradient
+from hf_epimer.numerics.sylvester import solve_sylvester
 
 
 @dataclass(frozen=True)
@@ -61,35 +59,7 @@ def kronecker_mean(
         return CoreMean(flat, 0.0, 0, 0.0, 1.0)
     gains = gains / scale
     weighted = gains[:, None, None] * outputs
-
-    def apply(x: Tensor) -> Tensor:
-        matrix = x.view(flat.shape)
-        return ((weighted @ matrix @ inputs).sum(0) + damping * matrix).flatten()
-
-    left = torch.einsum("t,tij->ij", gains * sides[1], outputs)
-    right = torch.einsum("t,tij->ij", gains * sides[0], inputs)
-    start = (weighted @ (cores - flat) @ inputs).sum(0).flatten()
-    solution = conjugate_gradient(
-        apply,
-        start,
-        flat.flatten(),
-        precondition=_kronecker_inverse(left, right, damping),
-        tolerance=tolerance,
-        max_steps=500,
-    )
-    eta = float(start @ (solution.x - flat.flatten()) * scale)
-    return CoreMean(solution.x.view(flat.shape), eta, solution.steps, solution.residual, solution.condition)
-
-
-def _kronecker_inverse(left: Tensor, right: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """(left (x) right + rho)^{-1}, with eigenvalues that are rounding lifted: padded cores have directions of zeros."""
-    rows, p = torch.linalg.eigh(left)
-    columns, q = torch.linalg.eigh(right)
-    spectrum = rows.clamp_min(0).unsqueeze(1) * columns.clamp_min(0) + damping
-    spectrum = spectrum.clamp_min(1e-12 * float(spectrum.max()))
-
-    def solve(r: Tensor) -> Tensor:
-        turned = p.mT @ r.view(spectrum.shape) @ q
-        return (p @ (turned / spectrum) @ q.mT).flatten()
-
-    return solve
+    residual = (weighted @ (cores - flat) @ inputs).sum(0)
+    found = solve_sylvester(weighted, inputs, damping, flat, residual, tolerance=tolerance)
+    eta = float((residual * (found.x - flat)).sum() * scale)
+    return CoreMean(found.x, eta, found.steps, found.residual, found.condition)

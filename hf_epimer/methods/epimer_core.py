@@ -1,0 +1,93 @@
+"""EpiMer with a full core and Kronecker curvature: our extension of the paper's method, which is `epimer`.
+
+    W = W_0 + alpha U M V^T,   U, V as in EpiMer (eq 10), M a full p x p matrix instead of a diagonal:
+    sum_t w_t (U^T S_t U) M (V^T A_t V) + rho M = sum_t w_t U^T S_t D_t A_t V + rho M_0
+
+S_t, A_t are the Kronecker factors of task t's Fisher information (K-FAC), w_t makes every task's curvature of mean 1 on
+the core, and M_0 is the core of TSV-M (or Iso-C), to which rho pulls what the curvature leaves open. Three differences
+to the paper: directions may be combined anew, the right side keeps what the metric says of each D_t outside the basis,
+and tasks are on one scale. `hf_epimer.numerics.core` has the objective.
+
+Limits: rho -> infinity is TSV-M (or Iso-C within the basis). With S_t = I, a basis that spans everything and rho -> 0
+it is RegMean. Where all curvature is diagonal in the basis M is, too, and each atom is solved as in EpiMer.
+
+`metric="inputs"` takes S_t = I, which needs no labels, `metric="task-vectors"` A_t = D_t^T D_t besides, which needs no
+data at all. Parameters that are no matrices take the mean of the task vectors, those without factors the scaffold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, Statistic, option
+from hf_epimer.methods.iso import IsoCConfig, merge_iso_c
+from hf_epimer.methods.tsv import layer_basis
+from hf_epimer.numerics.core import full_core
+from hf_epimer.numerics.subspace import TaggedBasis
+
+
+@dataclass(frozen=True)
+class EpiMerCoreConfig(MethodConfig):
+    """Options of `epimer-core`."""
+
+    rank: int = option(32, "directions per task, capped at floor(min(m, n) / T)", low=1)
+    alpha: float = option(1.0, "global scale of the merged task vector")
+    metric: Literal["kronecker", "inputs", "task-vectors"] = option(
+        "kronecker", "Kronecker factors, their input side alone (no labels), or task vectors (no data)"
+    )
+    scaffold: Literal["tsv-m", "iso-c"] = option("tsv-m", "the method whose core the solution is pulled towards")
+    rho: float = option(1.0, "strength of that pull, in units of the mean curvature", low=1e-9)
+
+
+def merge_epimer_core(layer: Layer, config: EpiMerCoreConfig, survey: None = None) -> LayerMerge:
+    """Solve one layer: basis, projected factors, scaffold, one generalised Sylvester equation."""
+    basis, report = layer_basis(layer, config.rank)
+    if basis is None:
+        return LayerMerge(layer.mean() * config.alpha, report)
+    scaffold = _scaffold(layer, basis, config.scaffold)
+    inputs = _inputs(layer, config.metric)
+    core = scaffold
+    if inputs is not None:
+        outputs = list(layer.measured("output")) if config.metric == "kronecker" else None
+        found = full_core(basis, layer.task_vectors, outputs, inputs, layer.weights, scaffold, config.rho)
+        core = found.x.to(scaffold.dtype)
+        report |= {"steps": found.steps, "residual": found.residual, "condition": found.condition}
+    return LayerMerge((basis.u @ core @ basis.v.mT) * config.alpha, report)
+
+
+def _inputs(layer: Layer, metric: str) -> list[Tensor] | None:
+    """A_t; None where there are none, as for an embedding."""
+    if metric == "task-vectors":
+        return [d.mT @ d for d in layer.task_vectors]
+    return list(layer.statistics["input"]) if "input" in layer.statistics else None
+
+
+def _scaffold(layer: Layer, basis: TaggedBasis, name: str) -> Tensor:
+    """M_0: the other method's merge in the basis."""
+    if name == "tsv-m":
+        return torch.diag(basis.s * layer.weights[basis.tags] * layer.tasks)
+    return basis.u.mT @ merge_iso_c(layer, IsoCConfig()).task_vector @ basis.v
+
+
+_STATISTICS: dict[str, Statistic | None] = {"kronecker": "kronecker", "inputs": "gram", "task-vectors": None}
+
+EPIMER_CORE = Method(
+    "epimer-core",
+    "EpiMer with a full core and Kronecker curvature (ours)",
+    "W = W_0 + alpha U M V^T,  sum_t w_t U^T S_t U M V^T A_t V + rho M = sum_t w_t U^T S_t D_t A_t V + rho M_0",
+    Paper(
+        "epimer",
+        "The EpiMer authors",
+        "Model Merging on Loss Landscape: A Geometry Perspective",
+        "preprint; the full core is an extension of hf-epimer",
+        2026,
+    ),
+    EpiMerCoreConfig,
+    merge_epimer_core,
+    needs="kronecker",
+    needs_with=lambda config: _STATISTICS[config.metric],
+)
