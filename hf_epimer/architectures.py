@@ -17,6 +17,19 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Linear layers of a block that read the same input.
+
+    Attributes:
+        modules: their names within the block.
+        residual: the module whose input is the residual stream to which their output is added; None where it is not.
+    """
+
+    modules: tuple[str, ...]
+    residual: str | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of models.
 
@@ -31,6 +44,8 @@ class Architecture:
         defaults: fields that decide whether two models can be merged, with transformers' defaults.
         output_class: the transformers class of a merged model.
         known: shapes of well-known base models -> Hub id.
+        blocks: the list of residual blocks, in the order in which data runs through them.
+        stages: the linear layers of a block, in the same order.
     """
 
     name: str
@@ -44,6 +59,8 @@ class Architecture:
     output_class: str
     output_type: str
     known: Mapping[tuple[int, ...], str]
+    blocks: str
+    stages: tuple[Stage, ...]
 
     def canonical(self, name: str) -> str | None:
         """The canonical name of a tensor, None for tensors that are no part of the tower.
@@ -147,4 +164,11 @@ CLIP_VISION = Architecture(
         (768, 12, 12, 16, 224): "openai/clip-vit-base-patch16",
         (1024, 24, 16, 14, 224): "openai/clip-vit-large-patch14",
     },
+    blocks="encoder.layers",
+    stages=(
+        Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Stage(("self_attn.out_proj",), residual="layer_norm1"),
+        Stage(("mlp.fc1",)),
+        Stage(("mlp.fc2",), residual="layer_norm2"),
+    ),
 )

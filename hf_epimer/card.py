@@ -72,6 +72,7 @@ def merge_card(
         method=method,
         base=_row(base),
         models=[_row(m) | {"weight": f"{w:.4g}"} for m, w in zip(models, weights, strict=True)],
+        calibrated_on=recipe.samples if recipe.calibrate else None,
         results=_results_table(results) if results else None,
         options=asdict(recipe.options) | rank | {"seed": recipe.seed, "exact": recipe.exact},
         diagnostics=diagnostics,

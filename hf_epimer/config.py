@@ -84,6 +84,7 @@ class MergeRecipe:
         weights: one per model, normalised to sum to 1; None for equal weights.
         fisher: statistics, by label or one per model in order; folders, files or repos with fisher.safetensors.
         samples: per task, where curvature has to be estimated.
+        calibrate: solve the merge's linear layers again in forward order, on `samples` images of every task.
         evaluate: measure the result on every model's task.
         tasks: task files.
         out: folder to write; `./merged-<method>` when neither it nor `push_to` is given.
@@ -106,6 +107,7 @@ class MergeRecipe:
     weights: tuple[float, ...] | None = None
     fisher: tuple[ModelRef, ...] = ()
     samples: int = 256
+    calibrate: bool = False
     evaluate: bool = False
     tasks: tuple[str, ...] = ()
     out: str | None = None
@@ -141,7 +143,19 @@ class MergeRecipe:
                 raise UsageError(f"--{flag.replace('_', '-')} needs --push-to")
 
 
-_DECIDES = ("weights", "samples", "evaluate", "tasks", "device", "dtype", "seed", "exact", "out_rank", "dense")
+_DECIDES = (
+    "weights",
+    "samples",
+    "calibrate",
+    "evaluate",
+    "tasks",
+    "device",
+    "dtype",
+    "seed",
+    "exact",
+    "out_rank",
+    "dense",
+)
 """Fields of a recipe that go into merge_config.json as they are; destinations do not."""
 
 

@@ -13,15 +13,15 @@ import torch
 
 from hf_epimer import hub
 from hf_epimer.checkpoints import Checkpoint, StateDict, TensorSource
-from hf_epimer.config import ModelRef
 from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging import Ingredients, tagged_bases
+from hf_epimer.methods.base import Statistic
 from hf_epimer.planning import Plan, check_checkpoint
 from hf_epimer.resolving import is_adapter, model_folder, weight_names
 from hf_epimer.statistics.estimation import Estimate, estimate_file, project_fisher
-from hf_epimer.statistics.files import NAMES, open_statistics
+from hf_epimer.statistics.files import NAMES, kind_of, open_statistics
 from hf_epimer.statistics.finding import statistics_name
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +35,7 @@ def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
         more: names of other files of the base, as far as it has them.
     """
     files = [(source, name) for source in (plan.base, *plan.models) for name in weight_names(source)]
-    files += [(source, statistics_name(source, plan.statistic)) for source in plan.measured if plan.statistic]
+    files += [(source, statistics_name(source, statistic)) for statistic, source in plan.measured]
     files += [(plan.base, name) for name in more if name in plan.base.files]
     remote = [(source, name) for source, name in files if not source.ref.is_local]
     size = sum(source.sizes.get(name, 0) for source, name in remote)
@@ -51,31 +51,49 @@ def gather(plan: Plan, progress: Progress) -> Ingredients:
         UsageError: in several processes, of which only `hf-epimer fisher` knows what to do.
     """
     ingredients = _open_weights(plan)
-    if plan.statistic is None or not plan.statistics:
-        return ingredients
     if plan.to_estimate and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
-    total = sum(estimate.sampling.samples or 0 for estimate in plan.to_estimate)
-    progress("estimating curvature", 0, total)
-
-    def step(count: int) -> None:
-        progress("estimating curvature", count, total)
-
+    if plan.curvature:
+        ingredients = replace(ingredients, curvature=gather_statistics(plan, "outputs", plan.curvature, progress))
+    if plan.statistic is None or not plan.statistics:
+        return ingredients
     if plan.statistic == "projected":
+        step = _announced(plan.statistics, progress)
         bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
         projected = [
             StateDict(f"{NAMES['projected']} of {entry.model.label}", project_fisher(entry, bases, on_samples=step))
-            for entry in plan.to_estimate
+            for entry in plan.statistics
+            if isinstance(entry, Estimate)
         ]
         return replace(ingredients, statistics=projected, bases=bases)
-    kind = "kronecker" if plan.statistic == "gram" else plan.statistic
-    files = []
-    for entry in plan.statistics:
+    return replace(ingredients, statistics=gather_statistics(plan, plan.statistic, plan.statistics, progress))
+
+
+def gather_statistics(
+    plan: Plan, statistic: Statistic, entries: Sequence[Source | Estimate], progress: Progress
+) -> list[TensorSource]:
+    """One file of statistics per model, opened; estimated now where there is none.
+
+    Raises:
+        MismatchError, CheckpointError, StatisticsError: one is damaged or does not fit.
+    """
+    step = _announced(entries, progress)
+    opened = []
+    for entry, model in zip(entries, plan.models, strict=True):
         if isinstance(entry, Estimate):
-            path, label = estimate_file(entry, kind, on_samples=step), entry.model.label
-            entry = Source(ModelRef(str(path), label=label), label, frozenset({path.name}))
-        files.append(entry)
-    return replace(ingredients, statistics=_open_measured(plan, files))
+            path = estimate_file(entry, kind_of(statistic), on_samples=step)
+        else:
+            path = entry.fetch(statistics_name(entry, statistic))
+        label = f"{NAMES[statistic]} of {model.label} ({path.name})"
+        opened.append(open_statistics(path, label, statistic, plan.shapes, plan.architecture.canonical))
+    return opened
+
+
+def _announced(entries: Sequence[Source | Estimate], progress: Progress) -> Callable[[int], None]:
+    """A stage of its own for what is to be estimated: takes the number of samples done."""
+    total = sum(entry.sampling.samples or 0 for entry in entries if isinstance(entry, Estimate))
+    progress("estimating curvature", 0, total)
+    return lambda count: progress("estimating curvature", count, total)
 
 
 def _open_weights(plan: Plan) -> Ingredients:
@@ -97,17 +115,6 @@ def _open_checkpoint(plan: Plan, source: Source) -> Checkpoint:
     checkpoint = Checkpoint(source.label, paths, plan.architecture.canonical)
     check_checkpoint(plan.shapes, checkpoint)
     return checkpoint
-
-
-def _open_measured(plan: Plan, files: Sequence[Source]) -> list[TensorSource]:
-    """One file of statistics per model."""
-    opened = []
-    for source, model in zip(files, plan.models, strict=True):
-        assert plan.statistic
-        path = source.fetch(statistics_name(source, plan.statistic))
-        label = f"{NAMES[plan.statistic]} of {model.label} ({path.name})"
-        opened.append(open_statistics(path, label, plan.statistic, plan.shapes, plan.architecture.canonical))
-    return opened
 
 
 def _check_not_the_base(base: TensorSource, model: TensorSource) -> None:

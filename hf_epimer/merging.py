@@ -41,6 +41,7 @@ class Ingredients:
         weights: l_t >= 0; normalised to sum to 1 on use.
         statistics: per task, or None; a parameter missing there has no statistics. Tensors are named as in `PARTS`.
         bases: parameter -> the tagged basis in which statistics were taken; empty to compute bases as they are needed.
+        curvature: per task, that of every linear layer's outputs, for a calibration; empty without one.
     """
 
     base: TensorSource
@@ -48,6 +49,7 @@ class Ingredients:
     weights: Sequence[float]
     statistics: Sequence[TensorSource] | None = None
     bases: Mapping[str, TaggedBasis] = field(default_factory=dict)
+    curvature: Sequence[TensorSource] = ()
 
     def sources(self) -> list[TensorSource]:
         """All of them."""

@@ -23,6 +23,7 @@ import torch
 
 from hf_epimer import pushing
 from hf_epimer.adapting import dense_layers, write_merged_adapter
+from hf_epimer.calibrating import calibrated_layers
 from hf_epimer.card import merge_card
 from hf_epimer.checkpoints import TensorSource, read_json
 from hf_epimer.config import MergeRecipe, is_repo_id, recipe_to_json
@@ -160,6 +161,8 @@ def _merge_into(
     else:
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients.base)
         stream = dense_layers(plan, ingredients, dtype, on_layer)
+        if plan.calibration:
+            stream = calibrated_layers(stream, plan, ingredients, folder, progress)
         write_tensors(folder, plan.shapes, dtype, map(passed, stream))
         _write_json(folder / "config.json", _output_config(plan, dtype))
         _copy_processor(plan.base, folder)
@@ -238,8 +241,13 @@ def _totals(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if any("eta" in layer for layer in layers):
         totals["eta"] = math.fsum(layer.get("eta", 0.0) for layer in layers)
+    if solved:
         totals["steps"] = sum(layer["steps"] for layer in solved)
-        totals["worst_condition"] = max((layer["condition"] for layer in solved), default=1.0)
+        totals["worst_condition"] = max(layer.get("condition", 1.0) for layer in solved)
+    if calibrated := [layer for layer in layers if "calibration_size" in layer]:
+        totals["calibrated"] = len(calibrated)
+        totals["calibration_steps"] = sum(layer["calibration_steps"] for layer in calibrated)
+        totals["largest_calibration"] = max(layer["calibration_size"] for layer in calibrated)
     if factored := [layer for layer in layers if "cut_off" in layer]:
         totals["largest_rank"] = max(layer["out_rank"] for layer in factored)
         totals["largest_cut_off"] = max(layer["cut_off"] for layer in factored)
@@ -258,7 +266,11 @@ def _diagnostics(report: MergeReport) -> dict[str, str]:
         shown["layers with capped rank"] = str(len(totals["capped"]))
     if "eta" in totals:
         shown["curvature heterogeneity eta"] = f"{totals['eta']:.4g}"
+    if "steps" in totals:
         shown["solver steps, all layers"] = str(totals["steps"])
+    if "calibrated" in totals:
+        shown["calibrated layers"] = str(totals["calibrated"])
+        shown["largest change of a layer by calibration"] = f"{totals['largest_calibration']:.1%} of its weight"
     if "largest_rank" in totals:
         shown["largest rank of a merged layer"] = str(totals["largest_rank"])
         shown["largest part of a layer's norm cut off"] = f"{totals['largest_cut_off']:.2%}"

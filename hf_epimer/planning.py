@@ -37,7 +37,7 @@ from hf_epimer.resolving import (
     weight_names,
 )
 from hf_epimer.statistics.estimation import Estimate
-from hf_epimer.statistics.finding import find_statistics, statistics_name
+from hf_epimer.statistics.finding import find_images, find_statistics, statistics_name
 from hf_epimer.tasks import Task, benchmark_tasks, infer_task, load_task_file
 from hf_epimer.writing import check_target
 
@@ -46,7 +46,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that has been resolved and checked, with nothing read but configs and file lists."""
+    """A merge that has been resolved and checked, with nothing read but configs and file lists.
+
+    Attributes:
+        statistics: what the method needs of every model, or nothing.
+        calibration: every model's images, where the merge is to be calibrated; `curvature` of its outputs beside them.
+    """
 
     recipe: MergeRecipe
     method: Method
@@ -57,6 +62,8 @@ class Plan:
     weights: tuple[float, ...]
     tower: dict[str, Any]
     architecture: Architecture = CLIP_VISION
+    calibration: tuple[Estimate, ...] = ()
+    curvature: tuple[Source | Estimate, ...] = ()
 
     @property
     def statistic(self) -> Statistic | None:
@@ -74,14 +81,20 @@ class Plan:
         return self.only_adapters and not self.recipe.dense
 
     @property
-    def measured(self) -> tuple[Source, ...]:
-        """Files of statistics that are there."""
-        return tuple(entry for entry in self.statistics if isinstance(entry, Source))
+    def wanted(self) -> list[tuple[Statistic, Source | Estimate]]:
+        """All statistics that will be read: those of the method and those of a calibration."""
+        found: list[tuple[Statistic, Source | Estimate]] = [("outputs", entry) for entry in self.curvature]
+        return [*((self.statistic, entry) for entry in self.statistics if self.statistic), *found]
 
     @property
-    def to_estimate(self) -> tuple[Estimate, ...]:
+    def measured(self) -> list[tuple[Statistic, Source]]:
+        """Statistics in files that are there."""
+        return [(statistic, entry) for statistic, entry in self.wanted if isinstance(entry, Source)]
+
+    @property
+    def to_estimate(self) -> list[tuple[Statistic, Estimate]]:
         """Statistics that are not."""
-        return tuple(entry for entry in self.statistics if isinstance(entry, Estimate))
+        return [(statistic, entry) for statistic, entry in self.wanted if isinstance(entry, Estimate)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -106,20 +119,23 @@ class Plan:
             "options": vars(self.recipe.options) if self.recipe.options else {},
             "writes": "adapter" if self.writes_adapter else "checkpoint",
             "weights": list(self.weights),
-            "statistics": [str(source) for source in self.measured],
+            "statistics": [str(source) for _, source in self.measured],
             "to_estimate": [
-                f"{self.statistic} of {entry.model.label}: {entry.sampling.samples} samples of {entry.task.dataset}, "
-                f"split {entry.split}"
-                for entry in self.to_estimate
+                f"{statistic} of {entry.model.label}: {_samples_of(entry)}" for statistic, entry in self.to_estimate
             ],
+            "calibrate_on": [f"{entry.model.label}: {_samples_of(entry)}" for entry in self.calibration],
             "parameters": len(self.shapes),
             "matrices": len(matrices),
             "capped_ranks": capped,
             "bytes_to_read": sum(s.sizes.get(name, 0) for s in sources for name in weight_names(s))
-            + sum(s.sizes.get(statistics_name(s, self.statistic), 0) for s in self.measured if self.statistic),
+            + sum(source.sizes.get(statistics_name(source, statistic), 0) for statistic, source in self.measured),
             "out": str(target_folder(self.recipe)),
             "push_to": self.recipe.push_to,
         }
+
+
+def _samples_of(estimate: Estimate) -> str:
+    return f"{estimate.sampling.samples} samples of {estimate.task.dataset}, split {estimate.split}"
 
 
 def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan:
@@ -161,7 +177,13 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
     _check_distinct(base, models)
     for source in (base, *models):
         weight_names(source)
-    statistics = find_statistics(recipe, method, options, base, models, tasks, statistics_optional)
+    if recipe.calibrate and not full and not recipe.dense:
+        raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
+    found_for = (base, models, tasks)
+    statistics = find_statistics(recipe, method.statistic(options), method.name, *found_for, statistics_optional)
+    calibration = find_images(recipe, *found_for) if recipe.calibrate else ()
+    own = replace(recipe, fisher=())
+    curvature = find_statistics(own, "outputs", "--calibrate", *found_for, False) if recipe.calibrate else ()
     pinned = replace(
         recipe,
         options=options,
@@ -170,7 +192,18 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
         fisher=tuple(s.pinned for s in statistics if isinstance(s, Source)) if recipe.fisher else (),
         tasks=tuple(str(Path(task).absolute()) for task in recipe.tasks),
     )
-    plan = Plan(pinned, method, base, tuple(models), statistics, tuple(tasks), weights, tower)
+    plan = Plan(
+        pinned,
+        method,
+        base,
+        tuple(models),
+        statistics,
+        tuple(tasks),
+        weights,
+        tower,
+        calibration=calibration,
+        curvature=curvature,
+    )
     for source in (base, *full):  # what lies here already can be checked now
         if source.ref.is_local:
             paths = [source.fetch(name) for name in weight_names(source)]
@@ -189,7 +222,8 @@ def with_method(plan: Plan, method: Method, options: Any) -> Plan:
         StatisticsError, UsageError: as in `make_plan`.
     """
     recipe = replace(plan.recipe, method=method.name, options=options)
-    statistics = find_statistics(recipe, method, options, plan.base, plan.models, plan.tasks, False)
+    needs = method.statistic(options)
+    statistics = find_statistics(recipe, needs, method.name, plan.base, plan.models, plan.tasks, False)
     return replace(plan, recipe=recipe, method=method, statistics=statistics)
 
 

@@ -35,6 +35,8 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=absent, help="samples per task where curvature must be estimated; default 256"
     )
+    what = "solve layers again in forward order, on --samples images of every task"
+    parser.add_argument("--calibrate", action="store_true", default=absent, help=what)
     parser.add_argument("--evaluate", action="store_true", default=absent, help="measure the merge on its tasks")
     parser.add_argument("--task", nargs="+", action="extend", default=absent, metavar="FILE", help="task files")
     parser.add_argument("--out", default=absent, metavar="DIR", help="folder to write; default ./merged-METHOD")
@@ -90,8 +92,8 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     if arguments.get("method", method.name) != method.name:
         arguments.pop("options")
     arguments |= {"method": method.name, "options": _options(given, method, arguments.get("options"))}
-    plain = ("samples", "evaluate", "out", "overwrite", "push_to", "private", "create_pr", "device", "dtype", "seed")
-    arguments |= {name: given[name] for name in (*plain, "exact", "out_rank", "dense") if name in given}
+    plain = {item.name for item in fields(MergeRecipe)} - {"models", "base", "method", "weights", "fisher", "tasks"}
+    arguments |= {name: given[name] for name in plain if name in given}
     if "base" in given:
         arguments["base"] = ModelRef.parse(given["base"])
     if "weights" in given:
@@ -146,6 +148,8 @@ def _run_merge(namespace: argparse.Namespace) -> None:
     )
     if totals["capped"]:
         console.print(f"rank capped at floor(min(m, n) / T) in {len(totals['capped'])} of them: {totals['capped'][0]}")
+    if "calibrated" in totals:
+        console.print(f"calibrated {totals['calibrated']} layers on {recipe.samples} images a task")
     if "largest_rank" in totals:
         cut = f"at most {totals['largest_cut_off']:.1%} of a layer's norm cut off"
         console.print(f"largest rank {totals['largest_rank']}, {cut}")

@@ -3,6 +3,7 @@
     FisherDiagonal     (1/N) sum_n G_n o G_n                                       shaped like the parameter   (eq 9)
     SquaredMean        ((1/N) sum_n G_n) o itself: the paper's weak baseline       shaped like the parameter
     KroneckerFactors   A = mean over tokens of x x^T,  S = (1/N) sum_n sum_t g g^T            n x n and m x m
+                       and (1/N) sum_n |g_t|^2 of every position t                            as many as positions
     ProjectedFisher    (1/N) sum_n z_n z_n^T,  z_n = S^T vec(G_n) = sum_t (U^T left) o (V^T right)      p x p
 
 With A a mean and S a sum over tokens, A (x) S has the scale of E[vec(G) vec(G)^T] where tokens are uncorrelated. An
@@ -76,7 +77,7 @@ class SquaredMean:
 
 
 class KroneckerFactors:
-    """A and S of every matrix; the names of `hf_epimer.methods.base.PARTS`. A alone is RegMean's Gram matrix."""
+    """A, S and |g_t|^2 of every matrix, named as in `hf_epimer.methods.base.PARTS`; A is RegMean's Gram matrix."""
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
         self.matrices = {name for name, shape in shapes.items() if len(shape) == 2}
@@ -86,6 +87,7 @@ class KroneckerFactors:
         if name not in self.matrices or not isinstance(gradient, Outer):
             return
         left, right = gradient.left.flatten(0, 1), gradient.right.flatten(0, 1)
+        _add(self.sums, f"{name}.positions", gradient.left.square().sum((0, 2)))
         _add(self.sums, f"{name}.input_factor", (right.mT @ right) / gradient.right.shape[1])
         _add(self.sums, f"{name}.output_factor", left.mT @ left)
 

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from huggingface_hub import constants
+from PIL import Image
 from torch import Tensor
 
-from hf_epimer.data import ImageBatches, data_revision, read_samples
+from hf_epimer.data import ImageBatches, Samples, data_revision, read_samples
 from hf_epimer.heads import classifier_for, load_tower
 from hf_epimer.hub import Source
 from hf_epimer.methods.base import Statistic
@@ -192,23 +193,39 @@ def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) 
     Raises:
         EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
     """
-    task, sampling = estimate.task, estimate.sampling
-    is_local = Path(task.dataset).is_absolute()
+    task = estimate.task
     with accelerator.main_process_first():  # one process fetches, the others find everything in place
         vision = model_folder(estimate.model)
-        samples = read_samples(
-            task,
-            estimate.split,
-            limit=sampling.samples,
-            fraction=sampling.fraction,
-            seed=sampling.seed,
-            revision=None if is_local else estimate.revision,
-            streaming=bool(sampling.streaming),
-        )
+        samples = _samples(estimate)
         model = classifier_for(load_tower(vision, estimate.base), estimate.base, task, samples.class_names)
     subject = Subject(model, model.vision_names())
     share = (accelerator.process_index, accelerator.num_processes)
     return subject, ImageBatches(samples, model.pixels, batch_size, share)
+
+
+def images_of(estimate: Estimate, pixels: Callable[[list[Image.Image]], Tensor], batch_size: int = 32) -> ImageBatches:
+    """The samples that an estimate is taken on, for other uses.
+
+    Args:
+        pixels: pictures -> a model's input.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    return ImageBatches(_samples(estimate), pixels, batch_size)
+
+
+def _samples(estimate: Estimate) -> Samples:
+    sampling = estimate.sampling
+    return read_samples(
+        estimate.task,
+        estimate.split,
+        limit=sampling.samples,
+        fraction=sampling.fraction,
+        seed=sampling.seed,
+        revision=None if Path(estimate.task.dataset).is_absolute() else estimate.revision,
+        streaming=bool(sampling.streaming),
+    )
 
 
 def _metadata(estimate: Estimate, samples: int) -> StatisticsMetadata:

@@ -35,14 +35,22 @@ FILE_OF: dict[Statistic, str] = {
     "fisher": "fisher.safetensors",
     "kronecker": "kronecker.safetensors",
     "gram": "kronecker.safetensors",
+    "outputs": "kronecker.safetensors",
     "projected": "",
 }
-"""Statistic -> the file that holds it; a Gram matrix is the input factor, a projection is of one merge only."""
+"""Statistic -> the file that holds it; Gram matrices are the input factors. A projection is of one merge only."""
+
+
+def kind_of(statistic: Statistic) -> Statistic:
+    """The statistic that is measured where this one is needed: a file holds more than one."""
+    return next(kind for kind in FORMATS if FILE_OF[kind] == FILE_OF[statistic])
+
 
 NAMES: dict[Statistic, str] = {
     "fisher": "Fisher information",
     "gram": "Gram matrices",
     "kronecker": "Kronecker factors",
+    "outputs": "curvature of the outputs",
     "projected": "projected Fisher information",
 }
 """What messages call them."""
@@ -107,33 +115,32 @@ def open_statistics(
         MismatchError: names or shapes are unlike the model's.
         StatisticsError: it says of itself that it holds something else.
     """
-    suffixes = [".rows", ".columns", *(suffix for suffix in PARTS[statistic].values() if suffix)]
-    if statistic == "gram":
-        suffixes.append(".output_factor")
+    wanted = [".rows", ".columns", *PARTS[statistic].values()]
+    stored = {suffix for parts in PARTS.values() for suffix in parts.values()} | {".rows", ".columns"}
 
     def renamed(name: str) -> str | None:
-        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
+        suffix = next((suffix for suffix in stored if suffix and name.endswith(suffix)), "")
         own = canonical(name.removesuffix(suffix))
-        return None if own is None or (statistic == "gram" and suffix == ".output_factor") else own + suffix
+        return None if own is None or (suffix and suffix not in wanted) else own + suffix
 
     checkpoint = Checkpoint(label, [path], renamed)
     own_format = checkpoint.metadata.get("format", "")
-    expected = FORMATS["kronecker" if statistic == "gram" else statistic]
+    expected = FORMATS[kind_of(statistic)]
     if own_format in FORMATS.values() and own_format != expected:
         raise StatisticsError(f"{label}: {path} holds {own_format}, and {expected} is needed")
     if own_format != expected:
         logger.warning("%s: %s carries no %s metadata; taken as it is", label, path, expected)
     source = _RankOne(checkpoint, shapes) if checkpoint.metadata.get("compress") == "rank1" else checkpoint
-    check_shapes(_expected_shapes(statistic, shapes), source, "the file")
+    lengths = (shape for name, shape in source.shapes.items() if name.endswith(".positions"))
+    check_shapes(_expected_shapes(statistic, shapes, next(lengths, ())), source, "the file")
     return source
 
 
-def _expected_shapes(statistic: Statistic, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+def _expected_shapes(statistic: Statistic, shapes: Mapping[str, Shape], positions: Shape) -> dict[str, Shape]:
     if statistic == "fisher":
         return dict(shapes)
-    sides = {"input": 1, "output": 0}
     return {
-        name + suffix: (shape[sides[part]],) * 2
+        name + suffix: {"input": shape[1:] * 2, "output": shape[:1] * 2, "positions": positions}[part]
         for name, shape in shapes.items()
         if len(shape) == 2
         for part, suffix in PARTS[statistic].items()

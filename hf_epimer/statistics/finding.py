@@ -8,25 +8,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hf_epimer import hub
 from hf_epimer.config import MergeRecipe, ModelRef
 from hf_epimer.data import is_large
 from hf_epimer.errors import DataError, HubError, NotFoundError, StatisticsError, UsageError
+from hf_epimer.heads import check_head
 from hf_epimer.hub import Source
-from hf_epimer.methods import METHODS, Method
+from hf_epimer.methods import METHODS
 from hf_epimer.methods.base import Statistic
 from hf_epimer.resolving import has_text_tower
 from hf_epimer.statistics.estimation import Estimate, Sampling
-from hf_epimer.statistics.files import FILE_OF, NAMES
+from hf_epimer.statistics.files import FILE_OF, NAMES, kind_of
 from hf_epimer.tasks import Task
 
 
 def find_statistics(
     recipe: MergeRecipe,
-    method: Method,
-    options: Any,
+    needs: Statistic | None,
+    asked_by: str,
     base: Source,
     models: Sequence[Source],
     tasks: Sequence[Task | None],
@@ -35,18 +35,19 @@ def find_statistics(
     """Where each model's statistics come from; empty when the method needs none.
 
     Args:
+        needs: which ones; None for none.
+        asked_by: the method, for messages.
         optional: empty, too, when none are given and some would have to be estimated or cannot be had.
 
     Raises:
         StatisticsError: there is no way to them, listing the ways and the methods that need none.
     """
-    needs = method.statistic(options)
     if recipe.fisher and needs == "projected":
         raise UsageError("--fisher: the projected metric is measured anew for every merge, no file can hold it")
     if needs is None:
         if recipe.fisher:
             users = ", ".join(m.name for m in METHODS.values() if m.needs)
-            raise UsageError(f"--fisher: {method.name} uses no Fisher information; {users} do")
+            raise UsageError(f"--fisher: {asked_by} uses no Fisher information; {users} do")
         return ()
     given = _given_statistics(recipe, models, needs)
     found: list[Source | Estimate] = []
@@ -74,21 +75,43 @@ def find_statistics(
         else:
             ways.append("name a full CLIP model with --base so that it can be estimated (this one has no text tower)")
         raise StatisticsError(
-            f"{method.name} needs the {NAMES[needs]} of {', '.join(lacking)}: "
+            f"{asked_by} needs the {NAMES[needs]} of {', '.join(lacking)}: "
             f"{', '.join(ways[needs == 'projected' :])}{''.join(reasons[:1])}, or choose a method that needs no data: "
             f"{free}"
         )
     return tuple(found)
 
 
+def find_images(
+    recipe: MergeRecipe, base: Source, models: Sequence[Source], tasks: Sequence[Task | None]
+) -> tuple[Estimate, ...]:
+    """The images of every model's task on which a merge is calibrated: those that curvature is estimated on.
+
+    Raises:
+        UsageError: a model's task is not known.
+    """
+    found = []
+    for model, task in zip(models, tasks, strict=True):
+        if task is None:
+            raise UsageError(
+                f"{model}: to calibrate, its task must be known: label it (dtd={model.ref.location}) or add --task FILE"
+            )
+        check_head(base, task)
+        found.append(_estimate(recipe, base, model, task))
+    return tuple(found)
+
+
+def _estimate(recipe: MergeRecipe, base: Source, model: Source, task: Task) -> Estimate:
+    return Estimate(model, base, task, Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task)))
+
+
 def _cached_or_estimate(
     recipe: MergeRecipe, needs: Statistic, base: Source, model: Source, task: Task
 ) -> Source | Estimate:
-    sampling = Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task))
-    estimate = Estimate(model, base, task, sampling)
+    estimate = _estimate(recipe, base, model, task)
     if needs == "projected":
         return estimate
-    path = estimate.cached("kronecker" if needs == "gram" else needs)
+    path = estimate.cached(kind_of(needs))
     return _statistics_source(ModelRef(str(path), label=model.label), needs) if path.is_file() else estimate
 
 

@@ -1,0 +1,343 @@
+"""Calibration: a merge's linear layers solved again in forward order, on images of every task.
+
+A merge is made layer by layer from weights, so every layer meets inputs that its neighbours have changed and nobody
+told it about. Calibration goes through the merged tower from front to back. At each linear layer, x is what the merged
+tower gives it on images of task t, y what task t's own tower makes of the same images there:
+
+    minimise sum_t g_t sum_{n, s} pi_ts (y_ns - (W + E) x_ns)^T S_t (y_ns - (W + E) x_ns) + rho |E|^2
+
+with S_t the curvature of task t's loss in the layer's outputs (Kronecker factor) and pi_ts how much of it sits at
+position s of the sequence; without pi the last block would be fitted to patches that nobody reads. Where the output is
+added to the residual stream, y contains what the stream itself is off by. Biases belong to W (x has a 1 in it). Labels
+enter through S_t and pi alone. `hf_epimer.numerics.regression` solves it; rho = 0.1 and S_t mixed with the identity by
+4 : 1 are defaults that were not tuned to any set of tasks.
+
+Related: RegMean (inputs of the tuned towers, S_t = I, pi = 1, all layers at once).
+
+Memory: two towers, the sums of one layer, and the hidden states of all images in files that are mapped into memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_epimer.architectures import Architecture, Stage
+from hf_epimer.checkpoints import TensorSource
+from hf_epimer.classifier import PREFIX, load_processor, load_vision, preprocess
+from hf_epimer.data import Batch
+from hf_epimer.errors import DataError
+from hf_epimer.gathering import Progress
+from hf_epimer.merging import Ingredients, MergedLayer, is_finite
+from hf_epimer.numerics.regression import anchored_step
+from hf_epimer.planning import Plan
+from hf_epimer.resolving import base_folder, processor_folder
+from hf_epimer.statistics.estimation import images_of
+
+RHO = 0.1
+"""How strongly a layer is held at its merge, in units of the mean squared input."""
+
+SHARE = 0.8
+"""Of S_t in its mixture with the identity."""
+
+OnStep = Callable[[int, int], None]
+"""(steps done since the last call, steps in all)."""
+
+
+@dataclass(frozen=True)
+class CalibrationTask:
+    """What calibration reads of one task: its weights, the curvature of its outputs, and its images, read once."""
+
+    tuned: TensorSource
+    curvature: TensorSource
+    images: Iterable[Batch]
+
+
+@torch.no_grad()
+def calibrate(
+    tower: nn.Module,
+    tasks: Sequence[CalibrationTask],
+    weights: Sequence[float],
+    architecture: Architecture,
+    workspace: Path,
+    *,
+    rho: float = RHO,
+    share: float = SHARE,
+    on_step: OnStep = lambda done, total: None,
+) -> dict[str, dict[str, Any]]:
+    """Solve every linear layer of a merged tower again, in place.
+
+    Args:
+        tower: the merge, in evaluation mode, on the device where it is to be done.
+        tasks: one per merged checkpoint.
+        weights: l_t, summing to 1.
+        workspace: a folder for hidden states, 8 bytes times images times positions times width.
+        rho, share: as above; products are summed in float32, so rho should stay well above 1e-4.
+        on_step: progress; a step is one task in one stage of one block.
+
+    Returns:
+        Canonical name of every solved weight -> solver steps, residual and the step's norm relative to the weight.
+
+    Raises:
+        DataError: a task has no images.
+        ArithmeticError: a solution is not finite.
+    """
+    other = copy.deepcopy(tower)  # takes the tuned weights of one task after the other
+    blocks, others = (list(own.get_submodule(architecture.blocks).children()) for own in (tower, other))
+    pairs = (tower, blocks[0]), (other, others[0])
+    runs = [_start(pairs, task, architecture, workspace / str(number)) for number, task in enumerate(tasks)]
+    report: dict[str, dict[str, Any]] = {}
+    total = len(blocks) * len(architecture.stages) * len(tasks)
+    for index, (block, tuned) in enumerate(zip(blocks, others, strict=True)):
+        prefix = f"{architecture.prefix}{architecture.blocks}.{index}."
+        for stage in architecture.stages:
+            sums = []
+            for task, run in zip(tasks, runs, strict=True):
+                _load(tuned, task.tuned, prefix)
+                profiles = {name: _profile(task, prefix + name) for name in stage.modules}
+                sums.append(_moments(block, tuned, stage, run, profiles))
+                on_step(1, total)
+            for name in stage.modules:
+                curvature = [task.curvature.tensor(f"{prefix}{name}.weight.output_factor") for task in tasks]
+                moments = [own[name] for own in sums]
+                report[f"{prefix}{name}.weight"] = _solve(
+                    block.get_submodule(name), moments, curvature, weights, rho, share, prefix + name
+                )
+        for task, run in zip(tasks, runs, strict=True):
+            _load(tuned, task.tuned, prefix)
+            run.advance(block, tuned)
+    return report
+
+
+def calibrated_layers(
+    merged: Iterator[MergedLayer], plan: Plan, ingredients: Ingredients, folder: Path, progress: Progress
+) -> Iterator[MergedLayer]:
+    """A merge's layers, calibrated: all of them are taken before the first is given.
+
+    Args:
+        merged: every parameter of the tower.
+        plan: with a calibration.
+        folder: where hidden states can be kept meanwhile.
+
+    Raises:
+        DataError: what is wrong with the images of a task.
+        ArithmeticError: as in `calibrate`, or a value that does not fit into the merge's type.
+    """
+    layers = {layer.name: layer for layer in merged}
+    tower: nn.Module = load_vision(base_folder(plan.base))
+    parameters = {PREFIX + name.removeprefix(PREFIX): own for name, own in tower.named_parameters()}
+    for name, layer in layers.items():
+        parameters[name].data.copy_(layer.tensor)
+    processor = load_processor(processor_folder(plan.base))
+    tasks = [
+        CalibrationTask(tuned, curvature, images_of(estimate, partial(preprocess, processor)))
+        for tuned, curvature, estimate in zip(ingredients.models, ingredients.curvature, plan.calibration, strict=True)
+    ]
+    workspace = folder / "hidden-states.tmp"
+    report = calibrate(
+        tower.to(plan.recipe.device),
+        tasks,
+        plan.weights,
+        plan.architecture,
+        workspace,
+        on_step=lambda done, total: progress("calibrating", done, total),
+    )
+    shutil.rmtree(workspace)
+    parameters = {PREFIX + name.removeprefix(PREFIX): own for name, own in tower.cpu().named_parameters()}
+    for name, layer in layers.items():
+        value = parameters[name].detach()
+        stored = value.to(layer.tensor.dtype)
+        if not is_finite(stored):
+            raise ArithmeticError(f"{name}: the calibrated values do not fit into {stored.dtype}: try another --dtype")
+        norm = float((value - ingredients.base.tensor(name).to(value)).norm())
+        yield MergedLayer(name, stored, layer.report | report.get(name, {}) | {"merged_norm": norm})
+
+
+# --- the images of one task on their way through both towers --------------------------------------------------------
+
+
+class _Run:
+    """Hidden states of one task's images before some block: in the merged tower and in the task's own."""
+
+    def __init__(self, merged: Tensor, tuned: Tensor, device: torch.device) -> None:
+        self.merged, self.tuned, self.device = merged, tuned, device
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(merged, tuned) hidden states, some images at a time."""
+        for start in range(0, len(self.merged), _BATCH):
+            part = slice(start, start + _BATCH)
+            yield self.merged[part].to(self.device), self.tuned[part].to(self.device)
+
+    def advance(self, block: nn.Module, tuned: nn.Module) -> None:
+        """Through a block, each in its own tower."""
+        for start, (one, two) in zip(range(0, len(self.merged), _BATCH), self.batches(), strict=True):
+            part = slice(start, start + _BATCH)
+            self.merged[part] = block(one, attention_mask=None)
+            self.tuned[part] = tuned(two, attention_mask=None)
+
+
+_BATCH = 32
+"""Images at a time."""
+
+
+def _start(
+    towers: tuple[tuple[nn.Module, nn.Module], tuple[nn.Module, nn.Module]],
+    task: CalibrationTask,
+    architecture: Architecture,
+    workspace: Path,
+) -> _Run:
+    """Through both towers up to their first block.
+
+    Args:
+        towers: the merged one and the one for the task's weights, each with its first block.
+    """
+    _load(towers[1][0], task.tuned, architecture.prefix, but=architecture.blocks)
+    device = next(towers[0][0].parameters()).device
+    states: tuple[list[Tensor], list[Tensor]] = [], []
+    for batch in task.images:
+        pixels = batch.inputs.to(device)
+        for (tower, first), found in zip(towers, states, strict=True):
+            with _caught({first: "in"}) as seen, _stopped():
+                tower(pixel_values=pixels)
+            found.append(seen[first].cpu())
+    if not states[0]:
+        raise DataError(f"{task.tuned.label}: there are no images to calibrate on")
+    workspace.mkdir(parents=True)
+    merged, tuned = (_mapped(workspace / str(number), torch.cat(parts)) for number, parts in enumerate(states))
+    return _Run(merged, tuned, device)
+
+
+def _mapped(path: Path, values: Tensor) -> Tensor:
+    """The same numbers in a file, which the system may put out of memory."""
+    stored = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
+    return stored.copy_(values)
+
+
+def _load(module: nn.Module, source: TensorSource, prefix: str, but: str | None = None) -> None:
+    """Put a checkpoint's weights into a module, except below one of its children."""
+    for name, parameter in module.named_parameters():
+        if but is None or not name.startswith(but + "."):
+            parameter.copy_(source.tensor(prefix + name))
+
+
+# --- what one stage sees --------------------------------------------------------------------------------------------
+
+
+class _Stop(Exception):
+    """All that was wanted of a forward pass has been seen."""
+
+
+@contextmanager
+def _stopped() -> Iterator[None]:
+    try:
+        yield
+    except _Stop:
+        return
+
+
+@contextmanager
+def _caught(wanted: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, Tensor]]:
+    """What goes into (`in`) or comes out of (`out`) some modules in a forward pass, which ends when all is there."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, value: Tensor) -> None:
+        seen[module] = value
+        if len(seen) == len(wanted):
+            raise _Stop
+
+    def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        keep(module, arguments[0])
+
+    def after(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        keep(module, output)
+
+    hooks = [
+        module.register_forward_pre_hook(before) if which == "in" else module.register_forward_hook(after)
+        for module, which in wanted.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class _Moments:
+    """G and C of one layer and one task, sums over images and positions; x has a 1 at its end."""
+
+    gram: Tensor
+    cross: Tensor
+
+
+def _moments(
+    block: nn.Module, tuned: nn.Module, stage: Stage, run: _Run, profiles: Mapping[str, Tensor]
+) -> dict[str, _Moments]:
+    """The sums of every layer of a stage over one task's images."""
+    linears = {name: block.get_submodule(name) for name in stage.modules}
+    first = linears[stage.modules[0]]
+    inputs = {first: "in"}
+    outputs = {tuned.get_submodule(name): "out" for name in stage.modules}
+    if stage.residual:
+        inputs[block.get_submodule(stage.residual)] = "in"
+        outputs[tuned.get_submodule(stage.residual)] = "in"
+    found: dict[str, _Moments] = {}
+    for merged, own in run.batches():
+        with _caught(inputs) as here, _stopped():
+            block(merged, attention_mask=None)
+        with _caught(outputs) as there, _stopped():
+            tuned(own, attention_mask=None)
+        x = here[first]
+        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+        for name, linear in linears.items():
+            off = there[tuned.get_submodule(name)] - linear(here[first])
+            if stage.residual:
+                off += there[tuned.get_submodule(stage.residual)] - here[block.get_submodule(stage.residual)]
+            heard = profiles[name].to(x.device)
+            kept = heard > 0
+            flat = x[:, kept].flatten(0, 1)
+            weighted = (x[:, kept] * heard[kept, None]).flatten(0, 1)
+            gram, cross = (weighted.mT @ flat).double(), (off[:, kept].flatten(0, 1).mT @ weighted).double()
+            if name in found:
+                found[name].gram += gram
+                found[name].cross += cross
+            else:
+                found[name] = _Moments(gram, cross)
+    return found
+
+
+def _profile(task: CalibrationTask, layer: str) -> Tensor:
+    """pi_ts, length positions, of mean 1; flat where the loss does not hear of the layer at all."""
+    heard = task.curvature.tensor(f"{layer}.weight.positions").float()
+    return heard / heard.mean() if bool(heard.any()) else torch.ones_like(heard)
+
+
+def _solve(
+    linear: Any,
+    moments: Sequence[_Moments],
+    curvature: Sequence[Tensor],
+    weights: Sequence[float],
+    rho: float,
+    share: float,
+    name: str,
+) -> dict[str, Any]:
+    """One layer's step, added to it."""
+    grams, crosses = torch.stack([own.gram for own in moments]), torch.stack([own.cross for own in moments])
+    outputs = torch.stack(list(curvature)).to(grams)
+    found = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
+    if not is_finite(found.x):
+        raise ArithmeticError(f"{name}: calibration gave NaN or Inf")
+    step = found.x.to(linear.weight.dtype)
+    relative = float(step[:, :-1].norm() / linear.weight.norm())
+    linear.weight += step[:, :-1]
+    linear.bias += step[:, -1]
+    return {"calibration_steps": found.steps, "calibration_residual": found.residual, "calibration_size": relative}

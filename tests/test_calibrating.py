@@ -1,0 +1,290 @@
+"""Calibration: its regression against a dense reference, its passes against plain forward passes, and the command."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hf_epimer.architectures import CLIP_VISION
+from hf_epimer.calibrating import CalibrationTask, calibrate
+from hf_epimer.checkpoints import StateDict
+from hf_epimer.classifier import load_vision
+from hf_epimer.data import Batch
+from hf_epimer.errors import DataError
+from hf_epimer.numerics.regression import anchored_step
+
+Run = Callable[..., tuple[int, str, str]]
+POSITIONS = 5
+LAYERS = [f"encoder.layers.{i}.{name}" for i in range(2) for stage in CLIP_VISION.stages for name in stage.modules]
+
+
+def spd(size: int, seed: int) -> Tensor:
+    x = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.mT @ x
+
+
+def test_the_step_is_the_dense_solution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    m, n, rho, share = 4, 6, 0.3, 0.7
+    x = [torch.randn(30, n, generator=generator, dtype=torch.float64) for _ in range(3)]
+    off = [torch.randn(30, m, generator=generator, dtype=torch.float64) for _ in range(3)]
+    grams, crosses = torch.stack([a.mT @ a for a in x]), torch.stack([b.mT @ a for a, b in zip(x, off, strict=True)])
+    outputs, weights = torch.stack([spd(m, seed) for seed in range(3)]), [0.5, 0.2, 0.3]
+    system, right = rho * torch.eye(m * n, dtype=torch.float64), torch.zeros(m * n, dtype=torch.float64)
+    for weight, gram, cross, s in zip(weights, grams, crosses, outputs, strict=True):
+        metric = share * s / (s.trace() / m) + (1 - share) * torch.eye(m, dtype=torch.float64)
+        gain = weight / (gram.trace() / n)
+        system += gain * torch.kron(metric, gram)
+        right += gain * (metric @ cross).flatten()
+    expected = torch.linalg.solve(system, right).view(m, n)
+    arguments: dict[str, Any] = {"rho": rho, "share": share, "tolerance": 1e-10}
+    found = anchored_step(grams, crosses, outputs, torch.tensor(weights, dtype=torch.float64), **arguments)
+    assert torch.allclose(found.x, expected, atol=1e-8)
+
+
+def test_no_curvature_counts_as_a_flat_one_and_no_inputs_as_no_task() -> None:
+    gram, cross = spd(3, 0), torch.ones(2, 3, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    flat = anchored_step(gram[None], cross[None], torch.zeros(1, 2, 2).double(), one, rho=0.1, share=0.8).x
+    equal = anchored_step(gram[None], cross[None], torch.eye(2).double()[None], one, rho=0.1, share=0.8).x
+    assert torch.allclose(flat, equal) and bool(flat.any())
+    grams, crosses = torch.stack([gram, 0 * gram]), torch.stack([cross, 0 * cross])
+    outputs = torch.eye(2).double().expand(2, 2, 2)
+    half = anchored_step(grams, crosses, outputs, torch.tensor([0.5, 0.5]).double(), rho=0.05, share=0.8).x
+    assert torch.allclose(half, flat, atol=1e-3)
+
+
+# --- towers ---------------------------------------------------------------------------------------------------------
+
+
+def parameters(tower: nn.Module) -> dict[str, Tensor]:
+    return {f"vision_model.{name}": value.detach().clone() for name, value in tower.named_parameters()}
+
+
+def tuned_tower(base: Path, seed: int) -> nn.Module:
+    tower = load_vision(base)
+    generator = torch.Generator().manual_seed(seed)
+    for value in tower.parameters():
+        value.data += 0.05 * torch.randn(value.shape, generator=generator)
+    return tower
+
+
+def curvature(tower: nn.Module, seed: int, heard: Tensor | None = None) -> StateDict:
+    found = {}
+    for number, name in enumerate(LAYERS):
+        size = len(tower.get_submodule(name).weight)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(seed + number)
+        found[f"vision_model.{name}.weight.output_factor"] = spd(size, seed + number).float()
+        profile = torch.rand(POSITIONS, generator=generator) if heard is None else heard
+        found[f"vision_model.{name}.weight.positions"] = profile
+    return StateDict("curvature", found)
+
+
+def images(seed: int, count: int = 48, batch: int = 16) -> list[Batch]:
+    pixels = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return [
+        Batch(part, torch.zeros(len(part), dtype=torch.long), range(len(part)))
+        for part in pixels.split(batch)
+    ]  # fmt: skip
+
+
+def task_of(tower: nn.Module, seed: int, **options: Any) -> CalibrationTask:
+    heard = options.pop("heard", None)
+    return CalibrationTask(
+        StateDict(f"task {seed}", parameters(tower)), curvature(tower, seed, heard), images(seed, **options)
+    )
+
+
+def calibrated(
+    start: nn.Module, tasks: list[CalibrationTask], folder: Path, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    tower = copy.deepcopy(start)
+    weights = options.pop("weights", [1 / len(tasks)] * len(tasks))
+    return tower, calibrate(tower, tasks, weights, CLIP_VISION, folder, **options)
+
+
+@torch.no_grad()
+def difference(one: nn.Module, two: nn.Module, start: nn.Module) -> float:
+    """Largest, of the linear weights, relative to what calibration changed."""
+    return max(
+        float((one.get_submodule(n).weight - two.get_submodule(n).weight).norm())  # type: ignore[operator]
+        / float((one.get_submodule(n).weight - start.get_submodule(n).weight).norm())  # type: ignore[operator]
+        for n in LAYERS
+    )
+
+
+def test_a_model_calibrated_on_itself_stays_as_it_is(clip_base: Path, tmp_path: Path) -> None:
+    tower = tuned_tower(clip_base, 1)
+    found, report = calibrated(tower, [task_of(tower, 1), task_of(tower, 2)], tmp_path / "w")
+    for name, value in tower.named_parameters():
+        assert torch.allclose(found.get_parameter(name), value, atol=1e-6), name
+    assert len(report) == len(LAYERS) and all(entry["calibration_size"] < 1e-5 for entry in report.values())
+
+
+def test_one_task_without_a_pull_gets_its_own_features_back(clip_base: Path, tmp_path: Path) -> None:
+    """With T = 1 the base can be brought to give what the tuned model gives, on the very same images."""
+    start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
+    for own in (tuned, start):  # all that calibration does not touch is equal here
+        own.load_state_dict({k: v for k, v in load_vision(clip_base).state_dict().items() if "proj" not in k}, False)
+    task = task_of(tuned, 1, count=200)
+    found, _ = calibrated(start, [task], tmp_path / "w", rho=1e-6)
+    pixels = torch.cat([batch.inputs for batch in task.images])
+    with torch.no_grad():
+        wanted, before, after = (own(pixel_values=pixels).pooler_output for own in (tuned, start, found))
+    assert float((after - wanted).norm()) < 0.02 * float((before - wanted).norm())
+
+
+def test_the_order_of_tasks_and_the_batches_do_not_matter(clip_base: Path, tmp_path: Path) -> None:
+    start = load_vision(clip_base)
+    towers = {seed: tuned_tower(clip_base, seed) for seed in (1, 2, 3)}
+    forward, _ = calibrated(start, [task_of(towers[s], s) for s in (1, 2, 3)], tmp_path / "a", weights=[0.5, 0.3, 0.2])
+    tasks = [task_of(towers[s], s, batch=7) for s in (3, 1, 2)]
+    other, _ = calibrated(start, tasks, tmp_path / "b", weights=[0.2, 0.5, 0.3])
+    assert difference(forward, other, start) < 0.02
+    equal, _ = calibrated(start, [task_of(towers[s], s) for s in (1, 2, 3)], tmp_path / "c")
+    assert difference(forward, equal, start) > 0.05
+
+
+def test_the_first_stages_are_the_regressions_that_they_claim_to_be(clip_base: Path, tmp_path: Path) -> None:
+    """Queries of the first block, and its output projection with the stream's own error, from plain forward passes."""
+    start, tuned = load_vision(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    tasks = [task_of(tower, seed) for seed, tower in enumerate(tuned, 1)]
+    found, _ = calibrated(start, tasks, tmp_path / "w", rho=0.1, share=0.8)
+    half = copy.deepcopy(start)  # as the tower is when the output projection is solved
+    for name in ("q_proj", "k_proj", "v_proj"):
+        source = found.get_submodule(f"encoder.layers.0.self_attn.{name}")
+        half.get_submodule(f"encoder.layers.0.self_attn.{name}").load_state_dict(source.state_dict())
+    for layer, tower in (("self_attn.q_proj", start), ("self_attn.out_proj", half)):
+        name = f"encoder.layers.0.{layer}"
+        grams, crosses, outputs = [], [], []
+        for own, task in zip(tuned, tasks, strict=True):
+            pixels = torch.cat([batch.inputs for batch in task.images])
+            here, there = seen(tower, name, pixels), seen(own, name, pixels)
+            off = there["out"] - here["out"]
+            if layer.endswith("out_proj"):
+                off = off + there["stream"] - here["stream"]
+            heard = task.curvature.tensor(f"vision_model.{name}.weight.positions")
+            scale = (heard / heard.mean()).repeat(len(pixels)).double()
+            x = torch.cat([here["in"], torch.ones(*here["in"].shape[:2], 1)], dim=2).flatten(0, 1).double()
+            grams.append((x * scale[:, None]).mT @ x)
+            crosses.append(off.flatten(0, 1).double().mT @ (x * scale[:, None]))
+            outputs.append(task.curvature.tensor(f"vision_model.{name}.weight.output_factor").double())
+        step = anchored_step(
+            torch.stack(grams), torch.stack(crosses), torch.stack(outputs), torch.tensor([0.5, 0.5]).double(),
+            rho=0.1, share=0.8, tolerance=1e-8,
+        ).x  # fmt: skip
+        linear, before = found.get_submodule(name), start.get_submodule(name)
+        changed = torch.cat([linear.weight - before.weight, (linear.bias - before.bias)[:, None]], 1).detach()  # type: ignore[operator,union-attr,index]
+        assert float((changed - step).norm() / step.norm()) < 2e-3, layer
+
+
+@torch.no_grad()
+def seen(tower: nn.Module, name: str, pixels: Tensor) -> dict[str, Tensor]:
+    """Input and output of a layer, and the stream before the first block."""
+    found: dict[str, Tensor] = {}
+    layer = tower.get_submodule(name)
+    hooks = [
+        layer.register_forward_hook(lambda m, inputs, output: found.update({"in": inputs[0], "out": output})),
+        tower.get_submodule("encoder.layers.0.layer_norm1").register_forward_pre_hook(
+            lambda m, inputs: found.update(stream=inputs[0])
+        ),
+    ]
+    tower(pixel_values=pixels)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_positions_that_nobody_hears_do_not_count(clip_base: Path, tmp_path: Path) -> None:
+    start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
+    first = torch.zeros(POSITIONS)
+    first[0] = 1.0
+    found, _ = calibrated(start, [task_of(tuned, 1, heard=first, count=64)], tmp_path / "a", rho=1e-3)
+    pixels = torch.cat([batch.inputs for batch in images(1, count=64)])
+    errors = [seen(own, "encoder.layers.0.self_attn.q_proj", pixels)["out"] for own in (found, tuned, start)]
+    after, before = ((errors[i] - errors[1]).square().sum((0, 2)) for i in (0, 2))
+    assert float(after[0]) < 1e-4 * float(before[0]) and float(after[1:].sum()) > 0.1 * float(before[1:].sum())
+
+
+def test_a_task_without_images_is_an_error(clip_base: Path, tmp_path: Path) -> None:
+    tower = tuned_tower(clip_base, 1)
+    task = task_of(tower, 1)
+    with pytest.raises(DataError, match="there are no images to calibrate on"):
+        calibrated(tower, [CalibrationTask(task.tuned, task.curvature, [])], tmp_path / "w")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    tasks = ("--task", clip_zoo / "a.json", clip_zoo / "b.json")
+    models = (f"a={clip_zoo / 'a'}", f"b={clip_zoo / 'b'}", "--base", clip_zoo / "base")
+    return ("merge", *models, *tasks, "--method", "tsv-m", "--samples", 24, "--calibrate")
+
+
+def test_calibrate_from_the_command(words: tuple[object, ...], run: Run, tmp_path: Path, clip_zoo: Path) -> None:
+    code, out, err = run(*words, "--out", tmp_path / "m", "--evaluate")
+    assert code == 0, err
+    assert "calibrated 12 layers on 24 images a task" in out
+    files = {path.name for path in (tmp_path / "m").iterdir()}
+    assert "model.safetensors" in files and not any(name.endswith(".tmp") for name in files)
+    report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
+    assert report["totals"]["calibrated"] == 12
+    base, merged = (load_file(folder / "model.safetensors") for folder in (clip_zoo / "a", tmp_path / "m"))
+    entry = next(layer for layer in report["layers"] if layer["name"].endswith("layers.0.mlp.fc1.weight"))
+    original = parameters(load_vision(clip_zoo / "base"))[entry["name"]]
+    assert entry["merged_norm"] == pytest.approx(float((merged[entry["name"]] - original).norm()), rel=1e-4)
+    assert merged.keys() == base.keys()
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "Then calibrated" in card and "24 training images" in card and "| calibrated layers | 12 |" in card
+    again = run("merge", "--config", tmp_path / "m" / "merge_config.json", "--out", tmp_path / "n")
+    assert again[0] == 0, again[2]
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (tmp_path / "n" / "model.safetensors").read_bytes()
+    plain = run(*words[:-1], "--out", tmp_path / "p")
+    assert plain[0] == 0 and (tmp_path / "p" / "model.safetensors").read_bytes() != again
+    assert not torch.equal(load_file(tmp_path / "p" / "model.safetensors")[entry["name"]], merged[entry["name"]])
+
+
+def test_calibration_brings_the_merge_closer_to_every_task(
+    words: tuple[object, ...], run: Run, tmp_path: Path, clip_zoo: Path
+) -> None:
+    """Features on images that were not calibrated on, against each task's own model."""
+    assert run(*words, "--out", tmp_path / "m")[0] == 0
+    assert run(*words[:-1], "--out", tmp_path / "p")[0] == 0
+    pixels = torch.cat([batch.inputs for batch in images(9)])
+    with torch.no_grad():
+        plain, better = (load_vision(tmp_path / n)(pixel_values=pixels).pooler_output for n in ("p", "m"))
+        goals = [load_vision(clip_zoo / n)(pixel_values=pixels).pooler_output for n in "ab"]
+    far = sum(float((plain - goal).square().sum()) for goal in goals)
+    near = sum(float((better - goal).square().sum()) for goal in goals)
+    assert near < far
+
+
+def test_what_calibration_cannot_do_is_said_before_any_work(
+    words: tuple[object, ...], run: Run, tmp_path: Path, clip_zoo: Path
+) -> None:
+    nameless = ("merge", clip_zoo / "a", clip_zoo / "b", "--base", clip_zoo / "base", "--method", "mean", "--calibrate")
+    code, _, err = run(*nameless, "--out", tmp_path / "m")
+    assert code == 2 and "to calibrate, its task must be known" in err
+    code, out, _ = run(*words, "--out", tmp_path / "m", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0 and len(plan["calibrate_on"]) == 2 and "24 samples" in plan["calibrate_on"][0]
+    assert any(line.startswith("outputs of a") for line in plan["to_estimate"])
+    bare = tmp_path / "bare"  # a base without a text tower
+    shutil.copytree(clip_zoo / "a", bare)
+    code, _, err = run(*words, "--base", bare, "--out", tmp_path / "m")
+    assert code == 1 and "no text tower" in err
+    assert not (tmp_path / "m").exists()
