@@ -210,6 +210,18 @@ def epimer_core(
     return base.double() + u @ core @ v.mT
 
 
+def wudi(base: Tensor, tuned: list[Tensor], weights: list[float], rho: float) -> Tensor:
+    """The minimum of its objective plus rho times the mean curvature times |D - sum of task vectors|^2, in vec(D)."""
+    deltas = [w.double() - base.double() for w in tuned]
+    start = len(tuned) * sum(w * d for w, d in zip(weights, deltas))
+    curvatures = [w * d.mT @ d / d.square().sum() for w, d in zip(weights, deltas)]
+    pull = rho * sum(curvatures).trace() / len(curvatures[0])
+    eye = torch.eye(len(base), dtype=torch.float64)
+    system = torch.kron(eye, sum(curvatures)) + pull * torch.eye(base.numel(), dtype=torch.float64)
+    right = sum(d @ a for d, a in zip(deltas, curvatures)) + pull * start
+    return base.double() + torch.linalg.solve(system, right.flatten()).view(base.shape)
+
+
 def relative_error(found: Tensor, expected: Tensor, base: Tensor) -> float:
     """Of the merged task vector, in the Frobenius norm: the base would hide any error."""
     delta = expected.double() - base.double()

@@ -304,7 +304,7 @@ def test_large_data_sets_are_streamed(
     monkeypatch.setattr(data, "LARGE", 100)
     assert data.is_large(task) and not data.is_large(load_task_file(clip_zoo / "a.json"))
     plan = make_plan(MergeRecipe((ModelRef("org/vit-b32-dtd"), ModelRef("org/vit-b32-svhn"))))
-    assert all(estimate.sampling.streaming for estimate in plan.to_estimate) and len(plan.to_estimate) == 2
+    assert all(estimate.sampling.streaming for _, estimate in plan.to_estimate) and len(plan.to_estimate) == 2
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
     words = ["fisher", "org/vit-b32-dtd", "--task", "dtd", "--streaming", "--samples", "6", "--out", "f.safetensors"]
     done = subprocess.run(

@@ -17,6 +17,7 @@ from hf_epimer.methods.linear import NANConfig, TaskArithmeticConfig
 from hf_epimer.methods.regmean import RegMeanConfig
 from hf_epimer.methods.ties import TIESConfig
 from hf_epimer.methods.tsv import TSVMConfig
+from hf_epimer.methods.wudi import WUDIConfig
 from hf_epimer.numerics.subspace import tagged_basis
 
 ALL = list(METHODS)
@@ -374,6 +375,13 @@ def test_epimer_core_of_diagonal_curvature_is_epimers_kronecker_metric() -> None
     atoms = EpiMerConfig(rank=3, metric="kronecker", aggregator="mean", damping=0.0)
     epimer = merge_state_dicts(base, tuned, config=atoms, statistics=measured, exact=True)
     assert torch.allclose(core["w"], epimer["w"], atol=1e-6) and bool(core["w"].any())
+
+
+@pytest.mark.parametrize("damping", [0.1, 10.0])
+def test_wudi_minimises_its_objective(base_state: StateDict, damping: float) -> None:
+    tuned, weights = models(base_state), [0.5, 0.2, 0.3]
+    expected = reference.wudi(base_state[MATRIX], [m[MATRIX] for m in tuned], weights, damping)
+    assert error("wudi", expected, base_state, tuned, weights=weights, config=WUDIConfig(damping=damping)) < 1e-5
 
 
 def test_dare_keeps_the_mean_and_the_share() -> None:

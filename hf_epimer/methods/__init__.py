@@ -17,6 +17,7 @@ from hf_epimer.methods.linear import MEAN, NAN, TASK_ARITHMETIC
 from hf_epimer.methods.regmean import REGMEAN
 from hf_epimer.methods.ties import TIES
 from hf_epimer.methods.tsv import TSV_M
+from hf_epimer.methods.wudi import WUDI
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
         REGMEAN,
         GRADIENT_MATCHING,
         NAN,
+        WUDI,
         FRECHET_LORA,
     )
 }
