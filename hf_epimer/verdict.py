@@ -61,7 +61,8 @@ def verdict(labels: Sequence[str], totals: Sequence[RankTotals], gram: Tensor) -
     1. eta below `HARDLY` of F(c_bar), the flat mean's spread: curvature hardly matters, whatever the metric does.
        Above it, but below once every H_t has the same trace: only the sizes of the tasks' curvatures act, as one weight
        per task and layer; mostly so where equal traces leave less than half. Else directions act too. eta is what the
-       Fréchet mean saves of the second-order loss, so it bounds what there is to win; it promises no accuracy.
+       Fréchet mean saves of the second-order loss, so it bounds what there is to win; it promises no accuracy. Where it
+       is little, what is lost is lost between layers, which eta does not see and calibration does.
     2. A task whose curvature (l_t tr H_t) is more than `STEEPEST` times the average of the others pulls the merge.
     3. R_S above the matrices' V_S: what the basis leaves out costs more than what the tasks disagree about within it.
        Then the rank with the smallest R_S is named if it is smaller by a tenth than at the largest rank; else a higher
@@ -80,6 +81,11 @@ def verdict(labels: Sequence[str], totals: Sequence[RankTotals], gram: Tensor) -
     return (*words, _directions(labels, gram))
 
 
+_CALIBRATE = (
+    "With images of every task, --calibrate mends what layers do to each other, which no metric of one layer sees."
+)
+
+
 def _curvature_matters(last: RankTotals) -> str:
     assert last.curvature
     share, equal = last.curvature.share, last.curvature.share_trace
@@ -88,10 +94,10 @@ def _curvature_matters(last: RankTotals) -> str:
         return "Curvature has nothing to act on: no matrix was changed and has Fisher information that is not zero."
     isotropy = f"isotropy deviation {last.isotropy[0]:.2f} on average, {last.isotropy[1]:.2f} at most"
     if share < HARDLY:
-        return f"Curvature will hardly matter: {numbers}, {isotropy}. tsv-m needs no data and should do as well."
+        return f"Curvature will hardly matter: {numbers}, {isotropy}. tsv-m needs no data and should do as well. {_CALIBRATE}"
     numbers += f", {equal:.1%} once every task's curvature has the same trace; {isotropy}."
     if equal < HARDLY:
-        return f"Curvature acts only as one weight per task and layer: {numbers}"
+        return f"Curvature acts only as one weight per task and layer: {numbers} {_CALIBRATE}"
     return f"Curvature can matter{', mostly as one weight per task and layer' if 2 * equal < share else ''}: {numbers}"
 
 
