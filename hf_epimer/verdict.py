@@ -94,7 +94,8 @@ def _curvature_matters(last: RankTotals) -> str:
         return "Curvature has nothing to act on: no matrix was changed and has Fisher information that is not zero."
     isotropy = f"isotropy deviation {last.isotropy[0]:.2f} on average, {last.isotropy[1]:.2f} at most"
     if share < HARDLY:
-        return f"Curvature will hardly matter: {numbers}, {isotropy}. tsv-m needs no data and should do as well. {_CALIBRATE}"
+        advice = f"tsv-m needs no data and should do as well. {_CALIBRATE}"
+        return f"Curvature will hardly matter: {numbers}, {isotropy}. {advice}"
     numbers += f", {equal:.1%} once every task's curvature has the same trace; {isotropy}."
     if equal < HARDLY:
         return f"Curvature acts only as one weight per task and layer: {numbers} {_CALIBRATE}"

@@ -143,6 +143,15 @@ def test_one_task_without_a_pull_gets_its_own_features_back(clip_base: Path, tmp
     assert float((after - wanted).norm()) < 0.02 * float((before - wanted).norm())
 
 
+def test_a_strong_pull_leaves_the_merge_as_it_is(clip_base: Path, tmp_path: Path) -> None:
+    start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
+    held, _ = calibrated(start, [task_of(tuned, 1)], tmp_path / "a", rho=1e8)
+    free, _ = calibrated(start, [task_of(tuned, 1)], tmp_path / "b")
+    name = "encoder.layers.1.mlp.fc2.weight"
+    assert torch.allclose(held.get_parameter(name), start.get_parameter(name), atol=1e-6)
+    assert not torch.allclose(free.get_parameter(name), start.get_parameter(name), atol=1e-3)
+
+
 def test_the_order_of_tasks_and_the_batches_do_not_matter(clip_base: Path, tmp_path: Path) -> None:
     start = load_vision(clip_base)
     towers = {seed: tuned_tower(clip_base, seed) for seed in (1, 2, 3)}
