@@ -93,10 +93,11 @@ def calibrate(
     """
     other = copy.deepcopy(tower)  # takes the tuned weights of one task after the other
     blocks, others = (list(own.get_submodule(architecture.blocks).children()) for own in (tower, other))
+    total = len(blocks) * len(architecture.stages) * len(tasks)
+    on_step(0, total)
     pairs = (tower, blocks[0]), (other, others[0])
     runs = [_start(pairs, task, architecture, workspace / str(number)) for number, task in enumerate(tasks)]
     report: dict[str, dict[str, Any]] = {}
-    total = len(blocks) * len(architecture.stages) * len(tasks)
     for index, (block, tuned) in enumerate(zip(blocks, others, strict=True)):
         prefix = f"{architecture.prefix}{architecture.blocks}.{index}."
         for stage in architecture.stages:
@@ -138,10 +139,8 @@ def calibrated_layers(
     for name, layer in layers.items():
         parameters[name].data.copy_(layer.tensor)
     processor = load_processor(processor_folder(plan.base))
-    tasks = [
-        CalibrationTask(tuned, curvature, images_of(estimate, partial(preprocess, processor)))
-        for tuned, curvature, estimate in zip(ingredients.models, ingredients.curvature, plan.calibration, strict=True)
-    ]
+    images = [images_of(estimate, partial(preprocess, processor)) for estimate in plan.calibration]
+    tasks = list(map(CalibrationTask, ingredients.models, ingredients.curvature, images))
     workspace = folder / "hidden-states.tmp"
     report = calibrate(
         tower.to(plan.recipe.device),
@@ -152,6 +151,8 @@ def calibrated_layers(
         on_step=lambda done, total: progress("calibrating", done, total),
     )
     shutil.rmtree(workspace)
+    for seen in images:
+        seen.report_broken()
     parameters = {PREFIX + name.removeprefix(PREFIX): own for name, own in tower.cpu().named_parameters()}
     for name, layer in layers.items():
         value = parameters[name].detach()
@@ -306,13 +307,18 @@ def _moments(
             kept = heard > 0
             flat = x[:, kept].flatten(0, 1)
             weighted = (x[:, kept] * heard[kept, None]).flatten(0, 1)
-            gram, cross = (weighted.mT @ flat).double(), (off[:, kept].flatten(0, 1).mT @ weighted).double()
+            gram, cross = _precise(weighted.mT @ flat), _precise(off[:, kept].flatten(0, 1).mT @ weighted)
             if name in found:
                 found[name].gram += gram
                 found[name].cross += cross
             else:
                 found[name] = _Moments(gram, cross)
     return found
+
+
+def _precise(sums: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none (Apple's)."""
+    return (sums.cpu() if sums.device.type == "mps" else sums).double()
 
 
 def _profile(task: CalibrationTask, layer: str) -> Tensor:
@@ -336,7 +342,7 @@ def _solve(
     found = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
     if not is_finite(found.x):
         raise ArithmeticError(f"{name}: calibration gave NaN or Inf")
-    step = found.x.to(linear.weight.dtype)
+    step = found.x.to(linear.weight)
     relative = float(step[:, :-1].norm() / linear.weight.norm())
     linear.weight += step[:, :-1]
     linear.bias += step[:, -1]

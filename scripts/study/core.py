@@ -67,11 +67,12 @@ ROWS: dict[str, list[Row]] = {
     ],
     "calibrated": [
         after("calibrated tsv-m", "tsv-m", TSV),
-        after("calibrated mean", "mean", {}),
         after("calibrated core", "epimer-core", {"rank": 16}),
+        after("calibrated mean", "mean", {}),
+    ],
+    "choices": [
         after("calibrated tsv-m, rho 0.03", "tsv-m", TSV, rho=0.03),
         after("calibrated tsv-m, rho 0.3", "tsv-m", TSV, rho=0.3),
-        after("calibrated tsv-m, rho 1", "tsv-m", TSV, rho=1.0),
         after("calibrated tsv-m, S = I", "tsv-m", TSV, share=0.0),
         after("calibrated tsv-m, share 0.5", "tsv-m", TSV, share=0.5),
         after("calibrated tsv-m, share 0.95", "tsv-m", TSV, share=0.95),
