@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from hf_epimer.commands.recipes import recipe_of
 from hf_epimer.commands.terminal import (
     Command,
     add_output_arguments,
@@ -13,7 +14,7 @@ from hf_epimer.commands.terminal import (
     silence_libraries,
     without_layers,
 )
-from hf_epimer.errors import OutputError, UsageError
+from hf_epimer.errors import OutputError
 
 if TYPE_CHECKING:
     from hf_epimer.diagnosis import Diagnosis
@@ -37,21 +38,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(namespace: argparse.Namespace) -> None:
-    from hf_epimer.config import MergeRecipe, ModelRef
     from hf_epimer.diagnosis import REPORT, diagnose
     from hf_epimer.plots import MISSING
 
-    if not namespace.models:
-        raise UsageError("give the checkpoints, before flags that take several values: hf-epimer diagnose REF REF")
-    recipe = MergeRecipe(
-        models=tuple(map(ModelRef.parse, namespace.models)),
-        base=ModelRef.parse(namespace.base) if namespace.base else None,
-        weights=tuple(namespace.weights) if namespace.weights else None,
-        fisher=tuple(map(ModelRef.parse, namespace.fisher)),
-        overwrite=namespace.overwrite,
-        tasks=tuple(namespace.task),
-        **({} if namespace.samples is None else {"samples": namespace.samples}),
-    )
+    recipe = recipe_of(namespace, "diagnose", **({} if namespace.samples is None else {"samples": namespace.samples}))
     silence_libraries()
     with progress_bar(namespace.quiet or namespace.json) as progress:
         found = diagnose(

@@ -7,8 +7,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from hf_epimer.commands.merge import method_options
+from hf_epimer.commands.recipes import recipe_of
 from hf_epimer.commands.terminal import Command, add_output_arguments, progress_bar, silence_libraries
-from hf_epimer.errors import OutputError, UsageError
+from hf_epimer.errors import OutputError
 
 if TYPE_CHECKING:
     from hf_epimer.sweep_report import SweepReport
@@ -53,26 +54,16 @@ def _rank(word: str) -> Any:
 
 
 def _run(namespace: argparse.Namespace) -> None:
-    from hf_epimer.config import MergeRecipe, ModelRef
     from hf_epimer.grid import Grid
     from hf_epimer.plots import MISSING
     from hf_epimer.sweep_report import REPORT
     from hf_epimer.sweeping import sweep
 
-    if not namespace.models:
-        raise UsageError("give the checkpoints, before flags that take several values: hf-epimer sweep REF REF")
     given = vars(namespace)
     options = {name: given[name] for name in method_options() if name in given and name not in ("rank", "alpha")}
+    more = {name: given[name] for name in ("samples", "device", "dtype", "seed", "exact") if name in given}
+    recipe = recipe_of(namespace, "sweep", **more)
     grid = Grid(tuple(namespace.method), tuple(namespace.rank), tuple(namespace.alpha), options)
-    recipe = MergeRecipe(
-        models=tuple(map(ModelRef.parse, namespace.models)),
-        base=ModelRef.parse(namespace.base) if namespace.base else None,
-        weights=tuple(namespace.weights) if namespace.weights else None,
-        fisher=tuple(map(ModelRef.parse, namespace.fisher)),
-        overwrite=namespace.overwrite,
-        tasks=tuple(namespace.task),
-        **{name: given[name] for name in ("samples", "device", "dtype", "seed", "exact") if name in given},
-    )
     silence_libraries()
     with progress_bar(namespace.quiet or namespace.json) as progress:
         found = sweep(recipe, grid, namespace.out, progress, limit=namespace.limit, test=namespace.test)
