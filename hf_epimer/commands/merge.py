@@ -36,6 +36,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=absent, help="samples per task where curvature must be estimated; default 256"
     )
     parser.add_argument("--evaluate", action="store_true", default=absent, help="measure the merge on its tasks")
+    parser.add_argument("--limit", type=int, default=absent, metavar="N", help="with --evaluate: test images per task")
     parser.add_argument("--task", nargs="+", action="extend", default=absent, metavar="FILE", help="task files")
     parser.add_argument("--out", default=absent, metavar="DIR", help="folder to write; default ./merged-METHOD")
     parser.add_argument("--overwrite", action="store_true", default=absent, help="replace a non-empty --out")
@@ -91,7 +92,7 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
         arguments.pop("options")
     arguments |= {"method": method.name, "options": _options(given, method, arguments.get("options"))}
     plain = ("samples", "evaluate", "out", "overwrite", "push_to", "private", "create_pr", "device", "dtype", "seed")
-    arguments |= {name: given[name] for name in (*plain, "exact", "out_rank", "dense") if name in given}
+    arguments |= {name: given[name] for name in (*plain, "limit", "exact", "out_rank", "dense") if name in given}
     if "base" in given:
         arguments["base"] = ModelRef.parse(given["base"])
     if "weights" in given:
