@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_epimer.config import MergeRecipe, ModelRef
-    from hf_epimer.demo import zoo_folder
+    from hf_epimer.demo import ZOO_TASKS, zoo_folder
     from hf_epimer.demo.zoo import make_zoo
     from hf_epimer.diagnosis import Diagnosis, diagnose
     from hf_epimer.errors import EpimerError
@@ -47,6 +47,7 @@ _HOMES = {
     "Plan": "planning",
     "SweepReport": "sweep_report",
     "Task": "tasks",
+    "ZOO_TASKS": "demo",
     "Results": "evaluation",
     "accuracy": "evaluation",
     "diagnose": "diagnosis",
@@ -67,6 +68,7 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "ZOO_TASKS",
     "Diagnosis",
     "EpiMerConfig",
     "EpimerError",

@@ -1,6 +1,6 @@
 """What a checkpoint sees in a picture: `predict(model, images, task)`.
 
-    p_c = softmax_c(exp(logit_scale) * <z, t_c>)          z, t_c as in `classifier`
+p_c = softmax_c(exp(logit_scale) * <z, t_c>)          z, t_c as in `classifier`
 """
 
 from __future__ import annotations

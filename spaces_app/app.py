@@ -24,20 +24,25 @@ def main() -> None:
     import jobs
     from choosing import Zoo
     from desk import Desk
-    from page import STYLE, build_page, theme
+    from page import LAYOUT, STYLE, build_page, theme
+    from zoo_maker import ZooMaker
 
     desk = Desk(settings, workspace, Zoo.here())
-    page = build_page(desk)
+    maker = ZooMaker(desk.zoo)
+    page = build_page(desk, maker)
     page.queue(max_size=20, default_concurrency_limit=4)
     page.launch(
         theme=theme(),
         css_paths=STYLE,
+        head=LAYOUT,
         footer_links=["api"],
         max_file_size="20mb",
         show_error=True,
+        ssr_mode=False,  # on a Space as everywhere else
         prevent_thread_lock=True,
     )
     jobs.warm_up()  # only now, so that the page is there first
+    maker.start()
     page.block_thread()
 
 

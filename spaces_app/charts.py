@@ -127,8 +127,13 @@ def guesses(rows: Sequence[tuple[str, Mapping[str, float]]], mark: str, truth: s
                 f"<div class='ep-guess{right}'><span>{escape(label)}</span><b>{_percent(share, 0)}%</b>"
                 f"<div class='ep-track'><div class='ep-fill' style='width:{100 * share:.1f}%'></div></div></div>"
             )
-        cards.append(f"<div class='ep-card {_mine(name, mark)}'><h4>{escape(name)}</h4>{''.join(lines)}</div>")
-    return f"<div class='ep-cards'>{''.join(cards)}</div>"
+        verdict = ""
+        if truth:
+            hit = next(iter(classes)) == truth
+            verdict = f"<small class='{'ep-hit' if hit else ''}'>{'right' if hit else 'wrong'}</small>"
+        title = f"<h4>{escape(name)}{verdict}</h4>"
+        cards.append(f"<div class='ep-card {_mine(name, mark)}'>{title}{''.join(lines)}</div>")
+    return f"<div class='ep-cards ep-guesses'>{''.join(cards)}</div>"
 
 
 def matrix(
@@ -141,7 +146,6 @@ def matrix(
     caption: str = "",
     corner: str = "",
     best: tuple[str, str] | None = None,
-    narrow: bool = False,
 ) -> str:
     """Numbers on coloured ground, the stronger the closer to `top`; below zero in the other colour.
 
@@ -151,10 +155,9 @@ def matrix(
         digits, scale: how a number is written.
         corner: above the row names.
         best: the framed cell.
-        narrow: no numbers in the cells, but as their titles.
     """
     columns = list(dict.fromkeys(column for own in rows.values() for column in own))
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    head = "".join(f"<th title='{escape(column)}'>{escape(column)}</th>" for column in columns)
     lines = []
     for name, own in rows.items():
         cells = []
@@ -167,13 +170,12 @@ def matrix(
             hue = "var(--ep-accent)" if value >= 0 else "var(--ep-second)"
             text = f"{scale * value:.{digits}f}"
             frame = " class='ep-best'" if best == (name, column) else ""
-            ground = f"background:color-mix(in oklab, {hue} {round(8 + 72 * strength)}%, transparent)"
-            cells.append(f"<td{frame} style='{ground}' title='{text}'>{'' if narrow else text}</td>")
+            ground = f"background:color-mix(in oklab, {hue} {round(8 + 55 * strength)}%, transparent)"
+            cells.append(f"<td{frame} style='{ground}'>{text}</td>")
         lines.append(f"<tr><th scope='row'>{escape(name)}</th>{''.join(cells)}</tr>")
-    kind = "ep-matrix ep-narrow" if narrow else "ep-matrix"
     return (
-        f"<figure class='ep-figure'><div class='ep-scroll'><table class='{kind}'><thead><tr><th>{escape(corner)}</th>"
-        f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        "<figure class='ep-figure'><div class='ep-scroll'><table class='ep-matrix'><thead><tr>"
+        f"<th>{escape(corner)}</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -191,7 +193,7 @@ def lines(
     places = sorted({place for own in series.values() for place in own})
     values = [value for own in series.values() for value in own.values()]
     low, high = 10 * int(10 * min(values)), min(100, 10 * int(10 * max(values) + 1))
-    width, height, left, foot = 560, 240, 40, 34
+    width, height, left, foot = 560, 240, 54, 40
     across = (width - left - 16) / max(1, len(places) - 1)
 
     def x(place: float) -> float:

@@ -12,7 +12,7 @@ import jobs
 from choosing import TYPED, ZOO, as_data_url
 from desk import Desk
 
-from hf_epimer import EpimerError
+from hf_epimer import ZOO_TASKS, EpimerError
 
 LOOK_SECONDS = 60
 PLACEHOLDER = "dtd=org/vit-b32-dtd\nsvhn=org/vit-b32-svhn@main"
@@ -36,7 +36,7 @@ class Chooser:
 
 def build_chooser(desk: Desk) -> Chooser:
     """Lay it out and wire it."""
-    tasks = list(desk.zoo.tasks)
+    tasks = list(ZOO_TASKS)
     with gr.Group(elem_classes="ep-chooser"):
         with gr.Row(elem_classes="ep-tight"):
             source = gr.Radio([ZOO, TYPED], value=ZOO, label="Checkpoints from", min_width=220, scale=1)
@@ -87,7 +87,7 @@ def build_chooser(desk: Desk) -> Chooser:
 def zoo_strip(desk: Desk) -> str:
     """What the zoo's models were tuned on: a few pictures and two numbers each."""
     cards = []
-    for name, accuracy in desk.zoo.tasks.items():
+    for name, accuracy in desk.zoo.accuracies.items():
         pictures = "".join(
             f"<img src='{as_data_url(picture)}' alt='{escape(label)}' title='{escape(label)}'>"
             for picture, label in desk.zoo.pictures(name)

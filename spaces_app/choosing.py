@@ -16,7 +16,7 @@ import pyarrow.parquet
 import yaml
 from settings import Settings
 
-from hf_epimer import EpimerError, MergeRecipe, ModelRef, zoo_folder
+from hf_epimer import ZOO_TASKS, EpimerError, MergeRecipe, ModelRef, zoo_folder
 
 ZOO, TYPED = "Demo zoo", "Hugging Face Hub"
 """Where checkpoints come from."""
@@ -63,8 +63,8 @@ class Zoo:
         return (self.folder / "zoo.json").is_file()
 
     @property
-    def tasks(self) -> dict[str, Any]:
-        """Task -> accuracies of base and fine-tuned model on its test set."""
+    def accuracies(self) -> dict[str, dict[str, float]]:
+        """Task -> accuracies of base (`zero_shot`) and fine-tuned model on its test set; empty before it is made."""
         if not self.is_ready:
             return {}
         content: dict[str, Any] = json.loads((self.folder / "zoo.json").read_text(encoding="utf-8"))["tasks"]
@@ -72,8 +72,7 @@ class Zoo:
 
     def wish(self, names: list[str]) -> Wish:
         """Some of its models."""
-        known = list(self.tasks)
-        chosen = [name for name in known if name in names]
+        chosen = [name for name in ZOO_TASKS if name in names]
         return Wish(
             models=tuple(ModelRef(str(self.folder / name), label=name) for name in chosen),
             base=ModelRef(str(self.folder / "base")),

@@ -17,7 +17,7 @@ from starting import build_starter, failed, steps, wire
 from hf_epimer import EpimerError
 
 RANKS = (4, 8, 16, 32)
-PLACES = 2
+PLACES = 3
 
 WELCOME = (
     "<div class='ep-welcome'><h3>Look before you merge</h3><p>Do the tasks pull in different directions? How many "
@@ -31,9 +31,8 @@ _MATRIX = re.compile(r"layers\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+?)(?:_proj)?\.we
 def build_diagnosis_tab(desk: Desk, chooser: Chooser) -> None:
     """Lay it out and wire it."""
     starter = build_starter("diagnose", "Diagnose")
-    status = gr.HTML("")
     result = gr.HTML(WELCOME, elem_id="diagnose-result")
-    with gr.Accordion("All numbers", open=False):
+    with gr.Accordion("All numbers", open=False, visible=False) as after:
         numbers = gr.JSON(show_label=False)
 
     def run(
@@ -46,9 +45,9 @@ def build_diagnosis_tab(desk: Desk, chooser: Chooser) -> None:
             yield failed(jobs.as_sentence(error), PLACES)
             return
         for shown, found in steps(desk, request, "diagnose", PLACES, "diagnosis", wish, RANKS):
-            yield shown or ("", _shown(found), found)
+            yield shown or ("", _shown(found), gr.update(visible=True), found)
 
-    wire(desk, starter, run, chooser.inputs, [status, result, numbers])
+    wire(desk, starter, run, chooser.inputs, [starter.status, result, after, numbers])
 
 
 def _shown(found: dict[str, Any]) -> str:

@@ -46,7 +46,6 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
                 0, 500, value=200, step=50, label="Test images per task", info="To measure accuracy; 0 for none"
             )
         with gr.Column(scale=7, min_width=300, elem_classes="ep-result"):
-            status = gr.HTML("", elem_id="merge-status")
             result = gr.HTML(WELCOME, elem_id="merge-result")
             with gr.Column(visible=False) as after:
                 download = gr.DownloadButton("Download the merged model (zip)", variant="secondary")
@@ -91,7 +90,7 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
         starter,
         run,
         [*chooser.inputs, method, images],
-        [status, merged, result, after, download, card, numbers],
+        [starter.status, merged, result, after, download, card, numbers],
         inputs,
     )
     method.change(

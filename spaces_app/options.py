@@ -72,7 +72,7 @@ def option_inputs(names: list[str]) -> list[Any]:
     own = options_of(DEFAULT_METHOD)
     for name in names:
         option = own.get(name) or all_options()[name]
-        label = name.replace("_", " ")
+        label = name.replace("_", " ").capitalize()
         shown = {"label": label, "visible": name in own, "min_width": 140, **option.updated()}
         if option.choices:
             made.append(gr.Radio(**shown))

@@ -15,6 +15,14 @@ HEAVY = "heavy"
 """The queue of merges, diagnoses and sweeps: one at a time."""
 
 
+_TO_RESULT = """() => {
+  const failed = document.querySelector('#%(what)s-status .ep-notice');
+  if (innerWidth < 700 && !failed)
+    document.getElementById('%(what)s-result').scrollIntoView({behavior: 'smooth', block: 'start'});
+}"""
+"""On a phone the result is below what was chosen."""
+
+
 @dataclass(frozen=True)
 class Starter:
     """The two buttons and the place of the bar; `what` is the name of the work."""
@@ -22,14 +30,16 @@ class Starter:
     what: str
     go: gr.Button
     stop: gr.Button
+    status: gr.HTML
 
 
 def build_starter(what: str, label: str) -> Starter:
     """The buttons, side by side; Cancel appears when there is something to cancel."""
-    with gr.Row(elem_classes="ep-tight"):
+    with gr.Row(elem_classes="ep-start"):
         go = gr.Button(label, variant="primary", size="lg", elem_id=f"{what}-go", min_width=140)
         stop = gr.Button("Cancel", variant="stop", size="lg", visible=False, elem_id=f"{what}-stop", min_width=140)
-    return Starter(what, go, stop)
+    status = gr.HTML("", elem_id=f"{what}-status", elem_classes="ep-status")
+    return Starter(what, go, stop, status)
 
 
 def wire(
@@ -72,7 +82,7 @@ def wire(
         concurrency_id=HEAVY,
         concurrency_limit=1,
         show_progress="hidden",
-    ).then(reset, None, buttons, api_visibility="private", **quietly)
+    ).then(reset, None, buttons, api_visibility="private", js=_TO_RESULT % {"what": starter.what}, **quietly)
     starter.stop.click(cancel, None, status, api_name=f"cancel_{starter.what}", **quietly)
 
 

@@ -37,12 +37,11 @@ def build_sweep_tab(desk: Desk, chooser: Chooser) -> None:
         ranks = gr.CheckboxGroup(list(RANKS), value=[8, 16, 32], label="Ranks", min_width=240, scale=2)
         images = gr.Slider(20, 200, value=60, step=20, label="Validation images per task", min_width=200, scale=2)
     starter = build_starter("sweep", "Sweep")
-    status = gr.HTML("")
     result = gr.HTML(WELCOME, elem_id="sweep-result")
     with gr.Column(visible=False) as after:
         with gr.Row(elem_classes="ep-tight"):
             alpha = gr.Slider(
-                ALPHAS[0], ALPHAS[-1], value=1.0, step=STEP, label="alpha", elem_id="sweep-alpha", min_width=220
+                ALPHAS[0], ALPHAS[-1], value=1.0, step=STEP, label="Alpha", elem_id="sweep-alpha", min_width=220
             )
             rank = gr.Radio(list(RANKS), value=16, label="Rank", min_width=220)
         table = gr.HTML("", elem_id="sweep-table")
@@ -74,7 +73,7 @@ def build_sweep_tab(desk: Desk, chooser: Chooser) -> None:
         starter,
         run,
         [*chooser.inputs, methods, ranks, images],
-        [status, swept, result, after, alpha, rank, numbers],
+        [starter.status, swept, result, after, alpha, rank, numbers],
     )
 
     def at(alpha: float, rank: int | None, swept: dict[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 import charts
@@ -14,7 +15,7 @@ from choosing import ZOO
 from desk import Desk
 from PIL import Image
 
-from hf_epimer import EpimerError
+from hf_epimer import ZOO_TASKS, EpimerError
 
 OWN = "my own classes"
 MOST_CLASSES = 100
@@ -27,12 +28,12 @@ WELCOME = (
 
 def build_try_tab(desk: Desk, chooser: Chooser, merged: gr.State) -> gr.Gallery:
     """Lay it out and wire it; the gallery is to be filled when the zoo is there."""
-    tasks = list(desk.zoo.tasks)
     with gr.Row(elem_classes="ep-columns"):
         with gr.Column(scale=4, min_width=300):
+            gr.HTML("<p class='ep-quiet'>Test pictures of the zoo: choose one.</p>")
             gallery = gr.Gallery(
                 gallery_pictures(desk),
-                label="Test pictures of the zoo",
+                show_label=False,
                 columns=6,
                 height="auto",
                 object_fit="cover",
@@ -45,8 +46,8 @@ def build_try_tab(desk: Desk, chooser: Chooser, merged: gr.State) -> gr.Gallery:
             image = gr.Image(
                 type="pil", label="Picture", sources=["upload", "clipboard"], height=220, elem_id="try-image"
             )
-            task = gr.Dropdown([*tasks, OWN], value=tasks[0] if tasks else OWN, label="Task")
-            classes = gr.Textbox("", label="Class names", placeholder="cat, dog, truck", visible=not tasks)
+            task = gr.Dropdown([*ZOO_TASKS, OWN], value=ZOO_TASKS[0], label="Task")
+            classes = gr.Textbox("", label="Class names", placeholder="cat, dog, truck", visible=False)
             go = gr.Button("Classify", variant="primary", elem_id="try-go")
         with gr.Column(scale=7, min_width=300, elem_classes="ep-result"):
             result = gr.HTML(WELCOME, elem_id="try-result")
@@ -70,7 +71,7 @@ def build_try_tab(desk: Desk, chooser: Chooser, merged: gr.State) -> gr.Gallery:
             if image is None:
                 raise EpimerError("choose a picture first, or bring your own")
             names = _own_classes(classes) if task == OWN else []
-            if not names and task not in _tasks_of(desk, merged):  # never a file of this machine
+            if not names and task not in _tasks_of(merged):  # never a file of this machine
                 raise EpimerError(f"there is no task {task!r} here: choose one of the list, or give your own classes")
             if merged:
                 wish, folder = merged["wish"], merged["folder"]
@@ -78,7 +79,7 @@ def build_try_tab(desk: Desk, chooser: Chooser, merged: gr.State) -> gr.Gallery:
                 if source != ZOO:
                     raise EpimerError("merge these checkpoints first, in the first tab; then try them here")
                 wish, folder = desk.wish(source, zoo_models, typed, base), None
-            asked = "" if names else str(desk.zoo.task_file(task)) if task in desk.zoo.tasks else task
+            asked = "" if names else str(desk.zoo.task_file(task)) if task in ZOO_TASKS else task
             wish = replace(wish, largest=desk.settings.bytes)
             arguments = (wish, folder, image, asked, names, str(desk.workspace.shared))
             found = jobs.wait_for("classify", *arguments, seconds=desk.settings.seconds)
@@ -103,25 +104,22 @@ def build_try_tab(desk: Desk, chooser: Chooser, merged: gr.State) -> gr.Gallery:
     )
     image.input(lambda: "", None, truth, **quietly)
     task.change(lambda name: gr.update(visible=name == OWN), task, classes, **quietly)
-    merged.change(lambda found: gr.update(choices=[*_tasks_of(desk, found), OWN]), merged, task, **quietly)
+    merged.change(lambda found: gr.update(choices=[*_tasks_of(found), OWN]), merged, task, **quietly)
     return gallery
 
 
-def gallery_pictures(desk: Desk) -> list[tuple[Image.Image, str]]:
+def gallery_pictures(desk: Desk) -> list[Image.Image]:
     """Pictures of every task of the zoo, as the gallery shows them."""
-    return [
-        (Image.open(io.BytesIO(desk.zoo.pictures(task)[index][0])), desk.zoo.pictures(task)[index][1])
-        for task, index in _places(desk)
-    ]
+    return [Image.open(io.BytesIO(desk.zoo.pictures(task)[index][0])) for task, index in _places(desk)]
 
 
 def _places(desk: Desk) -> list[tuple[str, int]]:
-    return [(task, index) for task in desk.zoo.tasks for index in range(min(6, len(desk.zoo.pictures(task))))]
+    return [(task, index) for task in desk.zoo.accuracies for index in range(min(6, len(desk.zoo.pictures(task))))]
 
 
-def _tasks_of(desk: Desk, merged: dict[str, Any] | None) -> list[str]:
+def _tasks_of(merged: dict[str, Any] | None) -> list[str]:
     own = [model["task"] for model in merged["models"] if model["task"]] if merged else []
-    return list(dict.fromkeys([*own, *desk.zoo.tasks]))
+    return list(dict.fromkeys([*own, *ZOO_TASKS]))
 
 
 def _own_classes(text: str) -> list[str]:
@@ -136,8 +134,6 @@ def _own_classes(text: str) -> list[str]:
 def _shown(rows: list[tuple[str, dict[str, float]]], task: str, truth: str) -> str:
     known = [classes for _, classes in rows]
     right = truth if known and truth in known[0] else ""
-    said = f"It shows: <b>{charts.escape(right)}</b>. " if right else ""
-    about = (
-        f"<p class='ep-quiet'>{said}The three most probable of {len(known[0])} classes of {charts.escape(task)}.</p>"
-    )
+    said = f"It shows: <b>{escape(right)}</b>. " if right else ""
+    about = f"<p class='ep-quiet'>{said}The three most probable of {len(known[0])} classes of {escape(task)}.</p>"
     return charts.guesses(rows, "merged", right) + about

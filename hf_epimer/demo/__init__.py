@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+ZOO_TASKS = ("shapes", "digits", "textures", "signs")
+"""The zoo's tasks, each with a model of its own; known before it is made."""
+
 
 def zoo_folder() -> Path:
     """Where the zoo is kept: beside the Hub's own cache, so that HF_HOME moves both."""
