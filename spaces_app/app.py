@@ -8,6 +8,8 @@ Imports are within `main`: children are started from this file, too, and need no
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 
 
 def main() -> None:
@@ -43,7 +45,10 @@ def main() -> None:
     )
     jobs.warm_up()  # only now, so that the page is there first
     maker.start()
-    page.block_thread()
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    jobs.end_all()
+    workspace.remove()
 
 
 if __name__ == "__main__":

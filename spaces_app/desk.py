@@ -41,12 +41,15 @@ class Desk:
         if ticket := self.tickets.get((visitor_of(request), what)):
             ticket.cancelled.set()
 
-    def work(self, request: gr.Request, what: str, function: str, *arguments: Any) -> Iterator[jobs.Event]:
-        """Run heavy work with a fresh folder, which stays only if something was put there and there is a result.
+    def work(
+        self, request: gr.Request, what: str, function: str, *arguments: Any, keep: bool = False
+    ) -> Iterator[jobs.Event]:
+        """Run heavy work with a fresh folder as its last argument.
 
         Args:
             what: the name of the button.
-            function: of `work`; it gets `arguments` and the folder as `home`.
+            function: of `work`.
+            keep: the folder, if there is a result; then it takes the place of the visitor's last one.
         """
         key = (visitor_of(request), what)
         ticket = self.tickets.setdefault(key, jobs.Ticket())
@@ -59,7 +62,7 @@ class Desk:
         finally:
             self.running.discard(key)
             self.tickets.pop(key, None)
-            if isinstance(event, jobs.Done) and any(folder.iterdir()):
+            if keep and isinstance(event, jobs.Done):
                 self.workspace.keep(folder)
             else:
                 self.workspace.discard(folder)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +99,12 @@ def run(function: str, *arguments: Any, ticket: Ticket | None = None, seconds: f
     last: Event = Progress()
     try:
         while isinstance(last, Progress):
-            yield last
             if ticket.cancelled.is_set():
                 last = Failed("Cancelled. Nothing was left behind.")
             elif seconds is not None and time.monotonic() - started > seconds:
                 last = Failed(f"This took longer than the {seconds:g} seconds allowed here, and was stopped.")
             else:
+                yield last
                 last = _next_event(ours, last)
     finally:  # also when the page stops listening
         _end(process)
@@ -123,6 +123,14 @@ def wait_for(function: str, *arguments: Any, seconds: float | None = None) -> An
         return last.value
     assert isinstance(last, Failed)
     raise JobError(last.message)
+
+
+def end_all() -> None:
+    """End every child that still works, when the page closes."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+    for process in multiprocessing.active_children():
+        process.join(GRACE)
 
 
 class JobError(Exception):
@@ -170,16 +178,23 @@ def _end(process: Any) -> None:
 def _in_child(pipe: Connection, function: str, arguments: tuple[Any, ...]) -> None:
     from hf_epimer import EpimerError
 
-    signal.signal(signal.SIGTERM, _unwind)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the page, which then ends its children
-    sent = 0.0
+    stopped, sent = False, 0.0
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
 
     def report(share: float, text: str) -> None:
         nonlocal sent
+        if stopped:
+            raise KeyboardInterrupt  # the first one may have come where Python ignores exceptions: in a destructor
         if time.monotonic() - sent > 0.1:
             sent = time.monotonic()
             pipe.send(Progress(share, text))
 
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the page, which then ends its children
     try:
         pipe.send(Done(getattr(import_module("work"), function)(report, *arguments)))
     except (EpimerError, ArithmeticError) as error:
@@ -191,7 +206,3 @@ def _in_child(pipe: Connection, function: str, arguments: tuple[Any, ...]) -> No
     except Exception:
         logger.exception("unexpected error in %s", function)
         pipe.send(Failed("Something went wrong that nobody foresaw. It has been logged; please try something else."))
-
-
-def _unwind(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt

@@ -74,7 +74,7 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
             yield failed(jobs.as_sentence(error), PLACES)
             return
         arguments = (wish, method, options, int(images) or None, str(desk.workspace.shared))
-        for shown, found in steps(desk, request, "merge", PLACES, "merge_and_measure", *arguments):
+        for shown, found in steps(desk, request, "merge", PLACES, "merge_and_measure", *arguments, keep=True):
             yield shown or (
                 "",
                 found,

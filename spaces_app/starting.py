@@ -87,18 +87,19 @@ def wire(
 
 
 def steps(
-    desk: Desk, request: gr.Request, what: str, places: int, function: str, *arguments: Any
+    desk: Desk, request: gr.Request, what: str, places: int, function: str, *arguments: Any, keep: bool = False
 ) -> Iterator[tuple[tuple[Any, ...] | None, Any]]:
     """The events of a job as values for the page.
 
     Args:
         places: outputs beside the bar.
+        keep: as in `Desk.work`.
 
     Yields:
         (values, None) while it runs or when it has failed, with {"error": ...} in the last place; (None, result) at
         the end.
     """
-    for event in desk.work(request, what, function, *arguments):
+    for event in desk.work(request, what, function, *arguments, keep=keep):
         if isinstance(event, jobs.Progress):
             yield (charts.progress_bar(event.share, event.text), *(gr.skip(),) * places), None
         elif isinstance(event, jobs.Failed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -27,7 +26,6 @@ class Workspace:
         os.environ["GRADIO_TEMP_DIR"] = str(self.root)
         self._folders: dict[str, Path] = {}
         self._lock = threading.Lock()
-        atexit.register(self.remove)
 
     @property
     def shared(self) -> Path:
