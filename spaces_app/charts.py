@@ -42,14 +42,15 @@ def notice(text: str, kind: str = "info", detail: str = "") -> str:
     """A sentence in a box: `info`, `good` or `bad`."""
     more = f"<div class='ep-detail'>{escape(detail)}</div>" if detail else ""
     role = "alert" if kind == "bad" else "status"
-    return f"<div class='ep-notice ep-{kind}' role='{role}'><div>{escape(text)}</div>{more}</div>"
+    return f"<div class='ep-news ep-notice ep-{kind}' role='{role}'><div>{escape(text)}</div>{more}</div>"
 
 
 def progress_bar(share: float, text: str) -> str:
     """How far a job is."""
     percent = round(100 * min(1.0, max(0.0, share)))
+    values = f"role='progressbar' aria-valuemin='0' aria-valuemax='100' aria-valuenow='{percent}'"
     return (
-        f"<div class='ep-progress' role='progressbar' aria-valuemin='0' aria-valuemax='100' aria-valuenow='{percent}'>"
+        f"<div class='ep-news ep-progress' {values}>"
         f"<div class='ep-progress-text'><span>{escape(text)}</span><span>{percent}%</span></div>"
         f"<div class='ep-track'><div class='ep-fill' style='width:{percent}%'></div></div></div>"
     )
