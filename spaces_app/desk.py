@@ -13,7 +13,7 @@ import gradio as gr
 import jobs
 from choosing import Wish, Zoo, wish_of
 from settings import Settings
-from workspace import Workspace
+from workspace import Workspace, make_room
 
 
 @dataclass
@@ -53,6 +53,8 @@ class Desk:
         """
         key = (visitor_of(request), what)
         ticket = self.tickets.setdefault(key, jobs.Ticket())
+        if self.settings.on_space:
+            make_room(3 * self.settings.bytes)  # its downloads, its merge, and the zip of that
         folder = self.workspace.fresh(key[0], what)
         self.running.add(key)
         event: jobs.Event = jobs.Failed("")

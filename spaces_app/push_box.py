@@ -46,6 +46,8 @@ def build_push_box(desk: Desk, merged: gr.State) -> None:
             return charts.notice("Sign in with Hugging Face first: the button is above.", "bad")
         return _push(merged, repo, private, token.token)
 
+    if on_space:  # without triggers: when the page is opened
+        gr.on(None, suggest_repo, None, repo, api_visibility="private", queue=False, show_progress="hidden")
     gr.on(
         [go.click, repo.submit],
         push_signed_in if on_space else push_here,
@@ -68,5 +70,9 @@ def _push(merged: dict[str, Any] | None, repo: str, private: bool, token: str | 
     try:
         url = jobs.wait_for("push", merged["folder"], repo.strip(), private, token, seconds=SECONDS)
     except jobs.JobError as error:
-        return charts.notice(str(error), "bad")
+        reason, again, _ = str(error).partition("; the merged folder is complete")  # and where it lies, here
+        what = (
+            "Download the merge above, it is complete; `hf-epimer push` pushes it from your machine." if again else ""
+        )
+        return charts.notice(reason, "bad", what)
     return charts.notice(f"Pushed to {repo.strip()}.", "good", url)

@@ -74,3 +74,19 @@ class Workspace:
         for visitor, folder in known:
             if not folder.exists() or time.time() - folder.stat().st_mtime > KEEP_SECONDS:
                 self.leave(visitor)
+
+
+def make_room(needed: float) -> None:
+    """Empty the caches of models and data sets when there is less space on their disk than one visitor may ask for.
+
+    They are caches: what is needed again is downloaded again. The demo zoo is beside them and stays.
+
+    Args:
+        needed: bytes.
+    """
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HOME)
+    if home.is_dir() and shutil.disk_usage(home).free < needed:
+        for cache in ("hub", "datasets"):
+            shutil.rmtree(home / cache, ignore_errors=True)

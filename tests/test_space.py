@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import write_checkpoint
 from hub_server import StandInHub
+from huggingface_hub import constants
 from PIL import Image
 from space_app import AS_ON_A_SPACE, SpaceApp, signed_in
 from transformers import CLIPVisionModel
@@ -28,6 +29,7 @@ pytest.importorskip("gradio")
 import choosing
 import jobs
 import options
+import workspace
 from gradio_client import Client, handle_file
 from settings import Settings
 
@@ -328,6 +330,35 @@ def test_a_space_is_limited_and_a_home_is_not(monkeypatch: pytest.MonkeyPatch) -
     assert Settings.from_environment() == Settings(True, 900, 8, 8)
     monkeypatch.setenv("EPIMER_SECONDS", "60")
     assert Settings.from_environment().seconds == 60
+
+
+def test_caches_make_room_and_the_zoo_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    for name in ("hub", "datasets", "hf-epimer"):
+        (tmp_path / name / "x").mkdir(parents=True)
+    workspace.make_room(1)
+    assert (tmp_path / "hub" / "x").is_dir()
+    workspace.make_room(1e18)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf-epimer"]
+
+
+def test_folders_of_visitors_come_and_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr(workspace.tempfile, "tempdir", str(tmp_path))
+    own = workspace.Workspace()
+    first, second = own.fresh("ann", "merge"), own.fresh("ann", "merge")
+    own.keep(second)
+    assert not first.exists() and second.exists()
+    own.discard(second)
+    assert not list(own.root.iterdir())
+    late = own.fresh("bob", "merge")
+    monkeypatch.setattr(workspace, "KEEP_SECONDS", -1)
+    own.fresh("ann", "merge")
+    assert not late.parent.exists()
+    own.leave("ann")
+    assert not list(own.root.iterdir())
+    own.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_header_and_requirements_of_the_space() -> None:

@@ -9,12 +9,8 @@ from pathlib import Path
 
 from hf_epimer.errors import UsageError
 
-
-def app_file() -> Path:
-    """The program of the page: inside of the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    places = [package / "spaces_app" / "app.py", package.parent / "spaces_app" / "app.py"]
-    return next(place for place in places if place.is_file())
+APP = Path(__file__).parents[2] / "spaces_app" / "app.py"
+"""The program of the page: beside the package in a checkout, and installed beside it."""
 
 
 def serve() -> None:
@@ -25,6 +21,5 @@ def serve() -> None:
     """
     if find_spec("gradio") is None:
         raise UsageError("the page needs gradio: pip install 'hf-epimer[space]'")
-    file = app_file()
-    sys.path.insert(0, str(file.parent))
-    runpy.run_path(str(file), run_name="__main__")
+    sys.path.insert(0, str(APP.parent))
+    runpy.run_path(str(APP), run_name="__main__")
