@@ -54,7 +54,7 @@ def build_chooser(desk: Desk) -> Chooser:
             )
             with gr.Row(elem_classes="ep-tight"):
                 base = gr.Textbox("", label="Base", placeholder="inferred from the model cards", scale=3, min_width=180)
-                look = gr.Button("Look them up", scale=1, min_width=120)
+                look = gr.Button("Look them up", scale=1, min_width=120, elem_classes="ep-look")
         found = gr.HTML(zoo_strip(desk), elem_classes="ep-found")
 
     def switch(chosen: str) -> tuple[Any, Any, str]:

@@ -71,8 +71,6 @@ def _push(merged: dict[str, Any] | None, repo: str, private: bool, token: str | 
         url = jobs.wait_for("push", merged["folder"], repo.strip(), private, token, seconds=SECONDS)
     except jobs.JobError as error:
         reason, again, _ = str(error).partition("; the merged folder is complete")  # and where it lies, here
-        what = (
-            "Download the merge above, it is complete; `hf-epimer push` pushes it from your machine." if again else ""
-        )
-        return charts.notice(reason, "bad", what)
+        elsewhere = "The merge is complete: download it, and push it from your machine with hf-epimer push."
+        return charts.notice(reason, "bad", elsewhere if again else "")
     return charts.notice(f"Pushed to {repo.strip()}.", "good", url)

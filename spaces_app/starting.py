@@ -108,6 +108,15 @@ def steps(
             yield None, event.value
 
 
+HINTS = {
+    "--base": "Here the base goes into the box below the checkpoints.",
+    "--task FILE": "Here, move the slider of test images to 0 to merge without measuring.",
+    "--fisher": "Here, choose a method that needs none, such as TSV-M.",
+}
+"""Messages name the flags of the command; what that means on the page."""
+
+
 def failed(message: str, places: int) -> tuple[Any, ...]:
     """Values for the page when there is no result; what was there before stays."""
-    return (charts.notice(message, "bad"), *(gr.skip(),) * (places - 1), {"error": message})
+    hints = " ".join(hint for flag, hint in HINTS.items() if flag in message)
+    return (charts.notice(message, "bad", hints), *(gr.skip(),) * (places - 1), {"error": message})
