@@ -78,7 +78,7 @@ def build_sweep_tab(desk: Desk, chooser: Chooser) -> None:
 
     def at(alpha: float, rank: int | None, swept: dict[str, Any] | None) -> str:
         """Every task's accuracy at one alpha and rank of the last sweep."""
-        return _table(swept, alpha, rank) if swept else ""
+        return table_at(swept, alpha, rank) if swept else ""
 
     gr.on(
         [alpha.change, rank.change, swept.change],
@@ -132,7 +132,8 @@ def _shown(found: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _table(found: dict[str, Any], alpha: float, rank: int | None) -> str:
+def table_at(found: dict[str, Any], alpha: float, rank: int | None) -> str:
+    """Every task at one alpha and rank by every method, out of sweep.json."""
     columns: dict[str, dict[str, float]] = {}
     curves: dict[str, dict[float, float]] = {}
     for row in found["results"]:

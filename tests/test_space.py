@@ -29,6 +29,7 @@ pytest.importorskip("gradio")
 import choosing
 import jobs
 import options
+import sweep_tab
 import workspace
 from gradio_client import Client, handle_file
 from settings import Settings
@@ -330,6 +331,20 @@ def test_a_space_is_limited_and_a_home_is_not(monkeypatch: pytest.MonkeyPatch) -
     assert Settings.from_environment() == Settings(True, 900, 8, 8)
     monkeypatch.setenv("EPIMER_SECONDS", "60")
     assert Settings.from_environment().seconds == 60
+
+
+def test_the_slider_shows_the_row_of_its_alpha_and_rank() -> None:
+    def row(method: str, rank: int | None, alpha: float | None, hits: float) -> dict[str, Any]:
+        task = {"one": {"accuracy": hits}}
+        return {"method": method, "rank": rank, "alpha": alpha, "tasks": task, "average": hits}
+
+    rows = [row("epimer", rank, alpha, (rank + alpha) / 100) for rank in (8, 16) for alpha in (0.5, 1.0)]
+    found = {"alphas": [0.5, 1.0], "results": [*rows, row("mean", None, None, 0.77)]}
+    for rank, alpha in ((8, 0.5), (16, 1.0)):
+        table = sweep_tab.table_at(found, alpha, rank)
+        assert all((f">{own['average'] * 100:.1f}<" in table) == (own == row("epimer", rank, alpha, own["average"]))
+                   for own in rows)  # fmt: skip
+        assert "<b>77.0</b>" in table
 
 
 def test_caches_make_room_and_the_zoo_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
