@@ -1,7 +1,7 @@
 """How fast the page opens and how much memory it takes when nobody does anything: `python scripts/bench_space.py`.
 
 The demo zoo must be there (`hf-epimer demo`). Seconds are from the start of the process to the first answer with the
-whole page; memory is of the page and of the server that its work is forked from, after that has imported everything. A
+whole page, beside those that a processor worked for it: on a machine with other work the second number counts; memory is of the page and of the server that its work is forked from, after that has imported everything. A
 page of memory that both have is counted once in the proportional figure (PSS) and twice in the resident one (RSS).
 """
 
@@ -50,6 +50,7 @@ def measure(settle: float) -> float:
             except OSError:
                 time.sleep(0.05)
         seconds = time.monotonic() - started
+        worked = sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
         time.sleep(settle)
         everyone = family(process.pid)
         rss, pss = (sum(memory(member, field) for member in everyone) / 2**20 for field in ("Rss:", "Pss:"))
