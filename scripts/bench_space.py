@@ -1,8 +1,9 @@
 """How fast the page opens and how much memory it takes when nobody does anything: `python scripts/bench_space.py`.
 
 The demo zoo must be there (`hf-epimer demo`). Seconds are from the start of the process to the first answer with the
-whole page, beside those that a processor worked for it: on a machine with other work the second number counts; memory is of the page and of the server that its work is forked from, after that has imported everything. A
-page of memory that both have is counted once in the proportional figure (PSS) and twice in the resident one (RSS).
+whole page, beside those for which a processor worked on it: on a machine with other work the second number counts.
+Memory is of the page and of the server that its work is forked from, after that has imported everything. A page of
+memory that both have is counted once in the proportional figure (PSS) and twice in the resident one (RSS).
 """
 
 from __future__ import annotations
@@ -54,9 +55,8 @@ def measure(settle: float) -> float:
         time.sleep(settle)
         everyone = family(process.pid)
         rss, pss = (sum(memory(member, field) for member in everyone) / 2**20 for field in ("Rss:", "Pss:"))
-        print(
-            f"open after {seconds:.1f} s; {len(everyone)} processes, {rss:.0f} MiB resident, {pss:.0f} MiB proportional"
-        )
+        print(f"open after {seconds:.1f} s, {worked / os.sysconf('SC_CLK_TCK'):.1f} s of it at work; ", end="")
+        print(f"{len(everyone)} processes, {rss:.0f} MiB resident, {pss:.0f} MiB proportional", flush=True)
         return seconds
     finally:
         process.terminate()

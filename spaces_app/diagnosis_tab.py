@@ -101,8 +101,8 @@ def _eta(found: dict[str, Any]) -> str:
         return ""
     top = max([0.02, *(value for own in rows.values() for value in own.values() if value is not None)])
     caption = (
-        f"Share of the spread around the plain average that weighing by curvature takes away (eta, rank {rank}), in "
-        "percent: rows are the matrices of a block, columns the blocks from first to last. Under 1% is hardly anything."
+        f"eta at rank {rank}, in percent of the flat mean's spread: what weighing by curvature changes over a plain "
+        "average. Rows are the matrices of a block, columns the blocks from first to last. Under 1% is hardly anything."
     )
     more = "; ".join(f"{name}: {100 * (own['share'] or 0):.1f}%" for name, own in beside.items())
     if more:
