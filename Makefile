@@ -13,7 +13,7 @@ demo: .venv/ready  ## make a small zoo, merge it with four methods, print one ta
 test: .venv/ready  ## check the style and the types, then run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy hf_epimer
+	$(BIN)/mypy hf_epimer spaces_app
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 lint: .venv/ready  ## put the style right where that can be done by a program

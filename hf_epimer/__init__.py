@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_epimer.config import MergeRecipe, ModelRef
+    from hf_epimer.demo import ZOO_TASKS, zoo_folder
+    from hf_epimer.demo.zoo import make_zoo
     from hf_epimer.diagnosis import Diagnosis, diagnose
     from hf_epimer.errors import EpimerError
     from hf_epimer.evaluation import Results, accuracy, evaluate
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from hf_epimer.in_memory import merge_state_dicts
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
-    from hf_epimer.pipeline import MergeReport, merge
+    from hf_epimer.pipeline import MergeReport, merge, push_merged
+    from hf_epimer.planning import Plan, make_plan
+    from hf_epimer.predicting import predict
     from hf_epimer.pushing import push_folder
     from hf_epimer.statistics.files import save_statistics
     from hf_epimer.statistics.sweep import estimate_fisher
@@ -40,23 +44,31 @@ _HOMES = {
     "MergeRecipe": "config",
     "MergeReport": "pipeline",
     "ModelRef": "config",
+    "Plan": "planning",
     "SweepReport": "sweep_report",
     "Task": "tasks",
+    "ZOO_TASKS": "demo",
     "Results": "evaluation",
     "accuracy": "evaluation",
     "diagnose": "diagnosis",
     "estimate_fisher": "statistics.sweep",
     "evaluate": "evaluation",
     "fisher_from_adam": "statistics.training",
+    "make_plan": "planning",
+    "make_zoo": "demo.zoo",
     "merge": "pipeline",
     "merge_state_dicts": "in_memory",
+    "predict": "predicting",
     "push_folder": "pushing",
+    "push_merged": "pipeline",
     "save_statistics": "statistics.files",
     "sweep": "sweeping",
+    "zoo_folder": "demo",
 }
 
 __all__ = [
     "METHODS",
+    "ZOO_TASKS",
     "Diagnosis",
     "EpiMerConfig",
     "EpimerError",
@@ -65,6 +77,7 @@ __all__ = [
     "MergeRecipe",
     "MergeReport",
     "ModelRef",
+    "Plan",
     "Results",
     "SweepReport",
     "Task",
@@ -73,11 +86,16 @@ __all__ = [
     "estimate_fisher",
     "evaluate",
     "fisher_from_adam",
+    "make_plan",
+    "make_zoo",
     "merge",
     "merge_state_dicts",
+    "predict",
     "push_folder",
+    "push_merged",
     "save_statistics",
     "sweep",
+    "zoo_folder",
 ]
 
 

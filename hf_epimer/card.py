@@ -44,7 +44,8 @@ def merge_card(
         weights: l_t, summing to 1.
         diagnostics: what to show of the report, label -> text.
         datasets: Hub ids of the data sets the models were tuned on.
-        results: accuracies, where it was evaluated.
+        results: accuracies, where it was evaluated; of a part of the test images (`recipe.limit`) they are in the body
+            only, where their number stands beside them.
         as_adapter: the result is an adapter of the base; a full checkpoint otherwise.
     """
     name = (
@@ -60,8 +61,8 @@ def merge_card(
         pipeline_tag="image-feature-extraction",
         tags=["merge", "hf-epimer", "clip", *(["lora"] if as_adapter else []), method.name],
         datasets=list(datasets) or None,
-        model_name=name if results else None,
-        eval_results=_eval_results(results) if results else None,
+        model_name=name if results and not recipe.limit else None,
+        eval_results=_eval_results(results) if results and not recipe.limit else None,
     )
     card = ModelCard.from_template(
         data,
@@ -74,6 +75,7 @@ def merge_card(
         models=[_row(m) | {"weight": f"{w:.4g}"} for m, w in zip(models, weights, strict=True)],
         calibrated_on=recipe.samples if recipe.calibrate else None,
         results=_results_table(results) if results else None,
+        limit=recipe.limit,
         options=asdict(recipe.options) | rank | {"seed": recipe.seed, "exact": recipe.exact},
         diagnostics=diagnostics,
         command=_command(recipe),

@@ -35,25 +35,30 @@ class ModelRef:
     label: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> ModelRef:
+    def parse(cls, text: str, *, local: bool = True) -> ModelRef:
         """Read a reference from the command line or a recipe.
+
+        Args:
+            text: `[label=]ref`.
+            local: whether it may name a folder; without, the disk is not looked at (for references from strangers).
 
         Raises:
             NotFoundError: it looks like a path and nothing is there.
             UsageError: it is neither a path nor `org/name[@revision]`.
         """
         label, rest = None, text
-        if "=" in text and not Path(text).exists():
+        if "=" in text and not (local and Path(text).exists()):
             label, rest = text.split("=", 1)
             if not _LABEL.fullmatch(label):
                 raise UsageError(f"{text!r}: a label is a task's name, letters, digits, - and _")
-        if rest and Path(rest).expanduser().exists():
+        if local and rest and Path(rest).expanduser().exists():
             return cls(str(Path(rest).expanduser().absolute()), None, label)
         repo, _, revision = rest.partition("@")
-        if rest.startswith((".", "/", "~")) or repo.count("/") > 1:
+        if local and (rest.startswith((".", "/", "~")) or repo.count("/") > 1):
             raise NotFoundError(f"{text}: folder {rest} does not exist")
         if not _REPO.fullmatch(repo) or (not revision and "@" in rest):
-            raise UsageError(f"{text!r} is neither a folder nor a Hub id of the form org/name or org/name@revision")
+            what = "neither a folder nor" if local else "not"
+            raise UsageError(f"{text!r} is {what} a Hub id of the form org/name or org/name@revision")
         return cls(repo, revision or None, label)
 
     @property
@@ -86,6 +91,7 @@ class MergeRecipe:
         samples: per task, where curvature has to be estimated.
         calibrate: solve the merge's linear layers again in forward order, on `samples` images of every task.
         evaluate: measure the result on every model's task.
+        limit: of `evaluate`: the first so many test images per task; None for all.
         tasks: task files.
         out: folder to write; `./merged-<method>` when neither it nor `push_to` is given.
         overwrite: replace a non-empty `out`.
@@ -109,6 +115,7 @@ class MergeRecipe:
     samples: int = 256
     calibrate: bool = False
     evaluate: bool = False
+    limit: int | None = None
     tasks: tuple[str, ...] = ()
     out: str | None = None
     overwrite: bool = False
@@ -134,6 +141,8 @@ class MergeRecipe:
             raise UsageError(f"--seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
         if self.out_rank is not None and (not isinstance(self.out_rank, int) or self.out_rank < 1):
             raise UsageError(f"--out-rank must be a whole number of at least 1, not {self.out_rank!r}")
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise UsageError(f"--limit must be a whole number of at least 1, not {self.limit!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.push_to is not None and not is_repo_id(self.push_to):
@@ -148,6 +157,7 @@ _DECIDES = (
     "samples",
     "calibrate",
     "evaluate",
+    "limit",
     "tasks",
     "device",
     "dtype",

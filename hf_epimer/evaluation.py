@@ -26,7 +26,7 @@ from torch import nn
 from hf_epimer import hub
 from hf_epimer.classifier import Classifier
 from hf_epimer.config import ModelRef
-from hf_epimer.data import ImageBatches, Samples, read_samples
+from hf_epimer.data import ImageBatches, Samples, is_large, read_samples
 from hf_epimer.errors import DataError, UsageError
 from hf_epimer.heads import classifier_for, load_tower
 from hf_epimer.hub import Source
@@ -266,7 +266,8 @@ def _evaluate(
     rows = {}
     for task in tasks:
         with accelerator.main_process_first():
-            samples = read_samples(task, split or task.test_split, limit=limit)
+            few = limit is not None and is_large(task)  # the same rows, without the rest of a large data set
+            samples = read_samples(task, split or task.test_split, limit=limit, streaming=few)
             model = classifier_for(vision, base, task, samples.class_names)
         stage, total = f"evaluating {task.name}", len(samples)
         progress(stage, 0, total)

@@ -294,6 +294,7 @@ def _evaluate(folder: Path, plan: Plan, progress: Progress) -> Results:
         plan.base,
         tasks,
         name=plan.recipe.push_to or target_folder(plan.recipe).name,
+        limit=plan.recipe.limit,
         on_task=lambda: progress("evaluating", 1, len(tasks)),
     )
 

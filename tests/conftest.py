@@ -27,6 +27,7 @@ from hub_server import StandInHub
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
+from space_app import SpaceApp
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -191,6 +192,28 @@ def clip_zoo(clip_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         task = {"name": name, "dataset": f"data/{name}", "templates": ["{} b.", "a {}"]}
         (folder / f"{name}.json").write_text(json.dumps(task))
     return folder
+
+
+@pytest.fixture(scope="session")
+def space_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF_HOME with a demo zoo at its smallest, for the page. Read only."""
+    from hf_epimer.demo.zoo import ZooSize, make_zoo
+
+    home = tmp_path_factory.mktemp("space") / "home"
+    size = ZooSize(
+        captioned=60, pretrain_steps=2, pretrain_batch=16, train=200, test=40, tune_steps=2, tune_batch=8, fisher=2
+    )
+    make_zoo(home / "hf-epimer" / "demo-zoo-1", size=size)
+    return home
+
+
+@pytest.fixture(scope="session")
+def page_at_home(space_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpaceApp]:
+    """The page on a machine of one's own, offline, with the demo zoo."""
+    with SpaceApp(space_home, tmp_path_factory.mktemp("at-home"), "http://127.0.0.1:1", HF_HUB_OFFLINE="1") as app:
+        yield app
+    assert app.process.returncode == 0
+    assert not list(app.temp.glob("hf-epimer-web-*"))  # closed, it leaves nothing
 
 
 WRITER = "hf_writer_secret"

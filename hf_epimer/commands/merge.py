@@ -38,6 +38,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     what = "solve layers again in forward order, on --samples images of every task"
     parser.add_argument("--calibrate", action="store_true", default=absent, help=what)
     parser.add_argument("--evaluate", action="store_true", default=absent, help="measure the merge on its tasks")
+    parser.add_argument("--limit", type=int, default=absent, metavar="N", help="with --evaluate: test images per task")
     parser.add_argument("--task", nargs="+", action="extend", default=absent, metavar="FILE", help="task files")
     parser.add_argument("--out", default=absent, metavar="DIR", help="folder to write; default ./merged-METHOD")
     parser.add_argument("--overwrite", action="store_true", default=absent, help="replace a non-empty --out")

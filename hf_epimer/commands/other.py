@@ -84,10 +84,16 @@ def _run_tasks(namespace: argparse.Namespace) -> None:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", default="demo-merges", help="where the merged models go")
+    parser.add_argument("--web", action="store_true", help="open the page instead, where it can be tried out")
     add_output_arguments(parser)
 
 
 def _run_demo(namespace: argparse.Namespace) -> None:
+    if namespace.web:
+        from hf_epimer.demo.web import serve
+
+        serve()
+        return
     from hf_epimer.demo.run import run_demo
 
     run_demo(Path(namespace.out), quiet=namespace.quiet, as_json=namespace.json)

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
 from hf_epimer.commands.terminal import silence_libraries
 from hf_epimer.config import MergeRecipe, ModelRef
+from hf_epimer.demo import zoo_folder
 from hf_epimer.demo.zoo import make_zoo
 from hf_epimer.evaluation import evaluate_folder
 from hf_epimer.pipeline import merge
@@ -25,11 +24,6 @@ from hf_epimer.tasks import load_task_file
 METHODS = ("mean", "ties", "tsv-m", "epimer")
 
 Results = dict[str, dict[str, float]]
-
-
-def zoo_folder() -> Path:
-    """Where the zoo is kept: beside the Hub's own cache, so that HF_HOME moves both."""
-    return Path(constants.HF_HOME) / "hf-epimer" / "demo-zoo-1"
 
 
 def run_demo(out: Path, *, quiet: bool = False, as_json: bool = False) -> None:

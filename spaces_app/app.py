@@ -1,0 +1,55 @@
+"""The page of hf_epimer: on a Hugging Face Space, or at home with `hf-epimer demo --web`.
+
+    python app.py
+
+Imports are within `main`: children are started from this file, too, and need nothing of the page.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+
+
+def main() -> None:
+    """Build the page and serve it until it is stopped."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin beside the page's
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    from settings import Settings, forget_token
+    from workspace import Workspace
+
+    settings = Settings.from_environment()
+    workspace = Workspace()
+    if settings.on_space:
+        forget_token(workspace.root / "no-token")
+    import jobs
+    from choosing import Zoo
+    from desk import Desk
+    from page import LAYOUT, STYLE, build_page, theme
+    from zoo_maker import ZooMaker
+
+    desk = Desk(settings, workspace, Zoo.here())
+    maker = ZooMaker(desk.zoo)
+    page = build_page(desk, maker)
+    page.queue(max_size=20, default_concurrency_limit=4)
+    page.launch(
+        theme=theme(),
+        css_paths=STYLE,
+        head=LAYOUT,
+        footer_links=["api"],
+        max_file_size="20mb",
+        show_error=True,
+        ssr_mode=False,  # on a Space as everywhere else
+        prevent_thread_lock=True,
+    )
+    jobs.warm_up()  # only now, so that the page is there first
+    maker.start()
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    jobs.end_all()
+    workspace.remove()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Before a merge: a verdict, the angles between task vectors, what a rank keeps, and where curvature acts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import charts
+import gradio as gr
+import jobs
+from chooser import Chooser
+from desk import Desk
+from starting import build_starter, failed, steps, wire
+
+from hf_epimer import EpimerError
+
+RANKS = (4, 8, 16, 32)
+PLACES = 3
+
+WELCOME = (
+    "<div class='ep-welcome'><h3>Look before you merge</h3><p>Do the tasks pull in different directions? How many "
+    "directions per task are worth keeping? Does curvature change anything over a plain average? It takes one look "
+    "at the weights, and no images.</p></div>"
+)
+
+_MATRIX = re.compile(r"layers\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+?)(?:_proj)?\.weight")
+
+
+def build_diagnosis_tab(desk: Desk, chooser: Chooser) -> None:
+    """Lay it out and wire it."""
+    starter = build_starter("diagnose", "Diagnose")
+    result = gr.HTML(WELCOME, elem_id="diagnose-result")
+    with gr.Accordion("All numbers", open=False, visible=False) as after:
+        numbers = gr.JSON(show_label=False)
+
+    def run(
+        source: str, zoo_models: list[str], typed: str, base: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Diagnose the chosen checkpoints; the last value is diagnosis.json, or {"error": ...}."""
+        try:
+            wish = desk.wish(source, zoo_models, typed, base)
+        except EpimerError as error:
+            yield failed(jobs.as_sentence(error), PLACES)
+            return
+        for shown, found in steps(desk, request, "diagnose", PLACES, "diagnosis", wish, RANKS):
+            yield shown or ("", _shown(found), gr.update(visible=True), found)
+
+    wire(desk, starter, run, chooser.inputs, [starter.status, result, after, numbers])
+
+
+def _shown(found: dict[str, Any]) -> str:
+    totals = found["totals"]
+    verdict = "".join(f"<li>{escape(line)}</li>" for line in found["verdict"])
+    note = charts.notice(found["note"]) if found["note"] else ""
+    cosines = _cosines(found["labels"], totals["cosine"])
+    return (
+        f"<h3>Verdict</h3><ul class='ep-verdict'>{verdict}</ul>{note}"
+        f"<div class='ep-pair'><div><h3>Cosines of the task vectors</h3>{cosines}</div>"
+        f"<div><h3>What a rank keeps</h3>{_energy(found['labels'], totals['ranks'])}</div></div>"
+        f"{_eta(found)}"
+    )
+
+
+def _cosines(labels: list[str], cosines: list[list[float | None]]) -> str:
+    rows = {
+        label: {other: None if i == j else cosines[i][j] for j, other in enumerate(labels)}
+        for i, label in enumerate(labels)
+    }
+    caption = "Near 0: the tasks change different directions, and merge well. Well below 0: they undo each other."
+    known = [abs(value) for own in rows.values() for value in own.values() if value is not None]
+    return charts.matrix(rows, top=max([0.3, *known]), caption=caption)
+
+
+def _energy(labels: list[str], ranks: list[dict[str, Any]]) -> str:
+    series = {
+        label: {row["rank"]: row["energy_kept"][task] for row in ranks if row["energy_kept"][task] is not None}
+        for task, label in enumerate(labels)
+    }
+    caption = "Share of every task vector (squared norm) that the shared basis keeps with so many directions per task."
+    return charts.lines(series, below="rank", caption=caption)
+
+
+def _eta(found: dict[str, Any]) -> str:
+    """eta as a share of the flat mean's spread, block by block; empty without Fisher information."""
+    rank = found["totals"]["ranks"][-1]["rank"]
+    rows: dict[str, dict[str, float | None]] = {}
+    beside: dict[str, dict[str, float | None]] = {}
+    for layer in found["layers"]:
+        at = next((own for own in layer["ranks"] if own["rank"] == rank), None)
+        if not at or not at["curvature"]:
+            continue
+        place = _MATRIX.search(layer["name"])
+        share = at["curvature"]["eta_share"]
+        if place:
+            rows.setdefault(place[2], {})[place[1]] = share
+        else:
+            beside.setdefault(layer["name"].removeprefix("vision_model."), {})["share"] = share
+    if not rows:
+        return ""
+    top = max([0.02, *(value for own in rows.values() for value in own.values() if value is not None)])
+    caption = (
+        f"eta at rank {rank}, in percent of the flat mean's spread: what weighing by curvature changes over a plain "
+        "average. Rows are the matrices of a block, columns the blocks from first to last. Under 1% is hardly anything."
+    )
+    more = "; ".join(f"{name}: {100 * (own['share'] or 0):.1f}%" for name, own in beside.items())
+    if more:
+        caption += f" Outside of the blocks: {more}."
+    return "<h3>Where curvature acts</h3>" + charts.matrix(
+        rows, top=top, digits=0 if top > 0.1 else 1, scale=100, caption=caption, corner="block"
+    )

@@ -1,0 +1,157 @@
+"""The first tab: choose a method, merge, see what came of it, take it home."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import charts
+import gradio as gr
+import jobs
+from chooser import Chooser
+from desk import Desk
+from options import DEFAULT_METHOD, PLAIN, all_options, chosen_options, option_inputs, shown_for
+from push_box import build_push_box
+from starting import build_starter, failed, steps, wire
+
+from hf_epimer import METHODS, EpimerError
+
+WELCOME = (
+    "<div class='ep-welcome'><h3>One model instead of several</h3><p>Each model of the zoo was fine-tuned on one task "
+    "and is good at that one alone. Press <b>Merge</b>: in a few seconds their weights become one model for all tasks, "
+    "without training, and you see how good it is beside the plain mean, TSV-M and the models themselves.</p></div>"
+)
+
+PLACES = 6
+"""Outputs beside the bar."""
+
+
+def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
+    """Lay it out and wire it; the state holds the last merge of a visitor."""
+    merged = gr.State(None)
+    with gr.Row(elem_classes="ep-columns"):
+        with gr.Column(scale=4, min_width=300):
+            choices = [(charts.title_of(name), name) for name in METHODS]
+            method = gr.Dropdown(choices, value=DEFAULT_METHOD, label="Method")
+            about = gr.HTML(_about(DEFAULT_METHOD))
+            starter = build_starter("merge", "Merge")
+            names = list(all_options())
+            with gr.Row(elem_classes="ep-tight"):
+                plain = option_inputs([name for name in names if name in PLAIN])
+            with gr.Accordion("More options of this method", open=False) as fold:
+                folded = option_inputs([name for name in names if name not in PLAIN])
+            inputs = dict(zip(names, [*plain, *folded], strict=True))
+            images = gr.Slider(
+                0, 500, value=200, step=50, label="Test images per task", info="To measure accuracy; 0 for none"
+            )
+        with gr.Column(scale=7, min_width=300, elem_classes="ep-result"):
+            result = gr.HTML(WELCOME, elem_id="merge-result")
+            with gr.Column(visible=False) as after:
+                download = gr.DownloadButton("Download the merged model (zip)", variant="secondary")
+                with gr.Accordion("Push it to the Hub", open=False):
+                    build_push_box(desk, merged)
+                with gr.Accordion("Model card", open=False):
+                    card = gr.Markdown(elem_id="merge-card")
+                with gr.Accordion("All numbers", open=False):
+                    numbers = gr.JSON(show_label=False)
+
+    def run(
+        source: str,
+        zoo_models: list[str],
+        typed: str,
+        base: str,
+        method: str,
+        images: float,
+        request: gr.Request,
+        **values: Any,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Merge the chosen checkpoints and measure the result; the last value is what it found, or {"error": ...}."""
+        try:
+            wish = desk.wish(source, zoo_models, typed, base)
+            options = chosen_options(method, values)
+        except EpimerError as error:
+            yield failed(jobs.as_sentence(error), PLACES)
+            return
+        arguments = (wish, method, options, int(images) or None, str(desk.workspace.shared))
+        for shown, found in steps(desk, request, "merge", PLACES, "merge_and_measure", *arguments, keep=True):
+            yield shown or (
+                "",
+                found,
+                _shown(found, on_space=desk.settings.on_space),
+                gr.update(visible=True),
+                found["archive"],
+                _card(found["card"]),
+                _plain_values(found),
+            )
+
+    wire(
+        desk,
+        starter,
+        run,
+        [*chooser.inputs, method, images],
+        [starter.status, merged, result, after, download, card, numbers],
+        inputs,
+    )
+    method.change(
+        lambda name: [_about(name), *shown_for(name)],
+        method,
+        [about, *inputs.values(), fold],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    return merged
+
+
+def _about(name: str) -> str:
+    method = METHODS[name]
+    source = f"{method.paper.authors.split(',')[0]}, {method.paper.venue} {method.paper.year}"
+    needs = {
+        "fisher": " Needs Fisher information, which is estimated where it is missing.",
+        "gram": " Needs Gram matrices, which are estimated on training images.",
+    }
+    return (
+        f"<div class='ep-about'><p>{escape(method.summary[:1].upper() + method.summary[1:])}."
+        f"{needs.get(method.needs or '', '')}</p><details><summary>Formula and source</summary>"
+        f"<code>{escape(method.formula)}</code><p>{escape(method.paper.title)} ({escape(source)})</p></details></div>"
+    )
+
+
+def _shown(found: dict[str, Any], on_space: bool) -> str:
+    """What a merge came to."""
+    labels = ", ".join(model["label"] for model in found["models"])
+    name, is_zoo = charts.title_of(found["method"]), bool(found["wish"].tasks)
+    base = "the zoo's base" if is_zoo else found["base"]
+    parts = [
+        f"<h3>{escape(labels)} <small>merged with {escape(name)} on {escape(base)} in "
+        f"{found['seconds']['merging']:.1f} s</small></h3>"
+    ]
+    if found["rows"]:
+        columns = {row["name"]: row["tasks"] for row in found["rows"]}
+        merges = [column for column in columns if column not in ("base", "fine-tuned")]
+        caption = (
+            f"Top-1 accuracy in percent on the first {found['images']} test images of every task. Base: zero-shot, "
+            "before fine-tuning. Fine-tuned: each model on its own task. Bold: the best merge."
+        )
+        parts.append(charts.accuracy_table(columns, merges, caption, found["method"]))
+        parts.append(charts.accuracy_bars(columns, found["method"]))
+    else:
+        parts.append(charts.notice("Merged. Nothing was measured, as you wished."))
+    if not (is_zoo and on_space):  # there the zoo's folder is nobody's but the Space's
+        parts.append(
+            f"<details><summary>The same at a terminal</summary><pre>{escape(found['command'])}</pre></details>"
+        )
+    return "".join(parts)
+
+
+def _card(text: str) -> str:
+    """The card with its metadata as a block of code, which Markdown would swallow."""
+    _, metadata, body = text.split("---\n", 2)
+    return f"{body.strip()}\n\n#### Metadata\n\n```yaml\n{metadata.strip()}\n```"
+
+
+def _plain_values(found: dict[str, Any]) -> dict[str, Any]:
+    """Without what is of this machine only."""
+    hidden = ("wish", "folder", "archive", "card", "command")
+    return {name: value for name, value in found.items() if name not in hidden}

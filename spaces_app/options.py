@@ -1,0 +1,121 @@
+"""The options of a method as inputs, made from the fields of its config dataclass, with their help texts.
+
+There is one input per option name of any method; those that the chosen method lacks are hidden. So the page and its API
+have a fixed list of inputs, and a new method brings its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import gradio as gr
+
+from hf_epimer import METHODS, EpimerError
+
+DEFAULT_METHOD = "epimer"
+PLAIN = ("rank", "alpha")
+"""Options that are always in sight; the others are folded away."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of one config."""
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Of a Literal; empty for numbers."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it takes whole numbers."""
+        return self.kind is int or int in get_args(self.kind)
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether it can be left to the method."""
+        return type(None) in get_args(self.kind)
+
+    def updated(self) -> dict[str, Any]:
+        """What the input shows for this method."""
+        own = {"choices": list(self.choices)} if self.choices else {"placeholder": "automatic"}
+        return {"value": self.default, "info": self.help[:1].upper() + self.help[1:], **own}
+
+
+def options_of(method: str) -> dict[str, Option]:
+    """A method's options by name."""
+    config = METHODS[method].config
+    hints = get_type_hints(config)
+    return {
+        item.name: Option(item.name, hints[item.name], item.default, item.metadata["help"]) for item in fields(config)
+    }
+
+
+def all_options() -> dict[str, Option]:
+    """Every option of any method, as the first method that has it describes it; those always in sight first."""
+    found: dict[str, Option] = {}
+    for method in (DEFAULT_METHOD, *METHODS):
+        for name, option in options_of(method).items():
+            found.setdefault(name, option)
+    return {name: found[name] for name in sorted(found, key=lambda name: name not in PLAIN)}
+
+
+def option_inputs(names: list[str]) -> list[Any]:
+    """Inputs for some options, as the default method has them."""
+    made: list[Any] = []
+    own = options_of(DEFAULT_METHOD)
+    for name in names:
+        option = own.get(name) or all_options()[name]
+        label = name.replace("_", " ").capitalize()
+        shown = {"label": label, "visible": name in own, "min_width": 140, **option.updated()}
+        if option.choices:
+            made.append(gr.Radio(**shown))
+        elif option.may_be_empty:  # an empty number would have to be given by every client of the API
+            made.append(gr.Textbox(**{**shown, "value": ""}))
+        else:
+            made.append(gr.Number(**shown))
+    return made
+
+
+def shown_for(method: str) -> list[Any]:
+    """Updates of all inputs, in the order of `all_options`, and of the fold of those not always in sight."""
+    own = options_of(method)
+    updates: list[Any] = [
+        gr.update(visible=True, **own[name].updated()) if name in own else gr.update(visible=False)
+        for name in all_options()
+    ]
+    return [*updates, gr.update(visible=any(name not in PLAIN for name in own))]
+
+
+def chosen_options(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The method's options from the inputs; an empty number is None, where the option may be that.
+
+    Raises:
+        EpimerError: an unknown method, or a number is missing.
+    """
+    if method not in METHODS:
+        raise EpimerError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    found = {}
+    for name, option in options_of(method).items():
+        value = values.get(name, option.default)
+        found[name] = value if option.choices else _number(option, value)
+    return found
+
+
+def _number(option: Option, value: Any) -> float | int | None:
+    name = option.name.replace("_", " ")
+    if value in (None, ""):
+        if option.may_be_empty:
+            return None
+        raise EpimerError(f"{name} is empty: give a number, such as {option.default:g}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise EpimerError(f"{name}: {value!r} is not a number") from None
+    return int(number) if option.is_whole and number.is_integer() else number

@@ -1,0 +1,314 @@
+"""What runs in children: every function takes `report` and plain values, and returns plain values.
+
+All mathematics is in hf_epimer; here its public functions are called in order and their progress is put on one scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from choosing import Wish
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from PIL import Image
+
+from hf_epimer import (
+    METHODS,
+    EpimerError,
+    Grid,
+    MergeRecipe,
+    ModelRef,
+    Plan,
+    Task,
+    diagnose,
+    evaluate,
+    make_plan,
+    make_zoo,
+    merge,
+    predict,
+    push_merged,
+    sweep,
+)
+
+disable_progress_bars()
+datasets.disable_progress_bars()
+transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+
+Report = Callable[[float, str], None]
+Progress = Callable[[str, int, int], None]
+
+BASELINES = ("mean", "tsv-m")
+"""What every merge is compared with."""
+
+SHARES = {
+    "fetching": (0.0, 0.3, "Downloading"),
+    "estimating curvature": (0.3, 0.7, "Estimating curvature"),
+    "surveying": (0.7, 0.8, "Surveying layers"),
+    "merging": (0.8, 0.95, "Merging layers"),
+    "diagnosing": (0.8, 0.95, "Looking at layers"),
+    "evaluating": (0.95, 1.0, "Measuring"),
+    "validating": (0.2, 1.0, "Measuring settings"),
+}
+"""Stage of hf_epimer -> its share of the whole, and its name on the page; one that has nothing to do is passed over."""
+
+
+def look_up(report: Report, wish: Wish) -> dict[str, Any]:
+    """What would be merged: nothing but configs and cards is downloaded."""
+    report(0.1, "Looking the checkpoints up")
+    return _described(_checked_plan(wish, wish.recipe(), statistics_optional=True))
+
+
+def merge_and_measure(
+    report: Report, wish: Wish, method: str, options: dict[str, Any], images: int | None, shared: str, home: str
+) -> dict[str, Any]:
+    """Merge, and compare with the fine-tuned models and the baselines.
+
+    Args:
+        options: of the method.
+        images: test images per task; None to measure nothing.
+        shared: where accuracies are kept that do not depend on the method.
+        home: an empty folder for the results.
+    """
+    report(0.0, "Checking the checkpoints")
+    out = Path(home) / f"merged-{method}"
+    recipe = wish.recipe(
+        method=method,
+        options=METHODS[method].config(**options),
+        evaluate=images is not None,
+        limit=images,
+        out=str(out),
+    )
+    plan = _checked_plan(wish, recipe)
+    recipe = replace(plan.recipe, command=_command(plan))
+    merged = merge(recipe, _on_scale(report, 0.02, 0.5 if images else 0.9))
+    rows: list[dict[str, Any]] = []
+    if images:
+        rows = _compared(report, plan, images, Path(home), Path(shared))
+        rows = [row for row in rows if row["name"] != method]
+        assert merged.results
+        rows.append({"name": method, "tasks": _accuracies(merged.results)})
+    report(0.95, "Packing")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    archive = shutil.make_archive(str(out), "zip", root_dir=home, base_dir=out.name)
+    return {
+        **_described(plan),
+        "wish": replace(wish, models=plan.recipe.models, base=plan.recipe.base),
+        "method": method,
+        "options": asdict(recipe.options),
+        "images": images,
+        "rows": rows,
+        "card": card,
+        "command": "hf-epimer " + " ".join(recipe.command),
+        "totals": {name: value for name, value in merged.totals.items() if name != "capped"},
+        "seconds": merged.seconds,
+        "folder": str(out),
+        "archive": archive,
+    }
+
+
+def diagnosis(report: Report, wish: Wish, ranks: Sequence[int], home: str) -> dict[str, Any]:
+    """What is known before a merge; diagnosis.json."""
+    report(0.0, "Checking the checkpoints")
+    recipe = wish.recipe()
+    _checked_plan(wish, recipe, statistics_optional=True)
+    found = diagnose(recipe, ranks, str(Path(home) / "diagnosis"), _on_scale(report, 0.02, 1.0))
+    return found.to_json()
+
+
+def swept(
+    report: Report,
+    wish: Wish,
+    methods: Sequence[str],
+    ranks: Sequence[int],
+    alphas: Sequence[float],
+    images: int,
+    home: str,
+) -> dict[str, Any]:
+    """Methods x ranks x alphas on validation images; sweep.json."""
+    report(0.0, "Checking the checkpoints")
+    recipe = wish.recipe(method=methods[0] if methods else "epimer")
+    grid = Grid(tuple(methods), tuple(ranks), tuple(alphas))
+    _checked_plan(wish, recipe)
+    return sweep(recipe, grid, str(Path(home) / "sweep"), _on_scale(report, 0.02, 1.0), limit=images).to_json()
+
+
+def classify(
+    report: Report, wish: Wish, merged: str | None, image: Image.Image, task: str, classes: Sequence[str], shared: str
+) -> dict[str, Any]:
+    """The most probable classes of a picture: by the base, every model, and the merge.
+
+    Args:
+        merged: its folder; None for EpiMer's merge with its defaults, made now if need be.
+        task: a built-in name or a task file; empty for `classes`.
+        classes: names to choose from.
+        shared: where the default merge is kept.
+    """
+    recipe = wish.recipe(method="epimer")
+    plan = _checked_plan(wish, recipe)
+    assert plan.recipe.base
+    own = Task("own", dataset="", class_names=tuple(classes), templates=("a photo of a {}.",)) if classes else task
+    folder = merged or _default_merge(plan, Path(shared), _on_scale(report, 0.0, 0.5))
+    models = {"base": plan.recipe.base}
+    models |= {str(ref.label): ref for ref in plan.recipe.models}
+    models["merged"] = ModelRef(folder)
+    rows = []
+    for number, (name, ref) in enumerate(models.items()):
+        report(0.5 + 0.5 * number / len(models), f"Asking {name}")
+        rows.append({"name": name, "classes": predict(ref, [image], own, plan.recipe.base)[0]})
+    return {"rows": rows}
+
+
+def push(report: Report, folder: str, repo: str, private: bool, token: str | None) -> str:
+    """Push a merged folder; the token lives in this child's memory and ends with it."""
+    report(0.2, f"Pushing to {repo}")
+    if token:
+        os.environ["HF_TOKEN"] = token
+    return push_merged(Path(folder), repo, private=private)
+
+
+def build_zoo(report: Report, folder: str) -> None:
+    """Draw and train the demo zoo, if it is not there."""
+    seen: list[str] = []
+
+    def show(stage: str, fraction: float) -> None:
+        if stage not in seen:
+            seen.append(stage)
+        if stage == "base":
+            report(0.5 * fraction, "training the base model")
+        else:  # four tasks share the second half
+            report(min(0.99, 0.5 + 0.125 * (len(seen) - 2 + fraction)), f"fine-tuning on {stage}")
+
+    make_zoo(Path(folder), show)
+
+
+# --- checking -------------------------------------------------------------------------------------------------------
+
+
+def _checked_plan(wish: Wish, recipe: MergeRecipe, statistics_optional: bool = False) -> Plan:
+    """Everything resolved, and small enough.
+
+    Raises:
+        EpimerError: what `make_plan` raises, or it is too large.
+    """
+    plan = make_plan(recipe, statistics_optional=statistics_optional)
+    remote = [source for source in (plan.base, *plan.models) if not source.ref.is_local]
+    size = plan.summary()["bytes_to_read"] if remote else 0
+    if size > wish.largest:
+        largest = max(remote, key=lambda source: sum(source.sizes.values()))
+        raise EpimerError(
+            f"these checkpoints are {size / 1e9:.1f} GB to download, and at most {wish.largest / 1e9:g} GB are allowed "
+            f"here (the largest is {largest.title}): choose fewer or smaller ones, or run hf-epimer on your own machine"
+        )
+    return plan
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    summary = plan.summary()
+    return {
+        "base": plan.base.title,
+        "base_commit": plan.base.ref.revision,
+        "models": [
+            {
+                "label": source.label,
+                "name": source.title,
+                "commit": source.ref.revision,
+                "task": task.name if task else None,
+                "classes": list(task.class_names or ()) if task else [],
+            }
+            for source, task in zip(plan.models, plan.tasks, strict=True)
+        ],
+        "bytes": summary["bytes_to_read"],
+        "statistics": bool(plan.statistics),
+    }
+
+
+def _command(plan: Plan) -> tuple[str, ...]:
+    """What makes the same merge at a terminal."""
+    recipe, default = plan.recipe, METHODS[plan.method.name].config()
+    words = ["merge", *map(str, recipe.models), "--base", str(recipe.base), "--method", plan.method.name]
+    for name, value in asdict(recipe.options).items():
+        if value != getattr(default, name):
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return (*words, *(["--task", *recipe.tasks] if recipe.tasks else []))
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def _compared(report: Report, plan: Plan, images: int, home: Path, shared: Path) -> list[dict[str, Any]]:
+    """Base, fine-tuned models and baselines, measured once for the same checkpoints and number of images."""
+    kept = shared / f"{_identity(plan, images)}.json"
+    if kept.is_file():
+        rows: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+        return rows
+    base = plan.recipe.base
+    assert base
+    specialists = {task.name: (model, task) for model, task in zip(plan.recipe.models, plan.tasks) if task}
+    tasks = [task for _, task in specialists.values()]
+    report(0.5, "Measuring the base")
+    rows = [{"name": "base", "tasks": _accuracies(evaluate(base, tasks, base, limit=images).to_json())}]
+    own: dict[str, float] = {}
+    for number, (model, task) in enumerate(specialists.values()):
+        report(0.55 + 0.15 * number / len(tasks), f"Measuring the model of {task.name}")
+        own |= _accuracies(evaluate(model, [task], base, limit=images).to_json())
+    rows.append({"name": "fine-tuned", "tasks": own})
+    for number, method in enumerate(BASELINES):
+        out, low = home / f"baseline-{method}", 0.7 + 0.12 * number
+        recipe = replace(plan.recipe, method=method, options=METHODS[method].config(), fisher=(), out=str(out))
+        measured = merge(recipe, _on_scale(report, low, low + 0.12, f"{method}: ")).results
+        shutil.rmtree(out)
+        assert measured
+        rows.append({"name": method, "tasks": _accuracies(measured)})
+    unfinished = kept.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(rows), encoding="utf-8")
+    os.replace(unfinished, kept)
+    return rows
+
+
+def _accuracies(results: dict[str, Any]) -> dict[str, float]:
+    return {name: row["accuracy"] for name, row in results["tasks"].items()}
+
+
+def _identity(plan: Plan, images: int | None) -> str:
+    """What the accuracies of the comparison depend on: pinned references, and when local files were changed."""
+    stamps = [str(plan.base), *map(str, plan.models), *(str(task) for task in plan.tasks), str(images)]
+    for source in (plan.base, *plan.models):
+        if source.ref.is_local:
+            stamps += [str(Path(source.ref.location, name).stat().st_mtime_ns) for name in sorted(source.files)]
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:24]
+
+
+def _default_merge(plan: Plan, shared: Path, progress: Progress) -> str:
+    """The folder of EpiMer's merge with its defaults, made once for the same checkpoints."""
+    out = shared / f"default-{_identity(plan, None)}"
+    if not out.is_dir():
+        merge(replace(plan.recipe, options=None, out=str(out)), progress)
+    return str(out)
+
+
+def _on_scale(report: Report, low: float, high: float, prefix: str = "") -> Progress:
+    """The progress of hf_epimer as a share of the whole, never going back."""
+    done: dict[str, int] = {}
+
+    def progress(stage: str, step: int, total: int) -> None:
+        done[stage] = done.get(stage, 0) + step
+        kind = "validating" if stage in ("validating", "testing") else stage
+        if kind not in SHARES or not total:
+            return
+        start, end, name = SHARES[kind]
+        share = start + (end - start) * min(1.0, done[stage] / total)
+        amount = (
+            f"{done[stage] / 1e9:.1f} of {total / 1e9:.1f} GB" if stage == "fetching" else f"{done[stage]} of {total}"
+        )
+        report(low + (high - low) * share, f"{prefix}{name}: {amount}")
+
+    return progress
