@@ -34,8 +34,9 @@ COLOURS = ("var(--ep-accent)", "var(--ep-second)", "var(--ep-third)", "var(--ep-
 
 
 def title_of(name: str) -> str:
-    """A row's or method's name for the page."""
-    return TITLES.get(name, name)
+    """A row's or method's name for the page; of a calibrated merge, which is named after its method, too."""
+    method, comma, more = name.partition(",")
+    return TITLES.get(method, method) + comma + more
 
 
 def notice(text: str, kind: str = "info", detail: str = "") -> str:

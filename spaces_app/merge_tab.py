@@ -42,6 +42,11 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
             with gr.Accordion("More options of this method", open=False) as fold:
                 folded = option_inputs([name for name in names if name not in PLAIN])
             inputs = dict(zip(names, [*plain, *folded], strict=True))
+            calibrate = gr.Checkbox(
+                False,
+                label="Calibrate",
+                info="Solve every layer again on training images of each task: takes longer, loses far less",
+            )
             images = gr.Slider(
                 0, 500, value=200, step=50, label="Test images per task", info="To measure accuracy; 0 for none"
             )
@@ -62,6 +67,7 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
         typed: str,
         base: str,
         method: str,
+        calibrate: bool,
         images: float,
         request: gr.Request,
         **values: Any,
@@ -73,7 +79,7 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
         except EpimerError as error:
             yield failed(jobs.as_sentence(error), PLACES)
             return
-        arguments = (wish, method, options, int(images) or None, str(desk.workspace.shared))
+        arguments = (wish, method, options, calibrate, int(images) or None, str(desk.workspace.shared))
         for shown, found in steps(desk, request, "merge", PLACES, "merge_and_measure", *arguments, keep=True):
             yield shown or (
                 "",
@@ -89,7 +95,7 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
         desk,
         starter,
         run,
-        [*chooser.inputs, method, images],
+        [*chooser.inputs, method, calibrate, images],
         [starter.status, merged, result, after, download, card, numbers],
         inputs,
     )
@@ -108,6 +114,7 @@ def _about(name: str) -> str:
     method = METHODS[name]
     source = f"{method.paper.authors.split(',')[0]}, {method.paper.venue} {method.paper.year}"
     needs = {
+        "kronecker": " Needs Kronecker factors, which are estimated on training images.",
         "fisher": " Needs Fisher information, which is estimated where it is missing.",
         "gram": " Needs Gram matrices, which are estimated on training images.",
     }
@@ -121,7 +128,7 @@ def _about(name: str) -> str:
 def _shown(found: dict[str, Any], on_space: bool) -> str:
     """What a merge came to."""
     labels = ", ".join(model["label"] for model in found["models"])
-    name, is_zoo = charts.title_of(found["method"]), bool(found["wish"].tasks)
+    name, is_zoo = charts.title_of(found["name"]), bool(found["wish"].tasks)
     base = "the zoo's base" if is_zoo else found["base"]
     parts = [
         f"<h3>{escape(labels)} <small>merged with {escape(name)} on {escape(base)} in "
@@ -134,8 +141,8 @@ def _shown(found: dict[str, Any], on_space: bool) -> str:
             f"Top-1 accuracy in percent on the first {found['images']} test images of every task. Base: zero-shot, "
             "before fine-tuning. Fine-tuned: each model on its own task. Bold: the best merge."
         )
-        parts.append(charts.accuracy_table(columns, merges, caption, found["method"]))
-        parts.append(charts.accuracy_bars(columns, found["method"]))
+        parts.append(charts.accuracy_table(columns, merges, caption, found["name"]))
+        parts.append(charts.accuracy_bars(columns, found["name"]))
     else:
         parts.append(charts.notice("Merged. Nothing was measured, as you wished."))
     if not (is_zoo and on_space):  # there the zoo's folder is nobody's but the Space's

@@ -68,21 +68,31 @@ def look_up(report: Report, wish: Wish) -> dict[str, Any]:
 
 
 def merge_and_measure(
-    report: Report, wish: Wish, method: str, options: dict[str, Any], images: int | None, shared: str, home: str
+    report: Report,
+    wish: Wish,
+    method: str,
+    options: dict[str, Any],
+    calibrate: bool,
+    images: int | None,
+    shared: str,
+    home: str,
 ) -> dict[str, Any]:
     """Merge, and compare with the fine-tuned models and the baselines.
 
     Args:
         options: of the method.
+        calibrate: solve the merge's layers again on training images.
         images: test images per task; None to measure nothing.
         shared: where accuracies are kept that do not depend on the method.
         home: an empty folder for the results.
     """
     report(0.0, "Checking the checkpoints")
     out = Path(home) / f"merged-{method}"
+    name = f"{method}, calibrated" if calibrate else method
     recipe = wish.recipe(
         method=method,
         options=METHODS[method].config(**options),
+        calibrate=calibrate,
         evaluate=images is not None,
         limit=images,
         out=str(out),
@@ -93,9 +103,9 @@ def merge_and_measure(
     rows: list[dict[str, Any]] = []
     if images:
         rows = _compared(report, plan, images, Path(home), Path(shared))
-        rows = [row for row in rows if row["name"] != method]
+        rows = [row for row in rows if row["name"] != name]
         assert merged.results
-        rows.append({"name": method, "tasks": _accuracies(merged.results)})
+        rows.append({"name": name, "tasks": _accuracies(merged.results)})
     report(0.95, "Packing")
     card = (out / "README.md").read_text(encoding="utf-8")
     archive = shutil.make_archive(str(out), "zip", root_dir=home, base_dir=out.name)
@@ -103,6 +113,7 @@ def merge_and_measure(
         **_described(plan),
         "wish": replace(wish, models=plan.recipe.models, base=plan.recipe.base),
         "method": method,
+        "name": name,
         "options": asdict(recipe.options),
         "images": images,
         "rows": rows,
@@ -238,6 +249,7 @@ def _command(plan: Plan) -> tuple[str, ...]:
     for name, value in asdict(recipe.options).items():
         if value != getattr(default, name):
             words += ["--" + name.replace("_", "-"), str(value)]
+    words += ["--calibrate"] if recipe.calibrate else []
     return (*words, *(["--task", *recipe.tasks] if recipe.tasks else []))
 
 

@@ -85,7 +85,7 @@ AS_ON_A_SPACE = {
     "SPACE_ID": "org/space",
     "OAUTH_CLIENT_ID": "client",
     "OAUTH_CLIENT_SECRET": SECRET,
-    "OAUTH_SCOPES": "openid profile manage-repos",
+    "OAUTH_SCOPES": "openid profile contribute-repos",
 }
 """What the Hub sets in a Space with `hf_oauth: true`; OPENID_PROVIDER_URL goes to the stand-in."""
 

@@ -75,6 +75,14 @@ def test_a_merge_of_the_zoo_with_table_bars_card_and_download(home: SpaceApp, cl
     assert home.leftovers()[0].startswith("merge-")
 
 
+def test_a_calibrated_merge_stands_beside_the_plain_one(client: Client) -> None:
+    _, result, _, card, numbers = merge(client, method="tsv-m", calibrate=True)
+    rows = {row["name"]: row["tasks"] for row in numbers["rows"]}
+    assert list(rows) == ["base", "fine-tuned", "mean", "tsv-m", "tsv-m, calibrated"]
+    assert rows["tsv-m"] != rows["tsv-m, calibrated"]
+    assert "TSV-M, calibrated" in result and "--calibrate" in result and "Then calibrated" in card
+
+
 def test_the_page_shows_the_accuracies_that_the_package_measures(client: Client, space_home: Path) -> None:
     *_, numbers = merge(client, method="mean")
     zoo = space_home / "hf-epimer" / "demo-zoo-1"
@@ -380,6 +388,7 @@ def test_the_header_and_requirements_of_the_space() -> None:
     _, header, _ = (SPACE / "README.md").read_text().split("---\n", 2)
     content = yaml.safe_load(header)
     assert content["sdk"] == "gradio" and content["app_file"] == "app.py" and content["hf_oauth"] is True
+    assert content["hf_oauth_scopes"] == ["contribute-repos"]  # what it makes itself, and no other repo of the visitor
     assert len(content["short_description"]) <= 60
     pins = dict(line.split("==") for line in (SPACE / "requirements.txt").read_text().splitlines() if "==" in line)
     tested = dict(
