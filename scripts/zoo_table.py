@@ -4,7 +4,7 @@
 
 DIR has base/, tasks/NAME/ (checkpoints) and task_files/NAME.yaml. Statistics that do not lie beside a checkpoint are
 estimated by the merge on --samples training images and kept in its cache. Every method runs at its default options,
-rank methods at --rank; nothing is chosen on the test sets.
+rank methods at --rank; calibration uses the same --samples images; nothing is chosen on the test sets.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 from rich.console import Console
@@ -23,7 +24,7 @@ from hf_epimer import METHODS, MergeRecipe, ModelRef, merge
 from hf_epimer.evaluation import evaluate_folder
 from hf_epimer.tasks import Task, load_task_file
 
-VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "epimer": ("epimer", {}),
     "epimer, trace": ("epimer", {"normalize": "trace"}),
     "epimer, projected": ("epimer", {"metric": "projected"}),
@@ -31,6 +32,8 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "epimer, kronecker": ("epimer", {"metric": "kronecker"}),
     "epimer, kronecker, trace": ("epimer", {"metric": "kronecker", "normalize": "trace"}),
     **{name: (name, {}) for name in METHODS if name != "epimer"},
+    "wudi, damping 0.1": ("wudi", {"damping": 0.1}),
+    **{f"{name}, calibrated": (name, {}) for name in ("mean", "tsv-m", "epimer", "epimer-core")},
 }
 """Row of the table -> method and options."""
 
@@ -46,6 +49,7 @@ def accuracies(zoo: Path, tasks: Sequence[Task], row: str, rank: int, samples: i
         method=method,
         options=options,
         samples=samples,
+        calibrate=row.endswith("calibrated"),
         tasks=tuple(str(zoo / "task_files" / f"{task.name}.yaml") for task in tasks),
         out=str(out / f"{row.replace(', ', '-')}-{len(tasks)}"),
         overwrite=True,

@@ -275,7 +275,8 @@ def _compared(report: Report, plan: Plan, images: int, home: Path, shared: Path)
     rows.append({"name": "fine-tuned", "tasks": own})
     for number, method in enumerate(BASELINES):
         out, low = home / f"baseline-{method}", 0.7 + 0.12 * number
-        recipe = replace(plan.recipe, method=method, options=METHODS[method].config(), fisher=(), out=str(out))
+        plain = replace(plan.recipe, calibrate=False, fisher=(), out=str(out))
+        recipe = replace(plain, method=method, options=METHODS[method].config())
         measured = merge(recipe, _on_scale(report, low, low + 0.12, f"{method}: ")).results
         shutil.rmtree(out)
         assert measured
