@@ -81,7 +81,7 @@ def calibrate(
         tasks: one per merged checkpoint.
         weights: l_t, summing to 1.
         workspace: a folder for hidden states, 8 bytes times images times positions times width.
-        rho, share: as above; products are summed in float32, so rho should stay well above 1e-4.
+        rho, share: as above; layers are solved in float32, so rho should stay well above 1e-4.
         on_step: progress; a step is one task in one stage of one block.
 
     Returns:
@@ -337,7 +337,8 @@ def _solve(
     name: str,
 ) -> dict[str, Any]:
     """One layer's step, added to it."""
-    grams, crosses = torch.stack([own.gram for own in moments]), torch.stack([own.cross for own in moments])
+    # solved in float32: rho keeps the system far from singular, and most GPUs are slow at float64
+    grams, crosses = (torch.stack([vars(own)[part].float() for own in moments]) for part in ("gram", "cross"))
     outputs = torch.stack(list(curvature)).to(grams)
     found = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
     if not is_finite(found.x):

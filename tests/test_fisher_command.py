@@ -296,6 +296,19 @@ def test_the_mission_command_estimates_on_the_benchmarks_own_data(hub: StandInHu
     assert header["model_sha"] == hub.commits("org/vit-b32-svhn")[0].oid
 
 
+def test_a_merge_from_the_hub_is_calibrated_and_pushed(hub: StandInHub, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
+    models = ("org/vit-b32-dtd", "org/vit-b32-svhn")
+    words = ("merge", *models, "--method", "mean", "--calibrate", "--push-to", "org/merged")
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_epimer", *words], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "calibrated 12 layers on up to 256 images a task" in done.stdout
+    files = set(hub.commits("org/merged")[0].files)
+    assert {"model.safetensors", "merge_config.json"} <= files and not any(".tmp" in name for name in files)
+
+
 def test_large_data_sets_are_streamed(
     hub: StandInHub, run: Run, clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

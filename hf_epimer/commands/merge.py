@@ -150,7 +150,7 @@ def _run_merge(namespace: argparse.Namespace) -> None:
     if totals["capped"]:
         console.print(f"rank capped at floor(min(m, n) / T) in {len(totals['capped'])} of them: {totals['capped'][0]}")
     if "calibrated" in totals:
-        console.print(f"calibrated {totals['calibrated']} layers on {recipe.samples} images a task")
+        console.print(f"calibrated {totals['calibrated']} layers on up to {recipe.samples} images a task")
     if "largest_rank" in totals:
         cut = f"at most {totals['largest_cut_off']:.1%} of a layer's norm cut off"
         console.print(f"largest rank {totals['largest_rank']}, {cut}")
