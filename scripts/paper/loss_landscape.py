@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from benchmark import Comparison, benchmark_of, parser, published
 
-from hf_epimer import METHODS, ModelRef, merge
-from hf_epimer.landscape import PICTURE, landscape
+from hf_epimer import METHODS, ModelRef, landscape, merge
+from hf_epimer.loss_landscape import PICTURE
 
 
 def main() -> None:
