@@ -546,6 +546,50 @@ def test_only_needed_files_are_fetched_and_offline_works(
     assert Path("out/adapter_model.safetensors").read_bytes() == Path("again/adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        (["tsv-m"], False),
+        (["frechet-lora", "--out-rank", 2], False),
+        (["fisher"], True),  # works on whole layers
+        (["mean", "--dense"], True),
+    ],
+)
+def test_the_weights_of_the_base_are_fetched_only_where_they_are_read(
+    words: list[Any], read: bool, hub: StandInHub, base_folder: Path, run: Run
+) -> None:
+    for seed, name in enumerate("cd"):
+        folder = make(base_folder, name, seed, target_modules=["q_proj", "fc1"])
+        rewrite_config(folder, base_model_name_or_path="org/base")
+        (folder / "README.md").unlink()
+        save_file(tiny_fisher(seed), folder / "fisher.safetensors", metadata={"format": "hf-epimer.fisher/1"})
+        hub.add_repo(f"org/{name}", folder)
+    flags = ["--base", "org/base", "--method", *words]
+    plan = json.loads(run("merge", "org/c", "org/d", *flags, "--dry-run", "--json")[1])
+    assert (plan["bytes_to_read"] > (base_folder / "model.safetensors").stat().st_size) == read
+    code, _, complaint = run("merge", "org/c", "org/d", *flags, "--out", "out")
+    assert (code, complaint) == (0, "")
+    fetched = [r.path for r in hub.requests if r.method == "GET" and "/org/base/resolve/" in r.path]
+    assert any("config.json" in path for path in fetched)
+    assert any("model.safetensors" in path for path in fetched) == read
+    local = [base_folder.parent / name for name in "cd"]
+    assert run("merge", *local, "--base", base_folder, "--method", *words, "--out", "local")[0] == 0
+    name = "model.safetensors" if "--dense" in words else "adapter_model.safetensors"
+    assert Path("out", name).read_bytes() == Path("local", name).read_bytes()
+
+
+def test_what_an_adapter_replaces_is_read_from_a_base_on_demand(
+    hub: StandInHub, adapters: tuple[Path, Path], base_folder: Path, run: Run
+) -> None:
+    code, _, complaint = run("merge", "org/a", "org/b", "--method", "mean", "--out", "out")  # b has biases
+    assert (code, complaint) == (0, "")
+    fetched = [r.path for r in hub.requests if r.method == "GET" and "/org/base/resolve/" in r.path]
+    assert any("model.safetensors" in path for path in fetched)
+    assert run("merge", *adapters, "--base", base_folder, "--method", "mean", "--out", "local")[0] == 0
+    files = [Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("out", "local")]
+    assert files[0] == files[1]
+
+
 def test_revisions_of_the_base_must_agree(hub: StandInHub, run: Run, adapters: tuple[Path, Path]) -> None:
     old = hub.commits("org/base")[0].oid
     config = json.loads((adapters[0] / "adapter_config.json").read_text())
