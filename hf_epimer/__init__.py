@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_epimer.evaluation import Results, accuracy, evaluate
     from hf_epimer.grid import Grid
     from hf_epimer.in_memory import merge_state_dicts
+    from hf_epimer.loss_landscape import Landscape, landscape
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
     from hf_epimer.pipeline import MergeReport, merge, push_merged
@@ -40,6 +41,7 @@ _HOMES = {
     "FisherCallback": "statistics.training",
     "EpimerError": "errors",
     "Grid": "grid",
+    "Landscape": "loss_landscape",
     "METHODS": "methods",
     "MergeRecipe": "config",
     "MergeReport": "pipeline",
@@ -54,6 +56,7 @@ _HOMES = {
     "estimate_fisher": "statistics.sweep",
     "evaluate": "evaluation",
     "fisher_from_adam": "statistics.training",
+    "landscape": "loss_landscape",
     "make_plan": "planning",
     "make_zoo": "demo.zoo",
     "merge": "pipeline",
@@ -74,6 +77,7 @@ __all__ = [
     "EpimerError",
     "FisherCallback",
     "Grid",
+    "Landscape",
     "MergeRecipe",
     "MergeReport",
     "ModelRef",
@@ -86,6 +90,7 @@ __all__ = [
     "estimate_fisher",
     "evaluate",
     "fisher_from_adam",
+    "landscape",
     "make_plan",
     "make_zoo",
     "merge",

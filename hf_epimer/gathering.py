@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
+from torch import Tensor
 
 from hf_epimer import hub
 from hf_epimer.checkpoints import Checkpoint, StateDict, TensorSource
@@ -34,7 +36,8 @@ def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
     Args:
         more: names of other files of the base, as far as it has them.
     """
-    files = [(source, name) for source in (plan.base, *plan.models) for name in weight_names(source)]
+    sources = [plan.base, *plan.models] if plan.reads_base else plan.models
+    files = [(source, name) for source in sources for name in weight_names(source)]
     files += [(source, statistics_name(source, statistic)) for statistic, source in plan.measured]
     files += [(plan.base, name) for name in more if name in plan.base.files]
     remote = [(source, name) for source, name in files if not source.ref.is_local]
@@ -97,9 +100,7 @@ def _announced(entries: Sequence[Source | Estimate], progress: Progress) -> Call
 
 
 def _open_weights(plan: Plan) -> Ingredients:
-    base = _open_checkpoint(plan, plan.base)
-    base.label = str(replace(plan.base.pinned, label=None))
-    base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
+    base: TensorSource = _open_base(plan) if plan.reads_base else _BaseOnDemand(plan)
     models: list[TensorSource] = []
     for source in plan.models:
         if is_adapter(source):
@@ -108,6 +109,29 @@ def _open_weights(plan: Plan) -> Ingredients:
             models.append(_open_checkpoint(plan, source))
             _check_not_the_base(base, models[-1])
     return Ingredients(base, models, plan.weights)
+
+
+def _open_base(plan: Plan) -> Checkpoint:
+    base = _open_checkpoint(plan, plan.base)
+    base.label = str(replace(plan.base.pinned, label=None))
+    base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
+    return base
+
+
+class _BaseOnDemand:
+    """A `TensorSource` over the base that is fetched and opened with its first tensor, if ever: its config has told the
+    shapes, and only parameters that an adapter replaces are read."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.label = str(replace(plan.base.pinned, label=None))
+        self.shapes = plan.shapes
+        self._opened = cache(lambda: _open_base(plan))
+
+    def tensor(self, name: str) -> Tensor:
+        return self._opened().tensor(name)
+
+    def copy_to(self, name: str, out: Tensor) -> None:
+        self._opened().copy_to(name, out)
 
 
 def _open_checkpoint(plan: Plan, source: Source) -> Checkpoint:

@@ -22,7 +22,7 @@ from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape, StateDict
 from hf_epimer.config import MergeRecipe
 from hf_epimer.errors import CheckpointError, MismatchError, UsageError
 from hf_epimer.hub import Source
-from hf_epimer.lora import read_adapter
+from hf_epimer.lora import read_adapter, works_in_core
 from hf_epimer.merging import check_shapes, find_method, normalized_weights
 from hf_epimer.methods import Method
 from hf_epimer.methods.base import Statistic
@@ -81,6 +81,13 @@ class Plan:
         return self.only_adapters and not self.recipe.dense
 
     @property
+    def reads_base(self) -> bool:
+        """Whether the base's weights are needed: adapters that become an adapter in their core need its shapes only,
+        which are in its config, and what they replace."""
+        in_core = self.writes_adapter and works_in_core(self.method, self.recipe.options)
+        return not in_core or self.recipe.evaluate or bool(self.to_estimate)
+
+    @property
     def wanted(self) -> list[tuple[Statistic, Source | Estimate]]:
         """All statistics that will be read: those of the method and those of a calibration."""
         found: list[tuple[Statistic, Source | Estimate]] = [("outputs", entry) for entry in self.curvature]
@@ -110,7 +117,7 @@ class Plan:
             for name, shape in matrices.items()
             if rank and capped_rank(rank, (shape[0], shape[1]), len(self.models)) < rank
         }
-        sources = [self.base, *self.models]
+        sources = [self.base, *self.models] if self.reads_base else self.models
         return {
             "base": str(self.base),
             "models": [str(model) for model in self.models],

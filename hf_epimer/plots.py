@@ -53,6 +53,21 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[str]:
     return list(figures)
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure that belongs to no window system, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(axes: Axes) -> None:
+    """Leave the two spines that carry ticks."""
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def energy_by_rank(
     labels: Sequence[str],
     ranks: Sequence[int],
@@ -67,7 +82,7 @@ def energy_by_rank(
         kept: rank -> task -> share, in [0, 1].
         singular: the same for the task's own leading singular directions.
     """
-    figure = _figure(7.5, 4.6)
+    figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
     for task, label in enumerate(labels):
         colour, marker = COLOURS[task % len(COLOURS)], MARKERS[task // len(COLOURS) % len(MARKERS)]
@@ -87,7 +102,7 @@ def energy_by_rank(
         f"its own directions alone would keep {alone:.0%}",
         fontsize="medium",
     )
-    _tidy(axes)
+    tidy(axes)
     handles, _ = axes.get_legend_handles_labels()
     (dotted,) = axes.plot([], [], color="0.3", linestyle=":", label="own directions\nalone")
     axes.legend(handles=[*handles, dotted], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -98,7 +113,7 @@ def cosine_matrix(labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> 
     """Cosines between task vectors, T x T; NaN for a task vector that is zero."""
     size = len(labels)
     pairs = {(s, t): cosines[s][t] for s in range(size) for t in range(s) if math.isfinite(cosines[s][t])}
-    figure = _figure(max(5.0, 2.6 + 0.62 * size), max(3.6, 2.0 + 0.62 * size))
+    figure = new_figure(max(5.0, 2.6 + 0.62 * size), max(3.6, 2.0 + 0.62 * size))
     axes = figure.subplots()
     limit = max([0.3, *map(abs, pairs.values())])  # weak cosines stay pale
     shown = [[math.nan if s == t else cosines[s][t] for t in range(size)] for s in range(size)]
@@ -128,7 +143,7 @@ def confusion_matrix(task: str, class_names: Sequence[str], confusion: Sequence[
     mistakes = [(shares[i][j], i, j) for i in range(size) for j in range(size) if i != j and confusion[i][j]]
     few = size <= 30  # more names than that cannot be read
     side = min(12.0, 3.5 + (0.32 if few else 0.08) * size)
-    figure = _figure(side + 1.2, side)
+    figure = new_figure(side + 1.2, side)
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if few:
@@ -170,7 +185,7 @@ def eta_by_layer(
     """
     kinds = list(dict.fromkeys(_place(name)[1] for name in literal))
     blocks = sorted({_place(name)[0] for name in literal})
-    figure = _figure(max(8.0, 3.2 + 0.5 * len(blocks)), 6.4)
+    figure = new_figure(max(8.0, 3.2 + 0.5 * len(blocks)), 6.4)
     above, below = figure.subplots(2, 1, sharex=True)
     panels = (
         (above, literal, 0.5, "second-order loss that curvature\ncan save, η/2 (nats)", "curvature as measured"),
@@ -190,7 +205,7 @@ def eta_by_layer(
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set_ylim(0, 1.15 * max(tops) or 1)
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-        _tidy(axes)
+        tidy(axes)
     below.set_xticks(range(len(blocks)), [str(block) if block >= 0 else "embed" for block in blocks])
     below.set_xlabel("block (above each bar: share of the loss of plain averaging in the basis)")
     handles, names = above.get_legend_handles_labels()
@@ -238,7 +253,7 @@ def accuracy_heatmap(
         ranks, alphas: ascending.
     """
     rows = [len({rank for rank, _ in own}) for own in values.values()]
-    figure = _figure(max(6.5, 3.4 + 0.75 * len(alphas)), 1.7 + 0.42 * sum(rows) + 0.42 * len(rows))
+    figure = new_figure(max(6.5, 3.4 + 0.75 * len(alphas)), 1.7 + 0.42 * sum(rows) + 0.42 * len(rows))
     panels = figure.subplots(len(values), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     everything = [value for own in values.values() for value in own.values()]
     high = 100 * max(everything)
@@ -280,7 +295,7 @@ def accuracy_by_alpha(lines: Mapping[str, tuple[int | None, Mapping[float | None
     Args:
         lines: method -> (its rank or None, alpha -> (average, worst)), in [0, 1]; the alpha None alone for a level.
     """
-    figure = _figure(9.5, 4.4)
+    figure = new_figure(9.5, 4.4)
     panels = figure.subplots(1, 2, sharex=True)
     titles = ("average over tasks", "worst task")
     for number, (axes, title) in enumerate(zip(panels, titles)):
@@ -302,7 +317,7 @@ def accuracy_by_alpha(lines: Mapping[str, tuple[int | None, Mapping[float | None
         axes.set_ylim(max(min(everything) - 1, 100 * best - SCALE), 100 * best + 2)  # merges that collapsed fall out
         axes.set_title(f"{title}: {winner} reaches {best:.1%}", fontsize="medium", loc="left")
         axes.set_xlabel("alpha, the scale of the merged task vector")
-        _tidy(axes)
+        tidy(axes)
     panels[0].set_ylabel("accuracy on validation images (%)")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False)
@@ -339,7 +354,7 @@ def loss_contours(
     mean = [[math.fsum(cell) / len(tasks) for cell in zip(*rows)] for rows in zip(*losses.values())]
     columns = min(3, len(tasks) + 1)
     rows = -(-(len(tasks) + 1) // columns)
-    figure = _figure(4.3 * columns + 0.4, 4.1 * rows + 0.9)
+    figure = new_figure(4.3 * columns + 0.4, 4.1 * rows + 0.9)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, task in zip(panels.flat, [*tasks, None]):
         _loss_panel(axes, losses[task] if task else mean, grid)
@@ -420,16 +435,3 @@ def _lowest(mean: Sequence[Sequence[float]], models: Mapping[str, Mapping[str, f
     best = f"The lowest mean loss on the grid is {min(map(min, mean)):.2f}"
     listed = ", ".join(f"{name} {value:.2f}" for name, value in merges.items())
     return f"{best};\nthe merges' own, in the plane or outside of it: {listed}" if merges else best
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)

@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from test_lora_adapters import FC1, QUERY, base, base_folder, folded, make, rewrite_config, rewrite_weights
 from test_merge_command import contents, fails
 
+from hf_epimer import gathering
 from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.checkpoints import Checkpoint
 from hf_epimer.lora import merge_adapters, read_adapter
 from hf_epimer.lora.merging import IN_THE_CORE
+from hf_epimer.merging import tagged_bases
 from hf_epimer.methods import METHODS
 from hf_epimer.numerics.lowrank import LowRank
 
@@ -128,6 +130,10 @@ def test_every_method_by_name_as_an_adapter_and_dense(
     assert report["totals"]["layers"] == len(weights(full)) == len(weights(base_folder))
     untouched = "vision_model.embeddings.patch_embedding.weight"
     assert torch.equal(weights(full)[untouched], weights(base_folder)[untouched])
+    before, after = weights(base_folder), weights(full)
+    for layer in report["layers"]:
+        moved = float((after[layer["name"]].double() - before[layer["name"]].double()).norm())
+        assert layer["merged_norm"] == pytest.approx(moved, rel=1e-4, abs=1e-5)
 
 
 def test_a_full_model_that_was_folded_by_peft_merges_alike(
@@ -311,6 +317,23 @@ def test_curvature_is_estimated_where_it_is_missing(words: tuple[str, ...], meas
         same = load_file(measured / "flat" / "adapter_model.safetensors")
         assert any(differ[key].shape != value.shape or not torch.allclose(differ[key], value, atol=1e-4)
                    for key, value in same.items())  # fmt: skip
+
+
+def test_adapters_are_merged_in_the_basis_of_their_statistics(
+    measured: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in one that the merge computes anew: statistics taken in a basis of rank 2 give the merge of rank 2."""
+    tasks = ["--task", measured / "a.json", measured / "b.json", "--samples", 8]
+    words = ["merge", measured / "a", measured / "b", "--method", "epimer", "--metric", "projected", *tasks]
+    assert run(*words, "--rank", 2, "--out", measured / "two")[0] == 0
+    assert run(*words, "--rank", 4, "--out", measured / "four")[0] == 0
+    monkeypatch.setattr(gathering, "tagged_bases", lambda found, rank, **options: tagged_bases(found, 2, **options))
+    code, _, complaint = run(*words, "--rank", 4, "--out", measured / "given")
+    assert (code, complaint) == (0, "")
+    two, four, given = (load_file(measured / name / "adapter_model.safetensors") for name in ("two", "four", "given"))
+    assert two.keys() == given.keys()
+    assert all(torch.equal(two[key], value) for key, value in given.items())
+    assert not all(two[key].shape == four[key].shape and torch.equal(two[key], four[key]) for key in two)
 
 
 def test_kronecker_factors_are_found_beside_adapters_and_given(
@@ -521,6 +544,50 @@ def test_only_needed_files_are_fetched_and_offline_works(
     assert (code, complaint) == (0, "")
     assert hub.requests == []
     assert Path("out/adapter_model.safetensors").read_bytes() == Path("again/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        (["tsv-m"], False),
+        (["frechet-lora", "--out-rank", 2], False),
+        (["fisher"], True),  # works on whole layers
+        (["mean", "--dense"], True),
+    ],
+)
+def test_the_weights_of_the_base_are_fetched_only_where_they_are_read(
+    words: list[Any], read: bool, hub: StandInHub, base_folder: Path, run: Run
+) -> None:
+    for seed, name in enumerate("cd"):
+        folder = make(base_folder, name, seed, target_modules=["q_proj", "fc1"])
+        rewrite_config(folder, base_model_name_or_path="org/base")
+        (folder / "README.md").unlink()
+        save_file(tiny_fisher(seed), folder / "fisher.safetensors", metadata={"format": "hf-epimer.fisher/1"})
+        hub.add_repo(f"org/{name}", folder)
+    flags = ["--base", "org/base", "--method", *words]
+    plan = json.loads(run("merge", "org/c", "org/d", *flags, "--dry-run", "--json")[1])
+    assert (plan["bytes_to_read"] > (base_folder / "model.safetensors").stat().st_size) == read
+    code, _, complaint = run("merge", "org/c", "org/d", *flags, "--out", "out")
+    assert (code, complaint) == (0, "")
+    fetched = [r.path for r in hub.requests if r.method == "GET" and "/org/base/resolve/" in r.path]
+    assert any("config.json" in path for path in fetched)
+    assert any("model.safetensors" in path for path in fetched) == read
+    local = [base_folder.parent / name for name in "cd"]
+    assert run("merge", *local, "--base", base_folder, "--method", *words, "--out", "local")[0] == 0
+    name = "model.safetensors" if "--dense" in words else "adapter_model.safetensors"
+    assert Path("out", name).read_bytes() == Path("local", name).read_bytes()
+
+
+def test_what_an_adapter_replaces_is_read_from_a_base_on_demand(
+    hub: StandInHub, adapters: tuple[Path, Path], base_folder: Path, run: Run
+) -> None:
+    code, _, complaint = run("merge", "org/a", "org/b", "--method", "mean", "--out", "out")  # b has biases
+    assert (code, complaint) == (0, "")
+    fetched = [r.path for r in hub.requests if r.method == "GET" and "/org/base/resolve/" in r.path]
+    assert any("model.safetensors" in path for path in fetched)
+    assert run("merge", *adapters, "--base", base_folder, "--method", "mean", "--out", "local")[0] == 0
+    files = [Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("out", "local")]
+    assert files[0] == files[1]
 
 
 def test_revisions_of_the_base_must_agree(hub: StandInHub, run: Run, adapters: tuple[Path, Path]) -> None:

@@ -119,6 +119,15 @@ def test_the_rank_asked_for_is_kept(kind: str, rank: int) -> None:
     assert found == rank if rank <= 4 or kind == "chordal" else 4 <= found <= rank
 
 
+@pytest.mark.parametrize("kind", QUOTIENT)
+def test_a_lower_rank_is_the_mean_truncated(kind: str) -> None:
+    """Not the mean of another manifold, and not the chordal mean, at which the iteration only starts."""
+    pairs = adapters(0.7)
+    whole, low = mean(kind, pairs), mean(kind, pairs, rank=2)
+    assert difference(low, factorize(whole).truncated(2).dense()) < 1e-10
+    assert difference(low, mean("chordal", pairs, rank=2)) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_unequal_ranks_lose_nothing(kind: str) -> None:
     """Ranks 2 and 4, the second an extension of the first: the common part stays, nothing of the rest is cut off."""
@@ -267,6 +276,15 @@ def test_adapters_that_cancel_have_no_mean_of_their_rank(kind: str) -> None:
     found = low_rank_mean(kind, opposite, torch.full((2,), 0.5, dtype=torch.float64))
     assert found.value.rank == 0
     assert not found.unique and "cancel" in found.note
+
+
+def test_a_sign_that_turns_leaves_no_logarithm_however_close_the_spaces() -> None:
+    """diag(3, 3) and diag(3, -1) have the spaces of their mean, diag(3, 1), and the second is out of its reach."""
+    identity = torch.eye(6, dtype=torch.float64)[:, :2]
+    pairs = [(identity * torch.tensor(signs, dtype=torch.float64), identity.mT) for signs in ([3.0, 3.0], [3.0, -1.0])]
+    found = low_rank_mean("riemannian", [low_rank(*pair) for pair in pairs], torch.full((2,), 0.5, dtype=torch.float64))
+    assert found.angle < 1e-6
+    assert not found.unique and "1 of 2 have no logarithm there: chordal gradient" in found.note
 
 
 def test_a_tie_in_the_spectrum_is_reported() -> None:

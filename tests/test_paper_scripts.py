@@ -10,11 +10,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from hf_epimer import plots
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "paper"
 sys.path.insert(0, str(SCRIPTS))
 
 import benchmark  # noqa: E402
+import pictures  # noqa: E402
 from benchmark import HUB, TASKS, Comparison, benchmark_of, parser, published  # noqa: E402
 
 TABLES = published()["tables"]
@@ -106,6 +110,7 @@ def test_every_script_runs_and_shares_what_is_measured(
     clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     zoo, out = laid_out(clip_zoo, tmp_path), tmp_path / "out"
+    printed = []
 
     def run(script: str, *words: str) -> str:
         """What the script measured, in this process: seven starts of torch would take a minute."""
@@ -113,7 +118,9 @@ def test_every_script_runs_and_shares_what_is_measured(
         monkeypatch.setattr(sys, "argv", [script, *common, *words])
         capsys.readouterr()
         import_module(script).main()
-        return capsys.readouterr().err
+        found = capsys.readouterr()
+        printed.append(found.out)
+        return found.err
 
     assert "epimer" in run("accuracy", "--rank", "2")
     assert "epimer" not in run("worst_task", "--rank", "2")
@@ -133,7 +140,61 @@ def test_every_script_runs_and_shares_what_is_measured(
         assert (average, worst) == pytest.approx(((a + b) / 2, min(a, b)))
     worst_rows = json.loads((out / "table-4.json").read_text())["rows"]
     assert worst_rows[-1]["ours"] == accuracy["rows"][-1]["ours"][-1:]
-    assert (out / "landscape" / "landscape.png").is_file()
+    for picture in ("landscape/landscape.png", "figure-2.png", "figure-3.png"):
+        with Image.open(out / picture) as image:
+            image.load()
+            assert min(image.size) > 500
+    (out / "figure-3.png").unlink()
+    monkeypatch.setattr(plots, "available", lambda: False)
+    written = (out / "figure-3.json").read_bytes()
+    (out / "figure-3.json").unlink()
+    assert run("samples", "--rank", "2", "--fractions", "0.5", "1", "--seeds", "0", "1") == ""  # nothing measured anew
+    assert "no picture: the pictures need matplotlib: pip install 'hf-epimer[plots]'" in printed[-1]
+    assert (out / "figure-3.json").read_bytes() == written
+    assert not (out / "figure-3.png").exists()
+
+
+def test_figure_2_shows_eta_and_both_families_at_every_rank() -> None:
+    whose = {"ours (zoo)": [-0.5, 1.25], "paper (Ilharco)": [None, 0.2]}
+    figure = pictures.heterogeneity_and_margin([4, 16], [0.02, 0.01], [0.5, 0.25], whose)
+    left, right = figure.axes
+    assert [bar.get_height() for bar in left.patches] == [0.02, 0.01]
+    assert [text.get_text() for text in left.texts] == ["50.0%", "25.0%"]
+    assert [bar.get_height() for bar in right.patches] == [-0.5, 1.25, 0.2]
+    assert [text.get_text() for text in right.texts] == ["−0.50", "+1.25", "+0.20"]
+    places = [bar.get_x() + bar.get_width() / 2 for bar in right.patches]
+    assert [round(place) for place in places] == [0, 1, 1]
+    assert len({bar.get_facecolor() for bar in right.patches}) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(whose)
+    for axes in figure.axes:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "16"]
+    assert figure.get_suptitle() == "η is largest at rank 4, EpiMer's margin best at rank 16 (+1.25 points)"
+
+
+def test_figure_3_shows_the_range_over_seeds_and_the_paper_where_it_is_alike() -> None:
+    by_share = {1.0: [0.8], 0.01: [0.6, 0.7], 0.1: [0.79, 0.802]}
+    stored = {"float32": [0.7, 0.8], "rank1": [0.75]}
+    figure = pictures.accuracy_by_share(by_share, stored, 64, "ours (Ilharco)", {"paper (Ilharco)": 0.833})
+    curve, beside = figure.axes
+    assert curve.get_xscale() == "log"
+    line, point = curve.lines
+    assert line.get_xydata().ravel().tolist() == pytest.approx([0.01, 65, 0.1, 79.6, 1, 80])
+    assert point.get_xydata().ravel().tolist() == pytest.approx([1, 83.3])
+    band = curve.collections[0].get_paths()[0].vertices
+    assert {(x, round(y, 6)) for x, y in band} == {(0.01, 60), (0.01, 70), (0.1, 79), (0.1, 80.2), (1.0, 80)}
+    heights = [height for line in beside.lines for height in line.get_ydata()]  # range and mean of each
+    assert heights == pytest.approx([70, 80, 75, 75, 75, 75])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "range over seeds",
+        "ours (Ilharco)",
+        "paper (Ilharco)",
+    ]
+    assert figure.get_suptitle() == (
+        "Fisher information from 1% of the data: 65.0%; from 100%: 80.0%;\n"
+        "from 10% on accuracy stays within 0.5 points of that"
+    )
+    alone = pictures.accuracy_by_share(by_share, stored, 64, "ours (zoo)", {})
+    assert len(alone.axes[0].lines) == 1
 
 
 def test_what_decides_a_number_is_in_its_key(clip_zoo: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from test_merge_command import contents, fails
 from test_methods import statistics
 from torch import Tensor
 
-from hf_epimer import Grid, MergeRecipe, ModelRef, SweepReport, merge_state_dicts, plots, sweep, sweeping, validation
+from hf_epimer import Grid, MergeRecipe, ModelRef, merge_state_dicts, plots, sweep, sweeping, validation
 from hf_epimer.candidates import group_candidates, largest_rank, merge_candidates, task_vector_file
 from hf_epimer.checkpoints import StateDict
 from hf_epimer.data import read_samples
@@ -581,10 +581,3 @@ def test_without_matplotlib_the_report_is_there(clip_zoo: Path, run: Run, monkey
     assert "sweep.json is complete" in complaint
     assert contents(Path("sweep")) == ["sweep.csv", "sweep.json", "sweep.md"]
     assert "best on average" in output
-
-
-def test_public_names() -> None:
-    import hf_epimer
-
-    assert hf_epimer.sweep is sweep and callable(sweep)
-    assert hf_epimer.SweepReport is SweepReport

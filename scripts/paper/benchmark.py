@@ -267,6 +267,16 @@ class Comparison:
     note: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def file(self) -> Path:
+        """Where its JSON goes; a picture has the same name."""
+        return self.benchmark.out / f"{self.name.lower().replace(' ', '-')}.json"
+
+    @property
+    def ours(self) -> str:
+        """What our rows are of."""
+        return f"ours ({self.benchmark.family})"
+
     def add(self, label: str, ours: Numbers, theirs: Numbers = ()) -> None:
         """One row of ours, and the paper's below it where the paper has one."""
         theirs = list(theirs) if any(value is not None for value in theirs) else None
@@ -278,14 +288,13 @@ class Comparison:
 
     def finish(self, **more: Any) -> None:
         """Print the table and write its JSON."""
-        family = self.benchmark.family
         table = Table(title=f"{self.name}: {self.title}", title_justify="left", highlight=False)
         table.add_column("", no_wrap=True)
         table.add_column("whose (checkpoints)", no_wrap=True)
         for column in self.columns:
             table.add_column(column, justify="right")
         for row in self.rows:
-            table.add_row(row["row"], f"ours ({family})", *(self._shown(value) for value in row["ours"]))
+            table.add_row(row["row"], self.ours, *(self._shown(value) for value in row["ours"]))
             if row["paper"]:
                 table.add_row("", self.paper, *(self._shown(value) for value in row["paper"]), style="dim")
             if row["difference"]:
@@ -299,7 +308,7 @@ class Comparison:
             "name": self.name,
             "title": self.title,
             "source": self.source,
-            "checkpoints": {"ours": family, "paper": PAPER},
+            "checkpoints": {"ours": self.benchmark.family, "paper": PAPER},
             "backbone": self.benchmark.backbone,
             "base": str(self.benchmark.base),
             "models": list(map(str, self.benchmark.models)),
@@ -311,10 +320,9 @@ class Comparison:
             "note": self.note,
             **more,
         }
-        file = self.benchmark.out / f"{self.name.lower().replace(' ', '-')}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        console.print(f"written {file}", markup=False)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        console.print(f"written {self.file}", markup=False)
 
     def _unlike(self) -> str:
         """Why ours and the paper's are not of a kind."""

@@ -11,9 +11,9 @@ of all eight models. --limit is the number of test images a task whose loss is a
 from __future__ import annotations
 
 from benchmark import Comparison, benchmark_of, parser, published
+from pictures import say_missing
 
-from hf_epimer import METHODS, ModelRef, merge
-from hf_epimer.landscape import PICTURE, landscape
+from hf_epimer import METHODS, ModelRef, landscape, merge
 
 
 def main() -> None:
@@ -41,7 +41,10 @@ def main() -> None:
     table.note = (
         f"The plane has {found.plane.explained:.0%} of the models' spread; lowest mean loss on it {lowest:.3f}."
     )
-    table.finish(rank=options.rank, explained=found.plane.explained, lowest=lowest, picture=f"landscape/{PICTURE}")
+    pictures = [f"landscape/{name}" for name in found.pictures]
+    table.finish(rank=options.rank, explained=found.plane.explained, lowest=lowest, pictures=pictures)
+    if not pictures:
+        say_missing()
 
 
 if __name__ == "__main__":

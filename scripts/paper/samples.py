@@ -4,13 +4,15 @@
     python scripts/paper/samples.py --zoo DIR [--tasks mnist flags ...] [--rank 16] [--seeds 0 1 2] [--limit 300]
 
 One row per share of the training split, averaged over seeds of which samples are taken; then --samples samples, and the
-same in bfloat16 and rank-1 files. The paper takes whole batches of 64 from one shuffle; here the share is exact.
+same in bfloat16 and rank-1 files. The paper takes whole batches of 64 from one shuffle; here the share is exact. Drawn
+as figure-3.png.
 """
 
 from __future__ import annotations
 
 from accuracy import theirs
 from benchmark import Comparison, benchmark_of, parser, published
+from pictures import accuracy_by_share, write
 
 from hf_epimer.statistics.estimation import Sampling
 from hf_epimer.statistics.files import Compression
@@ -33,6 +35,7 @@ def main() -> None:
     title = f"top-1 accuracy of EpiMer, rank {options.rank}, alpha {printed['alpha']:g}"
     table = Comparison("Figure 3", title, printed["source"], columns, benchmark)
     everything = {}
+    averages = {}
     for way, (samples, fraction, compress) in ways.items():
         seeds = options.seeds[:1] if fraction == 1 else options.seeds
         rows = [
@@ -41,11 +44,19 @@ def main() -> None:
             )
             for seed in seeds
         ]
-        averages = [sum(row) / len(row) for row in rows]
-        ours = [sum(averages) / len(rows), sum(map(min, rows)) / len(rows), min(averages), max(averages)]
+        found = averages[way] = [sum(row) / len(row) for row in rows]
+        ours = [sum(found) / len(rows), sum(map(min, rows)) / len(rows), min(found), max(found)]
         table.add(way, ours, [*theirs(benchmark, "epimer")[-2:], None, None] if fraction == 1 else ())
         everything[way] = dict(zip(map(str, seeds), rows))
     table.finish(rank=options.rank, accuracies=everything)
+    by_share = {fraction: averages[way] for way, (_, fraction, _) in ways.items() if fraction}
+    stored = {compress or "float32": averages[way] for way, (samples, _, compress) in ways.items() if samples}
+    average = theirs(benchmark, "epimer")[-2]
+    alike = benchmark.has_paper_tasks and average is not None
+    paper = {f"{table.paper}, rank {printed['rank']}": average} if alike else {}
+    write(
+        table.file.with_suffix(".png"), lambda: accuracy_by_share(by_share, stored, options.samples, table.ours, paper)
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Notation, beside that of `hf_epimer.numerics` (D_t = B_t A_t is the task vector 
     procrustes   balanced factors modulo rotations, (R^{(m+n) x r}) / O(r)          generalised Procrustes
     polar        subspaces and scales apart, (St x SPD x St) / O(r)                 Bonnabel and Sepulchre 2010
     riemannian   factors modulo GL(r) in the scale-free quotient metric             Mishra et al. 2014
+    iteration    what the last three have in common: the start, when to stop, whether the mean is unique
     sylvester    the mean in the core under Kronecker curvature                     generalised Sylvester equation
 
 Every mean is equivariant under isometries of both sides, so it is taken in the union core and lifted: no m x n matrix
@@ -19,23 +20,25 @@ is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from hf_epimer.numerics.lowrank.chordal import chordal_mean
 from hf_epimer.numerics.lowrank.factors import LowRank, LowRankMean, UnionCore, factorize, low_rank, union_core
-from hf_epimer.numerics.lowrank.polar import log_polar_mean, polar_mean
-from hf_epimer.numerics.lowrank.procrustes import procrustes_mean
-from hf_epimer.numerics.lowrank.riemannian import riemannian_mean
+from hf_epimer.numerics.lowrank.iteration import iterated_mean
+from hf_epimer.numerics.lowrank.polar import log_polar_iteration, polar_iteration
+from hf_epimer.numerics.lowrank.procrustes import procrustes_iteration
+from hf_epimer.numerics.lowrank.riemannian import riemannian_iteration
 
 Mean = Callable[[Sequence[LowRank], Tensor, int | None], LowRankMean]
 
 MEANS: dict[str, Mean] = {
     "chordal": chordal_mean,
-    "procrustes": procrustes_mean,
-    "polar": polar_mean,
-    "log-polar": log_polar_mean,
-    "riemannian": riemannian_mean,
+    "procrustes": partial(iterated_mean, procrustes_iteration),
+    "polar": partial(iterated_mean, polar_iteration),
+    "log-polar": partial(iterated_mean, log_polar_iteration),
+    "riemannian": partial(iterated_mean, riemannian_iteration),
 }
 
 

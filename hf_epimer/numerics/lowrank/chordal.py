@@ -39,16 +39,3 @@ def chordal_mean(points: Sequence[LowRank], weights: Tensor, rank: int | None = 
     unique = bool(whole.s[rank - 1] - whole.s[rank] > _GAP * whole.s[0])
     note = "" if unique else f"singular values {rank} and {rank + 1} of the mean are equal: one of them was kept"
     return LowRankMean(value, angle=largest_angle(points, value), unique=unique, note=note)
-
-
-def chordal_start(points: Sequence[LowRank], weights: Tensor, rank: int) -> tuple[LowRank, LowRankMean | None]:
-    """Where the iterations of the other means start, and their result if they cannot: points that cancel each other.
-
-    D and -D have no mean of their rank that is closer to one than to the other; every start would be arbitrary.
-    """
-    start = chordal_mean(points, weights, rank)
-    if start.value.rank >= max(point.rank for point in points):
-        return start.value, None
-    angle = largest_angle(points, start.value)
-    note = "the adapters cancel each other in some directions: the chordal mean"
-    return start.value, LowRankMean(start.value, angle=angle, unique=False, note=note)

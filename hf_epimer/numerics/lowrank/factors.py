@@ -81,10 +81,6 @@ class LowRankMean:
         return replace(self, value=value)
 
 
-CONVEX = torch.pi / 4
-"""Radius of the balls of the Grassmann manifold in which a mean is unique (Afsari 2011)."""
-
-
 def low_rank(b: Tensor, a: Tensor) -> LowRank:
     """Thin SVD of B A, numerically zero singular values dropped.
 
@@ -154,20 +150,9 @@ def _angle(a: Tensor, b: Tensor) -> float:
     return float(torch.acos(cosines.amin().clamp(max=1.0)))
 
 
-def verdict(points: Sequence[LowRank], value: LowRank, settled: bool) -> tuple[float, bool, str]:
-    """Angle, uniqueness and note of a mean found by iteration from the chordal mean."""
-    angle = largest_angle(points, value)
-    unique = angle < CONVEX
-    notes = []
-    if not unique:
-        notes.append(f"up to {angle * 180 / torch.pi:.0f} degrees apart: the local mean reached from the chordal one")
-    if not settled:
-        notes.append("stopped at the limit of steps")
-    return angle, unique, "; ".join(notes)
-
-
-def padded(tensors: Sequence[Tensor], columns: int) -> Tensor:
-    """Matrices with columns of zeros appended up to a common number, T x rows x columns."""
+def padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Matrices with columns of zeros appended up to the widest, T x rows x columns."""
+    columns = max(x.shape[1] for x in tensors)
     return torch.stack([torch.nn.functional.pad(x, (0, columns - x.shape[1])) for x in tensors])
 
 

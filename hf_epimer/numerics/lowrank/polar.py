@@ -17,38 +17,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hf_epimer.numerics.lowrank.chordal import chordal_start
-from hf_epimer.numerics.lowrank.factors import LowRank, LowRankMean, aligning, low_rank, padded, verdict
+from hf_epimer.numerics.lowrank.factors import LowRank, aligning, low_rank, padded
+from hf_epimer.numerics.lowrank.iteration import MAX_STEPS, TOLERANCE, Reached
 
 
-def polar_mean(
-    points: Sequence[LowRank],
-    weights: Tensor,
-    rank: int | None = None,
-    *,
-    log_euclidean: bool = False,
-    tolerance: float = 1e-9,
-    max_steps: int = 500,
-) -> LowRankMean:
-    """Alternate rotations and subspaces, then average the scales.
-
-    Args:
-        points: D_1 .. D_T of one shape, none of them zero.
-        weights: l_t, length T, summing to 1.
-        rank: of the mean, by default the largest of the points; below that the mean is taken there and truncated.
-        log_euclidean: average the logarithms of the scales instead of iterating the affine-invariant mean.
-        tolerance: change of U and V, relative to the root of r, at which they count as standing still.
-        max_steps: after which it is given up.
-    """
-    largest = max(point.rank for point in points)
-    columns = min(max(rank or largest, largest), *points[0].shape)
-    start, cancelled = chordal_start(points, weights, columns)
-    if cancelled:
-        return cancelled
-    u_t, v_t = padded([x.u for x in points], largest), padded([x.v for x in points], largest)
+def polar_iteration(
+    points: Sequence[LowRank], weights: Tensor, start: LowRank, *, log_euclidean: bool = False
+) -> Reached:
+    """Alternate rotations and subspaces until U and V stand still, then average the scales (or their logarithms)."""
+    u_t, v_t = padded([x.u for x in points]), padded([x.v for x in points])
     u, v = start.u, start.v
     steps, change = 0, torch.inf
-    while steps < max_steps and change > tolerance:
+    while steps < MAX_STEPS and change > TOLERANCE:
         turns = aligning(u_t.mT @ u + v_t.mT @ v)
         before = u, v
         u = aligning(torch.einsum("t,tij->ij", weights, u_t @ turns))
@@ -56,20 +36,17 @@ def polar_mean(
         change = float(torch.hypot((u - before[0]).norm(), (v - before[1]).norm())) / max(u.shape[1], 1) ** 0.5
         steps += 1
     turns = aligning(u_t.mT @ u + v_t.mT @ v)
-    s_t = padded([x.s.unsqueeze(0) for x in points], largest).squeeze(1)
+    s_t = padded([x.s.unsqueeze(0) for x in points]).squeeze(1)
     scales = turns.mT @ (s_t.unsqueeze(2) * turns)
     singular = any(point.rank < u.shape[1] for point in points)
     mean = _arithmetic if singular else log_euclidean_mean if log_euclidean else affine_invariant_mean
-    value = low_rank(u @ mean(scales, weights), v.mT)
-    angle, unique, note = verdict(points, value, change <= tolerance)
-    if singular:
-        note = "; ".join(filter(None, [note, "unlike ranks: scales averaged arithmetically"]))
-    return LowRankMean(value.truncated(rank or columns), steps, change, angle, unique, note)
+    note = "unlike ranks: scales averaged arithmetically" if singular else ""
+    return Reached(low_rank(u @ mean(scales, weights), v.mT), steps, change, note=note)
 
 
-def log_polar_mean(points: Sequence[LowRank], weights: Tensor, rank: int | None = None) -> LowRankMean:
-    """The polar mean with the log-Euclidean mean of the scales."""
-    return polar_mean(points, weights, rank, log_euclidean=True)
+def log_polar_iteration(points: Sequence[LowRank], weights: Tensor, start: LowRank) -> Reached:
+    """The same with the log-Euclidean mean of the scales."""
+    return polar_iteration(points, weights, start, log_euclidean=True)
 
 
 def log_euclidean_mean(matrices: Tensor, weights: Tensor) -> Tensor:

@@ -15,44 +15,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_epimer.numerics.lowrank.chordal import chordal_start
-from hf_epimer.numerics.lowrank.factors import LowRank, LowRankMean, aligning, low_rank, padded, verdict
+from hf_epimer.numerics.lowrank.factors import LowRank, aligning, low_rank, padded
+from hf_epimer.numerics.lowrank.iteration import MAX_STEPS, TOLERANCE, Reached
 
 
-def procrustes_mean(
-    points: Sequence[LowRank],
-    weights: Tensor,
-    rank: int | None = None,
-    *,
-    tolerance: float = 1e-9,
-    max_steps: int = 500,
-) -> LowRankMean:
-    """Generalised Procrustes analysis.
-
-    Args:
-        points: D_1 .. D_T of one shape, none of them zero.
-        weights: l_t, length T, summing to 1.
-        rank: of the mean, by default the largest of the points; below that the mean is taken there and truncated.
-        tolerance: relative change of Z at which it counts as standing still.
-        max_steps: after which it is given up.
-    """
-    largest = max(point.rank for point in points)
-    columns = max(rank or largest, largest)
-    start, cancelled = chordal_start(points, weights, columns)
-    if cancelled:
-        return cancelled
-    z_t = padded([_stacked(point) for point in points], largest)
-    z = padded([_stacked(start)], columns)[0]
+def procrustes_iteration(points: Sequence[LowRank], weights: Tensor, start: LowRank) -> Reached:
+    """Generalised Procrustes analysis until Z stands still."""
+    z_t = padded([_stacked(point) for point in points])
+    z = _stacked(start)
     steps, change = 0, torch.inf
-    while steps < max_steps and change > tolerance:
+    while steps < MAX_STEPS and change > TOLERANCE:
         following = torch.einsum("t,tij->ij", weights, z_t @ aligning(z_t.mT @ z))
         change = float((following - z).norm() / following.norm().clamp_min(torch.finfo(z.dtype).tiny))
         z = following
         steps += 1
     rows = points[0].shape[0]
-    value = low_rank(z[:rows], z[rows:].mT)
-    angle, unique, note = verdict(points, value, change <= tolerance)
-    return LowRankMean(value.truncated(rank or columns), steps, change, angle, unique, note)
+    return Reached(low_rank(z[:rows], z[rows:].mT), steps, change)
 
 
 def _stacked(point: LowRank) -> Tensor:

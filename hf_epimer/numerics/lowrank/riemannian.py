@@ -21,32 +21,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_epimer.numerics.lowrank.chordal import chordal_start
-from hf_epimer.numerics.lowrank.factors import LowRank, LowRankMean, low_rank, verdict
+from hf_epimer.numerics.lowrank.factors import LowRank, low_rank
+from hf_epimer.numerics.lowrank.iteration import MAX_STEPS, TOLERANCE, Reached
 
 
-def riemannian_mean(
-    points: Sequence[LowRank],
-    weights: Tensor,
-    rank: int | None = None,
-    *,
-    tolerance: float = 1e-9,
-    max_steps: int = 500,
-) -> LowRankMean:
-    """Karcher flow from the chordal mean.
-
-    Args:
-        points: D_1 .. D_T of one shape, none of them zero.
-        weights: l_t, length T, summing to 1.
-        rank: of the mean, by default the largest of the points; below that the mean is taken there and truncated.
-        tolerance: norm of the gradient, relative to the mean's, at which it is reached.
-        max_steps: after which it is given up.
-    """
-    largest = max(point.rank for point in points)
-    columns = max(rank or largest, largest)
-    x, cancelled = chordal_start(points, weights, columns)
-    if cancelled:
-        return cancelled
+def riemannian_iteration(points: Sequence[LowRank], weights: Tensor, start: LowRank) -> Reached:
+    """Karcher flow until the gradient vanishes."""
+    x = start
     step, steps, before = 1.0, 0, torch.inf
     while True:
         pulls = [_logarithm(x, point) for point in points]
@@ -55,7 +36,7 @@ def riemannian_mean(
         db = torch.einsum("t,tij->ij", weights, torch.stack([pair[0] for pair in pairs]))
         da = torch.einsum("t,tij->ij", weights, torch.stack([pair[1] for pair in pairs]))
         size = float((((db * x.s.sqrt()).square().sum() + (da.mT * x.s.sqrt()).square().sum()) / 2).sqrt() / x.s.norm())
-        if size <= tolerance or steps == max_steps:
+        if size <= TOLERANCE or steps == MAX_STEPS:
             break
         if size > before:
             step = max(0.5 * step, _SHORTEST)
@@ -63,10 +44,8 @@ def riemannian_mean(
         b, a = x.balanced()  # the balanced representative: B^T B = A A^T = diag(s), and nothing is ill-conditioned
         x = low_rank(b + step * db, a + step * da)
         steps += 1
-    angle, unique, note = verdict(points, x, size <= tolerance)
-    if lifted:
-        note = "; ".join(filter(None, [note, f"{lifted} of {len(points)} have no logarithm there: chordal gradient"]))
-    return LowRankMean(x.truncated(rank or columns), steps, size, angle, unique and not lifted, note)
+    note = f"{lifted} of {len(points)} have no logarithm there: chordal gradient" if lifted else ""
+    return Reached(x, steps, size, unique=not lifted, note=note)
 
 
 _SHORTEST = 1 / 16

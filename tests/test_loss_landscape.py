@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_epimer import MergeRecipe, ModelRef, merge, plots
+from hf_epimer import MergeRecipe, ModelRef, landscape, merge, plots
 from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.checkpoints import Checkpoint, StateDict
 from hf_epimer.classifier import load_classifier, task_head
 from hf_epimer.data import ImageBatches, read_samples
 from hf_epimer.errors import OutputError, UsageError
-from hf_epimer.landscape import Landscape, Plane, Tower, fit_plane, grid, landscape, plane_of
+from hf_epimer.loss_landscape import Landscape, Plane, Tower, fit_plane, grid, plane_of
 from hf_epimer.merging import Ingredients
 from hf_epimer.tasks import load_task_file
 
@@ -223,5 +223,5 @@ def test_what_cannot_be_drawn_is_refused(clip_zoo: Path, tmp_path: Path) -> None
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
-    code = "import sys, hf_epimer.landscape; assert 'matplotlib' not in sys.modules"
+    code = "import sys, hf_epimer.loss_landscape; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
