@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +418,10 @@ def test_the_zoo_is_made_where_it_is_missing_and_is_seen_to_be_made(tmp_path: Pa
         choosing.wish_of(Settings(False, None, None, None), maker.zoo, choosing.ZOO, list(ZOO_TASKS), "", "")
     make_zoo(maker.zoo.folder, size=ZooSize(60, 2, 16, 24, 12, 2, 8, 2))
     assert maker.banner() == ""
+
+
+def test_without_gradio_the_command_says_how_to_get_it(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_epimer.demo.web.find_spec", lambda name: None)
+    assert run("demo", "--web") == (2, "", "error: the page needs gradio: pip install 'hf-epimer[space]'\n")
