@@ -11,6 +11,7 @@ the tests are used once. Kronecker curvature is measured on --samples training r
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import subprocess
@@ -259,29 +260,40 @@ def table_of(zoo: Zoo, rank: int, options: argparse.Namespace) -> dict[str, dict
         "each its own": {"accuracy": own},
     }
     for row, merge in merges(adapters, rank, measured).items():
-        began = time.monotonic()
-        update = merge()
-        seconds = time.monotonic() - began
+        update, spent = costed(merge)
         scores = {}
         for alpha in ALPHAS:
             scores[alpha] = sum(zoo.accuracies("validation", {n: alpha * u for n, u in update.items()}))
         alpha = max(scores, key=lambda a: scores[a])
         found = zoo.accuracies("test", {n: alpha * u for n, u in update.items()})
-        rows[row] = {"accuracy": found, "alpha": alpha, "seconds": seconds}
-        console.print(f"{row}: {sum(found) / len(found):.3f} at alpha {alpha:g}, merged in {seconds:.1f} s")
+        rows[row] = {"accuracy": found, "alpha": alpha, **spent}
+        shown = f"merged in {spent['cpu']:.1f} s of processor time and {spent['memory']:.0f} MiB"
+        console.print(f"{row}: {sum(found) / len(found):.3f} at alpha {alpha:g}, {shown}")
     return rows
+
+
+def costed(merge: Callable[[], Update]) -> tuple[Update, dict[str, float]]:
+    """A merge, its seconds, and the MiB that the process grew by at its peak, the dense result among them."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier merges freed would hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, began, used = memory("VmRSS"), time.monotonic(), time.process_time()
+    update = merge()
+    seconds, cpu = time.monotonic() - began, time.process_time() - used
+    return update, {"seconds": seconds, "cpu": cpu, "memory": 1024 * (memory("VmHWM") - before)}
 
 
 def show(names: Sequence[str], rank: int, rows: dict[str, dict[str, Any]]) -> None:
     table = Table(title=f"{len(names)} adapters of rank {rank}", title_justify="left")
-    for column in ("merge", *names, "average", "worst", "alpha", "seconds"):
+    for column in ("merge", *names, "average", "worst", "alpha", "CPU seconds", "MiB"):
         table.add_column(column, justify="left" if column == "merge" else "right")
     for row, found in rows.items():
         values = found["accuracy"]
-        tail = [f"{found['alpha']:g}", f"{found['seconds']:.1f}"] if "alpha" in found else ["", ""]
+        tail = [""] * 3
+        if "alpha" in found:
+            tail = [f"{found['alpha']:g}", f"{found['cpu']:.1f}", f"{found['memory']:.0f}"]
         mean, worst = sum(values) / len(values), min(values)
         table.add_row(row, *(f"{v:.3f}" for v in values), f"{mean:.3f}", f"{worst:.3f}", *tail)
-    Console(width=150).print(table)
+    Console(width=160).print(table)
 
 
 # --- the cost -------------------------------------------------------------------------------------------------------
