@@ -7,7 +7,7 @@ BIN := .venv/bin
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/ready  ## make a small zoo, merge it with four methods, print one table (about three minutes)
+demo: .venv/ready  ## make a small zoo, merge it in five ways, print one table (about three minutes)
 	$(BIN)/hf-epimer demo
 
 test: .venv/ready  ## check the style and the types, then run the tests

@@ -139,7 +139,7 @@ def test_every_word_of_every_caption_is_one_known_token() -> None:
         assert all(piece.endswith("</w>") for piece in pieces)
 
 
-def test_the_demo_command_merges_and_measures_with_four_methods(
+def test_the_demo_command_merges_and_measures_in_five_ways(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hf_epimer.cli import main
@@ -148,13 +148,20 @@ def test_the_demo_command_merges_and_measures_with_four_methods(
     monkeypatch.setattr(run, "zoo_folder", lambda: zoo)
     assert main(["demo", "--json", "--out", str(tmp_path / "merges")]) == 0
     accuracy_of = json.loads(capsys.readouterr().out)["accuracy"]
-    assert set(accuracy_of) == {"zero-shot", "fine-tuned", *run.METHODS}
-    for method in run.METHODS:
+    assert set(accuracy_of) == {"zero-shot", "fine-tuned", *run.MERGES}
+    for method in run.MERGES:
         assert set(accuracy_of[method]) == set(FAMILIES)
-        assert (tmp_path / "merges" / method / "README.md").is_file()
+        card = (tmp_path / "merges" / method.replace(", ", "-") / "README.md").read_text()
+        assert ("Then calibrated" in card) == method.endswith("calibrated")
     assert main(["demo", "--quiet", "--out", str(tmp_path / "merges")]) == 0
     shown = capsys.readouterr().out
-    assert "merged: epimer" in shown and "average" in shown and "worst" in shown and "try next" in shown
+    assert (
+        "merged: epimer" in shown
+        and "and calibrated" in shown
+        and "average" in shown
+        and "worst" in shown
+        and "try next" in shown
+    )
 
 
 def test_merge_with_evaluate_writes_results_and_puts_them_into_the_card(

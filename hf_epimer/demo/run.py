@@ -1,4 +1,4 @@
-"""`hf-epimer demo`: make the zoo (once), merge it with four methods, measure every merge, print one table.
+"""`hf-epimer demo`: make the zoo (once), merge it in five ways, measure every merge, print one table.
 
 Everything goes through the public functions, the way a user's own script would.
 """
@@ -21,7 +21,8 @@ from hf_epimer.evaluation import evaluate_folder
 from hf_epimer.pipeline import merge
 from hf_epimer.tasks import load_task_file
 
-METHODS = ("mean", "ties", "tsv-m", "epimer")
+MERGES = ("mean", "ties", "tsv-m", "epimer", "epimer, calibrated")
+"""Methods, with and without calibration."""
 
 Results = dict[str, dict[str, float]]
 
@@ -69,22 +70,28 @@ def _merge_and_measure(zoo: Path, out: Path, bars: Any) -> Results:
         "zero-shot": {name: summary["tasks"][name]["zero_shot"] for name in names},
         "fine-tuned": {name: summary["tasks"][name]["fine_tuned"] for name in names},
     }
-    for method in METHODS:
-        bar = bars.add_task(f"merging with {method}", total=len(tasks) + 1)
+    for name in MERGES:
+        bar = bars.add_task(f"merging with {name}", total=len(tasks) + 1)
+        method, _, calibrated = name.partition(", ")
         recipe = MergeRecipe(
-            models=tuple(ModelRef.parse(f"{name}={zoo / name}") for name in names),
+            models=tuple(ModelRef.parse(f"{task}={zoo / task}") for task in names),
             base=ModelRef.parse(str(zoo / "base")),
             method=method,
+            calibrate=bool(calibrated),
             tasks=tuple(map(str, files)),
-            out=str(out / method),
+            out=str(out / _folder(name)),
             overwrite=True,
         )
         report = merge(recipe)
         bars.advance(bar)
         step: Callable[[], None] = lambda bar=bar: bars.advance(bar)  # type: ignore[misc]  # noqa: E731
-        measured = evaluate_folder(report.out, zoo / "base", tasks, name=method, on_task=step)
-        results[method] = {name: measured.tasks[name].accuracy for name in names}
+        measured = evaluate_folder(report.out, zoo / "base", tasks, name=name, on_task=step)
+        results[name] = {task: measured.tasks[task].accuracy for task in names}
     return results
+
+
+def _folder(name: str) -> str:
+    return name.replace(", ", "-")
 
 
 def _show(zoo: Path, out: Path, results: Results) -> None:
@@ -95,18 +102,19 @@ def _show(zoo: Path, out: Path, results: Results) -> None:
     columns = {name: {row: scores[name] for row, scores in results.items()} for name in names}
     columns["average"] = {row: sum(scores.values()) / len(scores) for row, scores in results.items()}
     columns["worst"] = {row: min(scores.values()) for row, scores in results.items()}
-    best = {name: max(values[method] for method in METHODS) for name, values in columns.items()}
+    best = {name: max(values[method] for method in MERGES) for name, values in columns.items()}
     table = Table(title="top-1 accuracy on the test sets: one model for all four tasks", title_justify="left")
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", style="bold" if name in ("average", "worst") else "")
     for row in results:
-        is_merge = row in METHODS
+        is_merge = row in MERGES
         cells = []
         for name, values in columns.items():
             text = f"{values[row]:.3f}"
             cells.append(f"[green]{text}[/]" if is_merge and values[row] == best[name] else text)
-        label = {"zero-shot": "base, zero-shot", "fine-tuned": "four models"}.get(row, f"merged: {row}")
+        known = {"zero-shot": "base, zero-shot", "fine-tuned": "four models", MERGES[-1]: "    and calibrated"}
+        label = known.get(row, f"merged: {row}")
         table.add_row(label, *cells, style="" if is_merge else "dim", end_section=row == "fine-tuned")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
@@ -115,7 +123,7 @@ def _show(zoo: Path, out: Path, results: Results) -> None:
     if shutil.which(program) is None:  # run through make: the environment's own copy, as seen from here
         program = os.path.relpath(Path(sys.executable).with_name(program))
     console.print(
-        f"\n[bold]merged models[/]  {out}/{{{','.join(METHODS)}}}, each with its model card (README.md)\n"
+        f"\n[bold]merged models[/]  {out}/{{{','.join(map(_folder, MERGES))}}}, each with its model card (README.md)\n"
         f"[bold]the zoo[/]        {zoo}\n\n"
         "[bold]try next[/]\n"
         f"  {program} merge {models} --base {zoo / 'base'} --rank 16\n"
