@@ -155,13 +155,7 @@ def test_the_demo_command_merges_and_measures_in_five_ways(
         assert ("Then calibrated" in card) == method.endswith("calibrated")
     assert main(["demo", "--quiet", "--out", str(tmp_path / "merges")]) == 0
     shown = capsys.readouterr().out
-    assert (
-        "merged: epimer" in shown
-        and "and calibrated" in shown
-        and "average" in shown
-        and "worst" in shown
-        and "try next" in shown
-    )
+    assert all(text in shown for text in ("merged: epimer", "and calibrated", "average", "worst", "try next"))
 
 
 def test_merge_with_evaluate_writes_results_and_puts_them_into_the_card(
