@@ -153,17 +153,19 @@ def test_kronecker_factors_are_the_second_moments(model: Classifier, samples: tu
         layer.register_forward_hook(lambda m, i, o: caught.update(x=i[0])),
         layer.register_full_backward_hook(lambda m, i, o: caught.update(g=o[0])),
     ]
-    inputs, outputs = [], []
+    inputs, outputs, positions = [], [], []
     for pixels, label in zip(*samples, strict=True):
         cross_entropy(model(pixels.unsqueeze(0)), label.unsqueeze(0)).backward()
         x, g = caught["x"][0], caught["g"][0]
         inputs.append(x.mT @ x / len(x))
         outputs.append(g.mT @ g)
+        positions.append(g.square().sum(1))
     for hook in hooks:
         hook.remove()
     model.zero_grad(set_to_none=True)
     assert torch.allclose(found[f"{FC1}.input_factor"], torch.stack(inputs).mean(0))
     assert torch.allclose(found[f"{FC1}.output_factor"], torch.stack(outputs).mean(0))
+    assert torch.allclose(found[f"{FC1}.positions"], torch.stack(positions).mean(0))
     matrices = [name for name, shape in CLIP_VISION.shapes(TINY).items() if len(shape) == 2]
     assert {name.rsplit(".", 1)[0] for name in found} == set(matrices)
 
@@ -412,6 +414,13 @@ def test_kronecker_files_serve_regmean_too(tmp_path: Path) -> None:
     path = tmp_path / "kronecker.safetensors"
     save_statistics(path, factors, ORIGIN, "kronecker")
     assert set(open_statistics(path, "x", "kronecker", SHAPES, same).shapes) == set(factors)
+    with pytest.raises(MismatchError, match=r"missing vision_model\.a\.weight\.positions"):
+        open_statistics(path, "x", "outputs", SHAPES, same)
+    save_statistics(path, factors | {"vision_model.a.weight.positions": torch.ones(5)}, ORIGIN, "kronecker")
+    for statistic in ("kronecker", "gram"):  # which do not look at it
+        assert not any("positions" in name for name in open_statistics(path, "x", statistic, SHAPES, same).shapes)
+    assert len(open_statistics(path, "x", "outputs", SHAPES, same).shapes) == 2
+    save_statistics(path, factors, ORIGIN, "kronecker")
     gram = open_statistics(path, "x", "gram", SHAPES, same)
     assert dict(gram.shapes) == {"vision_model.a.weight.input_factor": (4, 4)}
 

@@ -40,7 +40,7 @@ class EpiMerCoreConfig(MethodConfig):
         "kronecker", "Kronecker factors, their input side alone (no labels), or task vectors (no data)"
     )
     scaffold: Literal["tsv-m", "iso-c"] = option("tsv-m", "the method whose core the solution is pulled towards")
-    rho: float = option(1.0, "strength of that pull, in units of the mean curvature", low=1e-9)
+    rho: float = option(1.0, "strength of the pull towards the scaffold, in units of the mean curvature", low=1e-9)
 
 
 def merge_epimer_core(layer: Layer, config: EpiMerCoreConfig, survey: None = None) -> LayerMerge:
