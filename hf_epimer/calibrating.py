@@ -14,6 +14,8 @@ enter through S_t and pi alone. `hf_epimer.numerics.regression` solves it; rho =
 
 Related: RegMean (inputs of the tuned towers, S_t = I, pi = 1, all layers at once), RegMean++ (inputs of merged layers).
 
+Every image is seen `VIEWS` times, whole and as random crops (`hf_epimer.towers`).
+
 Memory: two towers, the sums of one layer, and the hidden states of all images in files that are mapped into memory.
 """
 
@@ -22,7 +24,6 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,14 +35,17 @@ from torch import Tensor, nn
 from hf_epimer.architectures import Architecture, Stage
 from hf_epimer.checkpoints import TensorSource
 from hf_epimer.classifier import PREFIX, load_processor, load_vision, preprocess
-from hf_epimer.data import Batch
-from hf_epimer.errors import DataError
+from hf_epimer.data import Batch, ImageBatches
 from hf_epimer.gathering import Progress
 from hf_epimer.merging import Ingredients, MergedLayer, is_finite
 from hf_epimer.numerics.regression import anchored_step
 from hf_epimer.planning import Plan
 from hf_epimer.resolving import base_folder, processor_folder
-from hf_epimer.statistics.estimation import images_of
+from hf_epimer.statistics.estimation import samples_of
+from hf_epimer.towers import BATCH, Run, caught, load_weights, start_run, stopped
+
+VIEWS = 4
+"""How often every image is seen: whole, and as random crops."""
 
 RHO = 0.1
 """How strongly a layer is held at its merge, in units of the mean squared input."""
@@ -70,6 +74,7 @@ def calibrate(
     architecture: Architecture,
     workspace: Path,
     *,
+    views: int = VIEWS,
     rho: float = RHO,
     share: float = SHARE,
     on_step: OnStep = lambda done, total: None,
@@ -80,7 +85,8 @@ def calibrate(
         tower: the merge, in evaluation mode, on the device where it is to be done.
         tasks: one per merged checkpoint.
         weights: l_t, summing to 1.
-        workspace: a folder for hidden states, 8 bytes times images times positions times width.
+        workspace: a folder for hidden states, 8 bytes times images times views times positions times width.
+        views: of every image, at least 1.
         rho, share: as above; layers are solved in float32, so rho should stay well above 1e-4.
         on_step: progress; a step is one task in one stage of one block.
 
@@ -96,14 +102,17 @@ def calibrate(
     total = len(blocks) * len(architecture.stages) * len(tasks)
     on_step(0, total)
     pairs = (tower, blocks[0]), (other, others[0])
-    runs = [_start(pairs, task, architecture, workspace / str(number)) for number, task in enumerate(tasks)]
+    runs = [
+        start_run(pairs, task.tuned, task.images, views, architecture, workspace / str(number))
+        for number, task in enumerate(tasks)
+    ]
     report: dict[str, dict[str, Any]] = {}
     for index, (block, tuned) in enumerate(zip(blocks, others, strict=True)):
         prefix = f"{architecture.prefix}{architecture.blocks}.{index}."
         for stage in architecture.stages:
             sums = []
             for task, run in zip(tasks, runs, strict=True):
-                _load(tuned, task.tuned, prefix)
+                load_weights(tuned, task.tuned, prefix)
                 profiles = {name: _profile(task, prefix + name) for name in stage.modules}
                 sums.append(_moments(block, tuned, stage, run, profiles))
                 on_step(1, total)
@@ -114,7 +123,7 @@ def calibrate(
                     block.get_submodule(name), moments, curvature, weights, rho, share, prefix + name
                 )
         for task, run in zip(tasks, runs, strict=True):
-            _load(tuned, task.tuned, prefix)
+            load_weights(tuned, task.tuned, prefix)
             run.advance(block, tuned)
     return report
 
@@ -138,8 +147,8 @@ def calibrated_layers(
     parameters = {PREFIX + name.removeprefix(PREFIX): own for name, own in tower.named_parameters()}
     for name, layer in layers.items():
         parameters[name].data.copy_(layer.tensor)
-    processor = load_processor(processor_folder(plan.base))
-    images = [images_of(estimate, partial(preprocess, processor)) for estimate in plan.calibration]
+    pixels = partial(preprocess, load_processor(processor_folder(plan.base)))
+    images = [ImageBatches(samples_of(estimate), pixels, BATCH) for estimate in plan.images]
     tasks = list(map(CalibrationTask, ingredients.models, ingredients.curvature, images))
     workspace = folder / "hidden-states.tmp"
     report = calibrate(
@@ -163,113 +172,7 @@ def calibrated_layers(
         yield MergedLayer(name, stored, layer.report | report.get(name, {}) | {"merged_norm": norm})
 
 
-# --- the images of one task on their way through both towers --------------------------------------------------------
-
-
-class _Run:
-    """Hidden states of one task's images before some block: in the merged tower and in the task's own."""
-
-    def __init__(self, merged: Tensor, tuned: Tensor, device: torch.device) -> None:
-        self.merged, self.tuned, self.device = merged, tuned, device
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(merged, tuned) hidden states, some images at a time."""
-        for start in range(0, len(self.merged), _BATCH):
-            part = slice(start, start + _BATCH)
-            yield self.merged[part].to(self.device), self.tuned[part].to(self.device)
-
-    def advance(self, block: nn.Module, tuned: nn.Module) -> None:
-        """Through a block, each in its own tower."""
-        for start, (one, two) in zip(range(0, len(self.merged), _BATCH), self.batches(), strict=True):
-            part = slice(start, start + _BATCH)
-            self.merged[part] = block(one, attention_mask=None)
-            self.tuned[part] = tuned(two, attention_mask=None)
-
-
-_BATCH = 32
-"""Images at a time."""
-
-
-def _start(
-    towers: tuple[tuple[nn.Module, nn.Module], tuple[nn.Module, nn.Module]],
-    task: CalibrationTask,
-    architecture: Architecture,
-    workspace: Path,
-) -> _Run:
-    """Through both towers up to their first block.
-
-    Args:
-        towers: the merged one and the one for the task's weights, each with its first block.
-    """
-    _load(towers[1][0], task.tuned, architecture.prefix, but=architecture.blocks)
-    device = next(towers[0][0].parameters()).device
-    states: tuple[list[Tensor], list[Tensor]] = [], []
-    for batch in task.images:
-        pixels = batch.inputs.to(device)
-        for (tower, first), found in zip(towers, states, strict=True):
-            with _caught({first: "in"}) as seen, _stopped():
-                tower(pixel_values=pixels)
-            found.append(seen[first].cpu())
-    if not states[0]:
-        raise DataError(f"{task.tuned.label}: there are no images to calibrate on")
-    workspace.mkdir(parents=True)
-    merged, tuned = (_mapped(workspace / str(number), torch.cat(parts)) for number, parts in enumerate(states))
-    return _Run(merged, tuned, device)
-
-
-def _mapped(path: Path, values: Tensor) -> Tensor:
-    """The same numbers in a file, which the system may put out of memory."""
-    stored = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
-    return stored.copy_(values)
-
-
-def _load(module: nn.Module, source: TensorSource, prefix: str, but: str | None = None) -> None:
-    """Put a checkpoint's weights into a module, except below one of its children."""
-    for name, parameter in module.named_parameters():
-        if but is None or not name.startswith(but + "."):
-            parameter.copy_(source.tensor(prefix + name))
-
-
-# --- what one stage sees --------------------------------------------------------------------------------------------
-
-
-class _Stop(Exception):
-    """All that was wanted of a forward pass has been seen."""
-
-
-@contextmanager
-def _stopped() -> Iterator[None]:
-    try:
-        yield
-    except _Stop:
-        return
-
-
-@contextmanager
-def _caught(wanted: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, Tensor]]:
-    """What goes into (`in`) or comes out of (`out`) some modules in a forward pass, which ends when all is there."""
-    seen: dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, value: Tensor) -> None:
-        seen[module] = value
-        if len(seen) == len(wanted):
-            raise _Stop
-
-    def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        keep(module, arguments[0])
-
-    def after(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        keep(module, output)
-
-    hooks = [
-        module.register_forward_pre_hook(before) if which == "in" else module.register_forward_hook(after)
-        for module, which in wanted.items()
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+# --- one stage ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -281,7 +184,7 @@ class _Moments:
 
 
 def _moments(
-    block: nn.Module, tuned: nn.Module, stage: Stage, run: _Run, profiles: Mapping[str, Tensor]
+    block: nn.Module, tuned: nn.Module, stage: Stage, run: Run, profiles: Mapping[str, Tensor]
 ) -> dict[str, _Moments]:
     """The sums of every layer of a stage over one task's images."""
     linears = {name: block.get_submodule(name) for name in stage.modules}
@@ -293,9 +196,9 @@ def _moments(
         outputs[tuned.get_submodule(stage.residual)] = "in"
     found: dict[str, _Moments] = {}
     for merged, own in run.batches():
-        with _caught(inputs) as here, _stopped():
+        with caught(inputs) as here, stopped():
             block(merged, attention_mask=None)
-        with _caught(outputs) as there, _stopped():
+        with caught(outputs) as there, stopped():
             tuned(own, attention_mask=None)
         x = here[first]
         x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)

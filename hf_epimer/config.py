@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,9 @@ class MergeRecipe:
         weights: one per model, normalised to sum to 1; None for equal weights.
         fisher: statistics, by label or one per model in order; folders, files or repos with fisher.safetensors.
         samples: per task, where curvature has to be estimated.
-        calibrate: solve the merge's linear layers again in forward order, on `samples` images of every task.
+        calibrate: solve the merge's linear layers again in forward order, on `samples` images of every task; None for
+            what the method does by itself: `epimer-core` where there are images, no other.
+        tune_alpha: choose alpha by how near the predictions come to the fine-tuned models' on those images.
         evaluate: measure the result on every model's task.
         limit: of `evaluate`: the first so many test images per task; None for all.
         tasks: task files.
@@ -113,7 +115,8 @@ class MergeRecipe:
     weights: tuple[float, ...] | None = None
     fisher: tuple[ModelRef, ...] = ()
     samples: int = 256
-    calibrate: bool = False
+    calibrate: bool | None = None
+    tune_alpha: bool = False
     evaluate: bool = False
     limit: int | None = None
     tasks: tuple[str, ...] = ()
@@ -150,6 +153,11 @@ class MergeRecipe:
         for flag in ("create_pr", "private"):
             if getattr(self, flag) and self.push_to is None:
                 raise UsageError(f"--{flag.replace('_', '-')} needs --push-to")
+
+    def looked_into(self, out: str) -> MergeRecipe:
+        """For a command that writes about merges into `out`, layer by layer: nothing is calibrated or pushed."""
+        unpushed = replace(self, push_to=None, private=False, create_pr=False)
+        return replace(unpushed, out=out, calibrate=False, tune_alpha=False)
 
 
 _DECIDES = (

@@ -187,8 +187,8 @@ def diagnose(
     wanted = sorted(set(ranks))
     if not wanted or not all(isinstance(rank, int) and rank >= 1 for rank in wanted):
         raise UsageError(f"--rank must be whole numbers of at least 1, not {', '.join(map(str, ranks)) or 'none'}")
-    local = replace(recipe, method="epimer", options=None, out=out, evaluate=False)
-    plan = make_plan(replace(local, push_to=None, private=False, create_pr=False), statistics_optional=not estimate)
+    local = replace(recipe.looked_into(out), method="epimer", options=None, evaluate=False)
+    plan = make_plan(local, statistics_optional=not estimate)
     fetch(plan, progress)
     ingredients = gather(plan, progress)
     with atomic_folder(Path(out), recipe.overwrite) as folder:

@@ -142,8 +142,7 @@ def landscape(
         raise UsageError("a landscape lies between checkpoints: give at least two")
     if steps < 2 or samples < 1 or not margin >= 0:
         raise UsageError("a landscape needs at least 2 steps, 1 sample and no negative margin")
-    local = replace(recipe, method="mean", options=None, fisher=(), out=out, evaluate=True)
-    plan = make_plan(replace(local, push_to=None, private=False, create_pr=False))
+    plan = make_plan(replace(recipe.looked_into(out), method="mean", options=None, fisher=(), evaluate=True))
     fetch(plan, progress)
     ingredients = gather(plan, progress)
     marked = [_open(plan, ref) for ref in merged]

@@ -35,6 +35,7 @@ from hf_epimer.lora.adapters import ADAPTER_CONFIG
 from hf_epimer.merging import Ingredients, MergedLayer
 from hf_epimer.planning import Plan, make_plan, target_folder
 from hf_epimer.resolving import PROCESSOR_FILES, config_of
+from hf_epimer.scaling import divergences
 from hf_epimer.writing import atomic_folder, write_tensors
 
 if TYPE_CHECKING:
@@ -94,9 +95,14 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     seconds = {"fetching": time.monotonic() - started}
     ingredients = gather(plan, progress)
     seconds["statistics"] = time.monotonic() - started - seconds["fetching"]
+    tried: dict[float, float] = {}
+    if plan.recipe.tune_alpha:
+        tried = divergences(plan, ingredients, progress)
+        plan = plan.at_alpha(min(tried, key=tried.__getitem__))
+        seconds["choosing alpha"] = time.monotonic() - started - sum(seconds.values())
     out = target_folder(recipe)
     with atomic_folder(out, recipe.overwrite) as folder:
-        report = _merge_into(folder, plan, ingredients, progress, seconds)
+        report = _merge_into(folder, plan, ingredients, progress, seconds, tried)
     url = None
     if recipe.push_to:
         progress("pushing", 0, 0)
@@ -134,7 +140,12 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
 
 
 def _merge_into(
-    folder: Path, plan: Plan, ingredients: Ingredients, progress: Progress, seconds: dict[str, float]
+    folder: Path,
+    plan: Plan,
+    ingredients: Ingredients,
+    progress: Progress,
+    seconds: dict[str, float],
+    tried: dict[float, float],
 ) -> MergeReport:
     recipe, method = plan.recipe, plan.method
     started = time.monotonic()
@@ -161,7 +172,7 @@ def _merge_into(
     else:
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients.base)
         stream = dense_layers(plan, ingredients, dtype, on_layer)
-        if plan.calibration:
+        if recipe.calibrate:
             stream = calibrated_layers(stream, plan, ingredients, folder, progress)
         write_tensors(folder, plan.shapes, dtype, map(passed, stream))
         _write_json(folder / "config.json", _output_config(plan, dtype))
@@ -177,7 +188,11 @@ def _merge_into(
     seconds["total"] = sum(seconds.values())
     memory = {"peak_anonymous": anonymous, "peak_resident": _memory("VmHWM")}
     accuracies = results.to_json() if results else None
-    report = MergeReport(folder, None, method.name, _totals(layers), layers, seconds, memory, accuracies)
+    totals = _totals(layers)
+    if tried:
+        totals["alpha"] = recipe.options.alpha
+        totals["divergence_at_alpha"] = {f"{alpha:g}": value for alpha, value in tried.items()}
+    report = MergeReport(folder, None, method.name, totals, layers, seconds, memory, accuracies)
     _write_json(folder / "merge_config.json", recipe_to_json(recipe) | {"versions": _versions()})
     _write_json(folder / "merge_report.json", report.to_json())
     card = merge_card(
@@ -268,6 +283,8 @@ def _diagnostics(report: MergeReport) -> dict[str, str]:
         shown["curvature heterogeneity eta"] = f"{totals['eta']:.4g}"
     if "steps" in totals:
         shown["solver steps, all layers"] = str(totals["steps"])
+    if "alpha" in totals:
+        shown["alpha, chosen by predictions"] = f"{totals['alpha']:g}"
     if "calibrated" in totals:
         shown["calibrated layers"] = str(totals["calibrated"])
         shown["largest change of a layer by calibration"] = f"{totals['largest_calibration']:.1%} of its weight"

@@ -20,7 +20,7 @@ from hf_epimer import hub, pushing
 from hf_epimer.architectures import CLIP_VISION, Architecture
 from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape, StateDict
 from hf_epimer.config import MergeRecipe
-from hf_epimer.errors import CheckpointError, MismatchError, UsageError
+from hf_epimer.errors import CheckpointError, HubError, MismatchError, StatisticsError, UsageError
 from hf_epimer.hub import Source
 from hf_epimer.lora import read_adapter, works_in_core
 from hf_epimer.merging import check_shapes, find_method, normalized_weights
@@ -50,7 +50,8 @@ class Plan:
 
     Attributes:
         statistics: what the method needs of every model, or nothing.
-        calibration: every model's images, where the merge is to be calibrated; `curvature` of its outputs beside them.
+        images: those of every model's task on which the merge is calibrated or its alpha chosen; without, none.
+        curvature: of the outputs of every model's layers, where the merge is calibrated.
     """
 
     recipe: MergeRecipe
@@ -62,7 +63,7 @@ class Plan:
     weights: tuple[float, ...]
     tower: dict[str, Any]
     architecture: Architecture = CLIP_VISION
-    calibration: tuple[Estimate, ...] = ()
+    images: tuple[Estimate, ...] = ()
     curvature: tuple[Source | Estimate, ...] = ()
 
     @property
@@ -108,6 +109,11 @@ class Plan:
         """Canonical name -> shape of every parameter that will be merged."""
         return self.architecture.shapes(self.tower)
 
+    def at_alpha(self, alpha: float) -> Plan:
+        """The same merge with its alpha chosen."""
+        options = replace(self.recipe.options, alpha=alpha)
+        return replace(self, recipe=replace(self.recipe, options=options, tune_alpha=False))
+
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` prints."""
         rank = getattr(self.recipe.options, "rank", None)
@@ -118,6 +124,7 @@ class Plan:
             if rank and capped_rank(rank, (shape[0], shape[1]), len(self.models)) < rank
         }
         sources = [self.base, *self.models] if self.reads_base else self.models
+        images = [f"{entry.model.label}: {_samples_of(entry)}" for entry in self.images]
         return {
             "base": str(self.base),
             "models": [str(model) for model in self.models],
@@ -130,7 +137,8 @@ class Plan:
             "to_estimate": [
                 f"{statistic} of {entry.model.label}: {_samples_of(entry)}" for statistic, entry in self.to_estimate
             ],
-            "calibrate_on": [f"{entry.model.label}: {_samples_of(entry)}" for entry in self.calibration],
+            "calibrate_on": images if self.recipe.calibrate else [],
+            "tune_alpha_on": images if self.recipe.tune_alpha else [],
             "parameters": len(self.shapes),
             "matrices": len(matrices),
             "capped_ranks": capped,
@@ -188,12 +196,15 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
     found_for = (base, models, tasks)
     statistics = find_statistics(recipe, method.statistic(options), method.name, *found_for, statistics_optional)
-    calibration = find_images(recipe, *found_for) if recipe.calibrate else ()
-    own = replace(recipe, fisher=())
-    curvature = find_statistics(own, "outputs", "--calibrate", *found_for, False) if recipe.calibrate else ()
+    images, curvature = _calibration(recipe, method, full, *found_for)
+    calibrate = bool(images)
+    if recipe.tune_alpha:
+        _check_alpha(method, writes_adapter=not full and not recipe.dense)
+        images = images or find_images(recipe, *found_for)
     pinned = replace(
         recipe,
         options=options,
+        calibrate=calibrate,
         base=replace(base.pinned, label=None),
         models=tuple(model.pinned for model in models),
         fisher=tuple(s.pinned for s in statistics if isinstance(s, Source)) if recipe.fisher else (),
@@ -208,7 +219,7 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
         tuple(tasks),
         weights,
         tower,
-        calibration=calibration,
+        images=images,
         curvature=curvature,
     )
     for source in (base, *full):  # what lies here already can be checked now
@@ -274,6 +285,42 @@ def _tasks_of(recipe: MergeRecipe, models: Sequence[Source], cards: Sequence[dic
             )
         found.append(task)
     return found
+
+
+def _check_alpha(method: Method, *, writes_adapter: bool) -> None:
+    if "alpha" not in method.config.__dataclass_fields__:
+        raise UsageError(f"--tune-alpha: {method.name} has no alpha")
+    if writes_adapter:
+        raise UsageError("--tune-alpha puts whole layers into a model: for adapters add --dense")
+
+
+def _calibration(
+    recipe: MergeRecipe,
+    method: Method,
+    full: Sequence[Source],
+    base: Source,
+    models: Sequence[Source],
+    tasks: Sequence[Task | None],
+) -> tuple[tuple[Estimate, ...], tuple[Source | Estimate, ...]]:
+    """The images of a calibration and the curvature that it needs; neither where there is to be none.
+
+    Raises:
+        UsageError, StatisticsError, HubError: it was asked for and is not possible.
+    """
+    wanted = method.calibrates if recipe.calibrate is None else recipe.calibrate
+    if not wanted:
+        return (), ()
+    if not full and not recipe.dense:  # the merge is an adapter
+        return (), ()
+    try:
+        images = find_images(recipe, base, models, tasks)
+        own = replace(recipe, fisher=())
+        return images, find_statistics(own, "outputs", "--calibrate", base, models, tasks, False)
+    except (UsageError, StatisticsError, HubError) as error:
+        if recipe.calibrate:
+            raise
+        logger.warning("%s merges are calibrated where that is possible; this one is not: %s", method.name, error)
+        return (), ()
 
 
 def _labelled(models: Sequence[Source], tasks: Sequence[Task | None]) -> list[Source]:

@@ -179,7 +179,7 @@ def best_rows(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 
 
 def merge_command(plan: Plan, method: Method, config: Any) -> str:
-    """The `hf-epimer merge` that makes this merge, with pinned references."""
+    """The `hf-epimer merge` that makes this merge, which is not calibrated, with pinned references."""
     recipe, default = plan.recipe, method.config()
     words = ["hf-epimer", "merge", *map(str, recipe.models), "--base", str(recipe.base), "--method", method.name]
     for item in fields(config):
@@ -190,6 +190,8 @@ def merge_command(plan: Plan, method: Method, config: Any) -> str:
         words += ["--weights", *map(str, recipe.weights)]
     if plan.statistics:
         words += ["--fisher", *map(str, recipe.fisher)] if recipe.fisher else ["--samples", str(recipe.samples)]
+    if method.calibrates:
+        words += ["--no-calibrate"]
     if recipe.tasks:
         words += ["--task", *recipe.tasks]
     for name, usual in (("device", "cpu"), ("dtype", None), ("seed", 0)):

@@ -71,7 +71,7 @@ def sweep(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be a whole number of at least 1, not {limit}")
     started = time.monotonic()
-    local = replace(recipe, out=out, evaluate=True, push_to=None, private=False, create_pr=False)
+    local = replace(recipe.looked_into(out), evaluate=True)
     plans, candidates = _plans(local, grid)
     settings = {setting: number for number, own in enumerate(candidates) for setting in grid.settings(own)}
     plan = plans[0][0]

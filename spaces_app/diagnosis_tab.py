@@ -9,12 +9,9 @@ from typing import Any
 
 import charts
 import gradio as gr
-import jobs
 from chooser import Chooser
 from desk import Desk
-from starting import build_starter, failed, steps, wire
-
-from hf_epimer import EpimerError
+from starting import build_starter, steps, wire
 
 RANKS = (4, 8, 16, 32)
 PLACES = 3
@@ -39,12 +36,11 @@ def build_diagnosis_tab(desk: Desk, chooser: Chooser) -> None:
         source: str, zoo_models: list[str], typed: str, base: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Diagnose the chosen checkpoints; the last value is diagnosis.json, or {"error": ...}."""
-        try:
-            wish = desk.wish(source, zoo_models, typed, base)
-        except EpimerError as error:
-            yield failed(jobs.as_sentence(error), PLACES)
-            return
-        for shown, found in steps(desk, request, "diagnose", PLACES, "diagnosis", wish, RANKS):
+
+        def arguments() -> tuple[Any, ...]:
+            return desk.wish(source, zoo_models, typed, base), RANKS
+
+        for shown, found in steps(desk, request, "diagnose", PLACES, "diagnosis", arguments):
             yield shown or ("", _shown(found), gr.update(visible=True), found)
 
     wire(desk, starter, run, chooser.inputs, [starter.status, result, after, numbers])

@@ -8,14 +8,13 @@ from typing import Any
 
 import charts
 import gradio as gr
-import jobs
 from chooser import Chooser
 from desk import Desk
 from options import DEFAULT_METHOD, PLAIN, all_options, chosen_options, option_inputs, shown_for
 from push_box import build_push_box
-from starting import build_starter, failed, steps, wire
+from starting import build_starter, steps, wire
 
-from hf_epimer import METHODS, EpimerError
+from hf_epimer import METHODS
 
 WELCOME = (
     "<div class='ep-welcome'><h3>One model instead of several</h3><p>Each model of the zoo was fine-tuned on one task "
@@ -43,7 +42,7 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
                 folded = option_inputs([name for name in names if name not in PLAIN])
             inputs = dict(zip(names, [*plain, *folded], strict=True))
             calibrate = gr.Checkbox(
-                False,
+                METHODS[DEFAULT_METHOD].calibrates,
                 label="Calibrate",
                 info="Solve every layer again on training images of each task: takes longer, loses far less",
             )
@@ -73,14 +72,12 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
         **values: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Merge the chosen checkpoints and measure the result; the last value is what it found, or {"error": ...}."""
-        try:
-            wish = desk.wish(source, zoo_models, typed, base)
-            options = chosen_options(method, values)
-        except EpimerError as error:
-            yield failed(jobs.as_sentence(error), PLACES)
-            return
-        arguments = (wish, method, options, calibrate, int(images) or None, str(desk.workspace.shared))
-        for shown, found in steps(desk, request, "merge", PLACES, "merge_and_measure", *arguments, keep=True):
+
+        def arguments() -> tuple[Any, ...]:
+            wish, options = desk.wish(source, zoo_models, typed, base), chosen_options(method, values)
+            return wish, method, options, calibrate, int(images) or None, str(desk.workspace.shared)
+
+        for shown, found in steps(desk, request, "merge", PLACES, "merge_and_measure", arguments, keep=True):
             yield shown or (
                 "",
                 found,
@@ -100,9 +97,9 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
         inputs,
     )
     method.change(
-        lambda name: [_about(name), *shown_for(name)],
+        lambda name: [_about(name), METHODS[name].calibrates, *shown_for(name)],
         method,
-        [about, *inputs.values(), fold],
+        [about, calibrate, *inputs.values(), fold],
         queue=False,
         show_progress="hidden",
         api_visibility="private",

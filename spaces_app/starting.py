@@ -11,6 +11,8 @@ import gradio as gr
 import jobs
 from desk import Desk
 
+from hf_epimer import EpimerError
+
 HEAVY = "heavy"
 """The queue of merges, diagnoses and sweeps: one at a time."""
 
@@ -87,19 +89,33 @@ def wire(
 
 
 def steps(
-    desk: Desk, request: gr.Request, what: str, places: int, function: str, *arguments: Any, keep: bool = False
+    desk: Desk,
+    request: gr.Request,
+    what: str,
+    places: int,
+    function: str,
+    arguments: Callable[[], tuple[Any, ...]],
+    *,
+    keep: bool = False,
 ) -> Iterator[tuple[tuple[Any, ...] | None, Any]]:
     """The events of a job as values for the page.
 
     Args:
         places: outputs beside the bar.
+        function: in work.py.
+        arguments: what it gets; an EpimerError in working them out is shown as if the job had failed.
         keep: as in `Desk.work`.
 
     Yields:
         (values, None) while it runs or when it has failed, with {"error": ...} in the last place; (None, result) at
         the end.
     """
-    for event in desk.work(request, what, function, *arguments, keep=keep):
+    try:
+        chosen = arguments()
+    except EpimerError as error:
+        yield failed(jobs.as_sentence(error), places), None
+        return
+    for event in desk.work(request, what, function, *chosen, keep=keep):
         if isinstance(event, jobs.Progress):
             yield (charts.progress_bar(event.share, event.text), *(gr.skip(),) * places), None
         elif isinstance(event, jobs.Failed):

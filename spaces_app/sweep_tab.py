@@ -7,12 +7,11 @@ from typing import Any
 
 import charts
 import gradio as gr
-import jobs
 from chooser import Chooser
 from desk import Desk
-from starting import build_starter, failed, steps, wire
+from starting import build_starter, steps, wire
 
-from hf_epimer import METHODS, EpimerError
+from hf_epimer import METHODS
 
 RANKS = (4, 8, 16, 32)
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -59,13 +58,11 @@ def build_sweep_tab(desk: Desk, chooser: Chooser) -> None:
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Try every method at every rank and alpha; the last value is sweep.json, or {"error": ...}."""
-        try:
-            wish = desk.wish(source, zoo_models, typed, base)
-        except EpimerError as error:
-            yield failed(jobs.as_sentence(error), PLACES)
-            return
-        arguments = (wish, methods, ranks, ALPHAS, int(images))
-        for shown, found in steps(desk, request, "sweep", PLACES, "swept", *arguments):
+
+        def arguments() -> tuple[Any, ...]:
+            return desk.wish(source, zoo_models, typed, base), methods, ranks, ALPHAS, int(images)
+
+        for shown, found in steps(desk, request, "sweep", PLACES, "swept", arguments):
             yield shown or ("", found, *_shown(found), found)
 
     wire(

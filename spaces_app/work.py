@@ -249,7 +249,8 @@ def _command(plan: Plan) -> tuple[str, ...]:
     for name, value in asdict(recipe.options).items():
         if value != getattr(default, name):
             words += ["--" + name.replace("_", "-"), str(value)]
-    words += ["--calibrate"] if recipe.calibrate else []
+    if recipe.calibrate != plan.method.calibrates:
+        words += ["--calibrate" if recipe.calibrate else "--no-calibrate"]
     return (*words, *(["--task", *recipe.tasks] if recipe.tasks else []))
 
 

@@ -21,6 +21,7 @@ from hf_epimer.classifier import load_vision
 from hf_epimer.data import Batch
 from hf_epimer.errors import DataError
 from hf_epimer.numerics.regression import anchored_step
+from hf_epimer.towers import SMALLEST, crops
 
 Run = Callable[..., tuple[int, str, str]]
 POSITIONS = 5
@@ -91,10 +92,11 @@ def curvature(tower: nn.Module, seed: int, heard: Tensor | None = None) -> State
 
 def images(seed: int, count: int = 48, batch: int = 16) -> list[Batch]:
     pixels = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    positions = list(range(count))
     return [
-        Batch(part, torch.zeros(len(part), dtype=torch.long), range(len(part)))
-        for part in pixels.split(batch)
-    ]  # fmt: skip
+        Batch(part, torch.zeros(len(part), dtype=torch.long), positions[start : start + batch])
+        for start, part in zip(range(0, count, batch), pixels.split(batch), strict=True)
+    ]
 
 
 def task_of(tower: nn.Module, seed: int, **options: Any) -> CalibrationTask:
@@ -167,7 +169,7 @@ def test_the_first_stages_are_the_regressions_that_they_claim_to_be(clip_base: P
     """Queries of the first block, and its output projection with the stream's own error, from plain forward passes."""
     start, tuned = load_vision(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
     tasks = [task_of(tower, seed) for seed, tower in enumerate(tuned, 1)]
-    found, _ = calibrated(start, tasks, tmp_path / "w", rho=0.1, share=0.8)
+    found, _ = calibrated(start, tasks, tmp_path / "w", views=1, rho=0.1, share=0.8)
     half = copy.deepcopy(start)  # as the tower is when the output projection is solved
     for name in ("q_proj", "k_proj", "v_proj"):
         source = found.get_submodule(f"encoder.layers.0.self_attn.{name}")
@@ -213,11 +215,38 @@ def seen(tower: nn.Module, name: str, pixels: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def test_crops_are_parts_of_their_pictures() -> None:
+    """Of a picture whose value is its own coordinate: a crop is a straight ramp, inside, with a side of its own."""
+    ramp = (torch.arange(40.0) + 0.5) / 40
+    pixels = torch.stack([ramp.expand(40, 40), ramp.unsqueeze(1).expand(40, 40)]).expand(50, 2, 40, 40)
+    found = crops(pixels, range(50), 1)
+    assert found.shape == pixels.shape
+    across, down = found[:, 0], found[:, 1]
+    steps = across[:, :, 1:-1].diff(dim=2)  # all but the border, where there is nothing to interpolate with
+    assert torch.allclose(steps, steps.mean((1, 2), keepdim=True), atol=1e-4)
+    sides = steps.mean((1, 2)) * 40
+    assert float(sides.min()) > SMALLEST**0.5 - 0.01 and float(sides.max()) < 1.01 and float(sides.std()) > 0.02
+    assert torch.allclose(sides, down[:, 1:-1].diff(dim=1).mean((1, 2)) * 40, atol=1e-3)
+    left, top = across[:, 0, 1] - 1.5 * sides / 40, down[:, 1, 0] - 1.5 * sides / 40
+    for corner in (left, top):
+        assert float(corner.min()) > -0.01 and float((corner + sides).max()) < 1.01
+    assert float((left - top).abs().mean()) > 0.01
+
+
+def test_a_picture_has_the_same_crop_in_every_batch_and_another_one_in_every_view() -> None:
+    pixels = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    together = crops(pixels, range(6), 2)
+    apart = torch.cat([crops(pixels[:2], range(2), 2), crops(pixels[2:], range(2, 6), 2)])
+    assert torch.allclose(together, apart, atol=1e-6)
+    assert not torch.allclose(together, crops(pixels, range(6), 3), atol=1e-2)
+    assert not torch.allclose(crops(pixels[:1], [0], 1), crops(pixels[:1], [1], 1), atol=1e-2)
+
+
 def test_positions_that_nobody_hears_do_not_count(clip_base: Path, tmp_path: Path) -> None:
     start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
     first = torch.zeros(POSITIONS)
     first[0] = 1.0
-    found, _ = calibrated(start, [task_of(tuned, 1, heard=first, count=64)], tmp_path / "a", rho=1e-3)
+    found, _ = calibrated(start, [task_of(tuned, 1, heard=first, count=64)], tmp_path / "a", views=1, rho=1e-3)
     pixels = torch.cat([batch.inputs for batch in images(1, count=64)])
     errors = [seen(own, "encoder.layers.0.self_attn.q_proj", pixels)["out"] for own in (found, tuned, start)]
     after, before = ((errors[i] - errors[1]).square().sum((0, 2)) for i in (0, 2))
@@ -297,3 +326,35 @@ def test_what_calibration_cannot_do_is_said_before_any_work(
     code, _, err = run(*words, "--base", bare, "--out", tmp_path / "m")
     assert code == 1 and "no text tower" in err
     assert not (tmp_path / "m").exists()
+
+
+def test_the_full_core_is_calibrated_by_itself_and_other_methods_are_not(
+    words: tuple[object, ...], run: Run, tmp_path: Path
+) -> None:
+    *plain, _ = words
+
+    def plan(*more: object) -> dict[str, Any]:
+        code, out, err = run(*plain, *more, "--out", tmp_path / "m", "--dry-run", "--json")
+        assert (code, err) == (0, "")
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    assert plan()["calibrate_on"] == []
+    assert len(plan("--method", "epimer-core")["calibrate_on"]) == 2
+    assert plan("--method", "epimer-core", "--no-calibrate")["calibrate_on"] == []
+    assert run(*plain, "--method", "epimer-core", "--out", tmp_path / "a")[0] == 0
+    assert run(*plain, "--method", "epimer-core", "--no-calibrate", "--out", tmp_path / "b")[0] == 0
+    settings = [json.loads((tmp_path / name / "merge_config.json").read_text())["calibrate"] for name in "ab"]
+    assert settings == [True, False]
+    again = run("merge", "--config", tmp_path / "b" / "merge_config.json", "--out", tmp_path / "c")
+    assert again[0] == 0, again[2]
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a != b and b == c
+
+
+def test_a_full_core_without_images_is_merged_as_it_is_and_says_so(run: Run, tmp_path: Path, clip_zoo: Path) -> None:
+    models = ("merge", clip_zoo / "a", clip_zoo / "b", "--base", clip_zoo / "base", "--method", "epimer-core")
+    code, out, err = run(*models, "--metric", "task-vectors", "--out", tmp_path / "m")
+    assert code == 0, err
+    assert "calibrated" not in out and "this one is not" in err and "its task must be known" in err
+    assert json.loads((tmp_path / "m" / "merge_config.json").read_text())["calibrate"] is False

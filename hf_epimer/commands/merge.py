@@ -35,8 +35,10 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=absent, help="samples per task where curvature must be estimated; default 256"
     )
-    what = "solve layers again in forward order, on --samples images of every task"
-    parser.add_argument("--calibrate", action="store_true", default=absent, help=what)
+    what = "solve layers again in forward order, on --samples images of every task; epimer-core does unless told not to"
+    parser.add_argument("--calibrate", action=argparse.BooleanOptionalAction, default=absent, help=what)
+    what = "choose alpha by how near predictions come to the checkpoints' own on --samples images of every task"
+    parser.add_argument("--tune-alpha", action="store_true", default=absent, help=what)
     parser.add_argument("--evaluate", action="store_true", default=absent, help="measure the merge on its tasks")
     parser.add_argument("--limit", type=int, default=absent, metavar="N", help="with --evaluate: test images per task")
     parser.add_argument("--task", nargs="+", action="extend", default=absent, metavar="FILE", help="task files")
@@ -89,6 +91,8 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
         raise UsageError(
             "give the checkpoints to merge, before flags that take several values: hf-epimer merge REF REF"
         )
+    if "tune_alpha" in given and "alpha" in given:
+        raise UsageError("--alpha and --tune-alpha: give one of them")
     method = find_method(given.get("method", arguments.get("method", "epimer")))
     if arguments.get("method", method.name) != method.name:
         arguments.pop("options")
@@ -149,6 +153,8 @@ def _run_merge(namespace: argparse.Namespace) -> None:
     )
     if totals["capped"]:
         console.print(f"rank capped at floor(min(m, n) / T) in {len(totals['capped'])} of them: {totals['capped'][0]}")
+    if "alpha" in totals:
+        console.print(f"alpha {totals['alpha']:g}: there its predictions are nearest to those of the checkpoints")
     if "calibrated" in totals:
         console.print(f"calibrated {totals['calibrated']} layers on up to {recipe.samples} images a task")
     if "largest_rank" in totals:

@@ -173,6 +173,7 @@ class Method:
         needs_with: which one it needs with other options; None if that never changes.
         survey: (config, over_layers) -> anything; `over_layers(f)` streams all layers once more and gives f(layer) of
             each, in order, computed side by side.
+        calibrates: whether a merge by it is calibrated unless it is asked not to be, or there are no images.
     """
 
     name: str
@@ -184,6 +185,7 @@ class Method:
     needs: Statistic | None = None
     survey: Callable[[Any, OverLayers], Any] | None = None
     needs_with: Callable[[Any], Statistic | None] | None = None
+    calibrates: bool = False
 
     def statistic(self, config: Any) -> Statistic | None:
         """What it needs with these options."""

@@ -13,6 +13,9 @@ it is RegMean. Where all curvature is diagonal in the basis M is, too, and each 
 
 `metric="inputs"` takes S_t = I, which needs no labels, `metric="task-vectors"` A_t = D_t^T D_t besides, which needs no
 data at all. Parameters that are no matrices take the mean of the task vectors, those without factors the scaffold.
+
+That is the method as a function of one layer, which is all that is here. What a merge by it loses between its layers is
+mended by calibration, which `hf-epimer merge` does by itself after this method where there are images.
 """
 
 from __future__ import annotations
@@ -90,4 +93,5 @@ EPIMER_CORE = Method(
     merge_epimer_core,
     needs="kronecker",
     needs_with=lambda config: _STATISTICS[config.metric],
+    calibrates=True,
 )

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from huggingface_hub import constants
-from PIL import Image
 from torch import Tensor
 
 from hf_epimer.data import ImageBatches, Samples, data_revision, read_samples
@@ -196,26 +195,19 @@ def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) 
     task = estimate.task
     with accelerator.main_process_first():  # one process fetches, the others find everything in place
         vision = model_folder(estimate.model)
-        samples = _samples(estimate)
+        samples = samples_of(estimate)
         model = classifier_for(load_tower(vision, estimate.base), estimate.base, task, samples.class_names)
     subject = Subject(model, model.vision_names())
     share = (accelerator.process_index, accelerator.num_processes)
     return subject, ImageBatches(samples, model.pixels, batch_size, share)
 
 
-def images_of(estimate: Estimate, pixels: Callable[[list[Image.Image]], Tensor], batch_size: int = 32) -> ImageBatches:
-    """The samples that an estimate is taken on, for other uses.
-
-    Args:
-        pixels: pictures -> a model's input.
+def samples_of(estimate: Estimate) -> Samples:
+    """The samples that it is taken on.
 
     Raises:
         DataError: they cannot be read.
     """
-    return ImageBatches(_samples(estimate), pixels, batch_size)
-
-
-def _samples(estimate: Estimate) -> Samples:
     sampling = estimate.sampling
     return read_samples(
         estimate.task,

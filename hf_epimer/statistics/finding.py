@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hf_epimer import hub
 from hf_epimer.config import MergeRecipe, ModelRef
-from hf_epimer.data import is_large
+from hf_epimer.data import data_revision, is_large
 from hf_epimer.errors import DataError, HubError, NotFoundError, StatisticsError, UsageError
 from hf_epimer.heads import check_head
 from hf_epimer.hub import Source
@@ -89,6 +89,8 @@ def find_images(
 
     Raises:
         UsageError: a model's task is not known.
+        StatisticsError: the base has no text tower to see images of that task with.
+        HubError: a data set cannot be reached.
     """
     found = []
     for model, task in zip(models, tasks, strict=True):
@@ -97,6 +99,7 @@ def find_images(
                 f"{model}: to calibrate, its task must be known: label it (dtd={model.ref.location}) or add --task FILE"
             )
         check_head(base, task)
+        data_revision(task)  # whether it can be reached is found out now
         found.append(_estimate(recipe, base, model, task))
     return tuple(found)
 

@@ -1,39 +1,61 @@
 """Merges of one set of checkpoints in memory, measured picture by picture on validation images.
 
 Which pictures a merge gets right is kept, not only how many: two merges are compared on the same pictures, so that the
-standard error is that of their difference. Validation images are the end of the training split, as in
-`hf-epimer sweep`; statistics and calibration use its beginning; test splits are not read.
+standard error is that of their difference. The training split of a task is put in one seeded order; curvature and
+calibration take pictures from its beginning, validation the last ones; test splits are not read.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, nll_loss
 
 from hf_epimer import METHODS, ModelRef, hub, merge_state_dicts
 from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.calibrating import CalibrationTask, calibrate
 from hf_epimer.checkpoints import StateDict
-from hf_epimer.classifier import load_processor, load_vision, preprocess
-from hf_epimer.data import ImageBatches
+from hf_epimer.classifier import Classifier, load_vision
+from hf_epimer.data import Batch, ImageBatches, Samples, read_samples
 from hf_epimer.heads import classifier_for
-from hf_epimer.methods.base import Statistic
-from hf_epimer.statistics.estimation import Estimate, Sampling, estimate_file, images_of
-from hf_epimer.statistics.files import kind_of
-from hf_epimer.tasks import Task, load_task_file
-from hf_epimer.validation import validation_samples
+from hf_epimer.methods.base import PARTS, Statistic
+from hf_epimer.statistics.accumulators import Accumulator, FisherDiagonal, KroneckerFactors
+from hf_epimer.statistics.sweep import Labels, Subject, sweep
+from hf_epimer.tasks import load_task_file
 
 Tensors = dict[str, Tensor]
 Hits = dict[str, Tensor]
 """Task -> which pictures were classified correctly."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How curvature is measured and on which pictures.
+
+    Attributes:
+        samples: per task.
+        part: the pictures begin `part` times 256 after the first, so that parts of 256 have none in common.
+        labels: true ones, or sampled from the model's own predictions.
+        temperature: by which logits are divided.
+        at: the weights at which the loss is looked at; None for each task's own.
+    """
+
+    samples: int = 256
+    part: int = 0
+    labels: Labels = "true"
+    temperature: float = 1.0
+    at: Tensors | None = field(default=None, compare=False)
+
+
+USUAL = Look()
 
 
 class Bench:
@@ -42,63 +64,87 @@ class Bench:
     def __init__(self, zoo: Path, tasks: Sequence[str], limit: int) -> None:
         nested = (zoo / "task_files").is_dir()
         self.names, self.limit = list(tasks), limit
-        self.tasks = [load_task_file(zoo / ("task_files" if nested else "tasks") / f"{n}.yaml") for n in tasks]
         folders = [zoo / "tasks" / name if nested else zoo / name for name in tasks]
-        self.models = [hub.resolve(ModelRef(str(f.absolute()), label=n)) for n, f in zip(tasks, folders, strict=True)]
-        self.home = hub.resolve(ModelRef(str((zoo / "base").absolute()), label="base"))
-        self.folder = zoo / "base"
-        self.tuned = [_tower(folder) for folder in folders]
-        self.base = _tower(self.folder)
+        home = hub.resolve(ModelRef(str((zoo / "base").absolute()), label="base"))
+        self.tower = load_vision(zoo / "base")
+        self.base = _weights(self.tower)
+        self.tuned = [_weights(load_vision(folder)) for folder in folders]
+        self.samples: list[Samples] = []
+        self.models: list[Classifier] = []  # all of one tower
+        for name in tasks:
+            task = load_task_file(zoo / ("task_files" if nested else "tasks") / f"{name}.yaml")
+            self.samples.append(read_samples(task, task.train_split, seed=0))
+            self.models.append(classifier_for(self.tower, home, task, self.samples[-1].class_names))
+        self._statistics: dict[tuple[str, Look], list[Tensors]] = {}
+
+    def pictures(self, number: int, start: int, count: int) -> ImageBatches:
+        """Some pictures of a task, in its seeded order."""
+        everything = self.samples[number]
+        if start + count > len(everything) - self.limit:
+            raise ValueError(f"{self.names[number]} has no {count} pictures from {start} on beside those of validation")
+        chosen = range(start, start + count)
+        part = replace(everything, rows=everything.rows.select(chosen), numbers=[everything.numbers[n] for n in chosen])
+        return ImageBatches(part, self.models[number].pixels, 32)
+
+    def looked_at(self, number: int, look: Look) -> ImageBatches:
+        """The pictures on which something is measured."""
+        return self.pictures(number, 256 * look.part, look.samples)
 
     @cached_property
-    def pictures(self) -> dict[str, tuple[Any, list[Any]]]:
-        """Task -> its classifier (of one shared tower) and its validation batches."""
-        vision, found = load_vision(self.folder), {}
-        for task in self.tasks:
-            samples, _ = validation_samples(task, 0, self.limit)
-            model = classifier_for(vision, self.home, task, samples.class_names)
-            found[task.name] = model, list(ImageBatches(samples, model.pixels, 50))
+    def validation(self) -> list[list[Batch]]:
+        """The last pictures of every task."""
+        found = []
+        for model, everything in zip(self.models, self.samples, strict=True):
+            rows = range(len(everything) - self.limit, len(everything))
+            part = replace(everything, rows=everything.rows.select(rows), numbers=everything.numbers[rows.start :])
+            found.append(list(ImageBatches(part, model.pixels, 50)))
         return found
 
-    def statistics(
-        self, statistic: Statistic, samples: int = 256, seed: int = 0, labels: str = "true"
-    ) -> list[Tensors]:
-        """Of every model, from the cache or measured now."""
-        return [
-            load_file(estimate_file(self._estimate(n, samples, seed, labels), kind_of(statistic)))
-            for n in range(len(self.names))
-        ]
+    def statistics(self, statistic: Statistic, look: Look = USUAL) -> list[Tensors]:
+        """One mapping per task, named as in PARTS."""
+        kind = "fisher" if statistic == "fisher" else "kronecker"
+        if look.at is None and (kind, look) in self._statistics:
+            return self._statistics[kind, look]
+        found = []
+        for number in range(len(self.names)):
+            made = FisherDiagonal if kind == "fisher" else KroneckerFactors
+            found.append(self.swept(number, made(self._subject(number, look).shapes), look))
+        if look.at is None:
+            self._statistics[kind, look] = found
+        return found
 
-    def merge(self, method: str, options: Mapping[str, Any], samples: int = 256, seed: int = 0) -> Tensors:
+    def swept(self, number: int, accumulator: Accumulator, look: Look = USUAL) -> Tensors:
+        """Per-sample gradients of one task's loss, in an accumulator."""
+        self.put(self.tuned[number] if look.at is None else look.at)
+        pictures = self.looked_at(number, look)
+        return sweep(self._subject(number, look), pictures, accumulator, labels=look.labels)[0]
+
+    def _subject(self, number: int, look: Look) -> Subject:
+        model = self.models[number]
+        return Subject(model, model.vision_names(), lambda forward, inputs: forward(inputs) / look.temperature)
+
+    def merge(self, method: str, options: Mapping[str, Any], look: Look = USUAL) -> Tensors:
         """By a method from METHODS."""
         config = METHODS[method].config(**options)
         needs = METHODS[method].statistic(config)
-        measured = self.statistics(needs, samples, seed) if needs else None
+        measured = self.statistics(needs, look) if needs else None
         if measured and needs == "gram":
-            suffix = ".input_factor"
-            measured = [{n.removesuffix(suffix): v for n, v in own.items() if suffix in n} for own in measured]
+            (suffix,) = PARTS["gram"].values()
+            measured = [{n.removesuffix(suffix): v for n, v in own.items() if n.endswith(suffix)} for own in measured]
         return merge_state_dicts(self.base, self.tuned, method, config, measured, labels=self.names)
 
-    def calibrated(
-        self, merged: Tensors, samples: int = 256, seed: int = 0, labels: str = "true", **options: float
-    ) -> Tensors:
+    def calibrated(self, merged: Tensors, look: Look = USUAL, **options: Any) -> Tensors:
         """A merge, calibrated."""
-        tower = load_vision(self.folder)
-        _put(tower, merged)
-        pixels = partial(preprocess, load_processor(self.folder))
+        self.put(merged)
+        curvature = self.statistics("outputs", look)
+        self.put(merged)
         tasks = [
-            CalibrationTask(
-                StateDict(name, tuned),
-                StateDict(name, curvature),
-                images_of(self._estimate(number, samples, seed, labels), pixels),
-            )
-            for number, (name, tuned, curvature) in enumerate(
-                zip(self.names, self.tuned, self.statistics("outputs", samples, seed, labels), strict=True)
-            )
+            CalibrationTask(StateDict(name, tuned), StateDict(name, own), self.looked_at(number, look))
+            for number, (name, tuned, own) in enumerate(zip(self.names, self.tuned, curvature, strict=True))
         ]
         with tempfile.TemporaryDirectory() as folder:
-            calibrate(tower, tasks, [1 / len(tasks)] * len(tasks), CLIP_VISION, Path(folder), **options)
-        return {f"vision_model.{name}": value.detach() for name, value in tower.named_parameters()}
+            calibrate(self.tower, tasks, [1 / len(tasks)] * len(tasks), CLIP_VISION, Path(folder), **options)
+        return _weights(self.tower)
 
     def scaled(self, merged: Tensors, alpha: float) -> Tensors:
         """theta_0 + alpha (merged - theta_0)."""
@@ -106,17 +152,45 @@ class Bench:
 
     def measure(self, merged: Tensors) -> Hits:
         """Picture by picture."""
+        self.put(merged)
         found = {}
-        for name, (model, batches) in self.pictures.items():
-            _put(model.vision, merged)
-            with torch.inference_mode():
-                right = [model(batch.inputs).argmax(-1) == batch.labels for batch in batches]
-            found[name] = torch.cat(right)
+        with torch.inference_mode():
+            for name, model, batches in zip(self.names, self.models, self.validation, strict=True):
+                found[name] = torch.cat([model(batch.inputs).argmax(-1) == batch.labels for batch in batches])
         return found
 
-    def _estimate(self, number: int, samples: int, seed: int, labels: str) -> Estimate:
-        sampling = Sampling(samples, seed=seed, labels=labels)  # type: ignore[arg-type]
-        return Estimate(self.models[number], self.home, self.tasks[number], sampling)
+    def losses(self, merged: Tensors) -> tuple[float, float]:
+        """What can be known of a merge without validation: means over tasks on 128 calibration pictures each, in nats.
+
+        Returns:
+            KL(fine-tuned || merged) of the predicted classes, and the cross-entropy with the true ones.
+        """
+        usual = self.predictions  # of other weights: before these are put
+        self.put(merged)
+        apart = loss = 0.0
+        for model, batches, theirs in zip(self.models, self.first, usual, strict=True):
+            ours = _log_probabilities(model, batches)
+            apart += float(kl_div(ours, theirs, reduction="batchmean", log_target=True))
+            loss += float(nll_loss(ours, torch.cat([batch.labels for batch in batches])))
+        return apart / len(self.models), loss / len(self.models)
+
+    @cached_property
+    def first(self) -> list[list[Batch]]:
+        """The first 128 calibration pictures of every task."""
+        return [list(self.pictures(number, 0, 128)) for number in range(len(self.names))]
+
+    @cached_property
+    def predictions(self) -> list[Tensor]:
+        """Log-probabilities of these by each task's own model."""
+        found = []
+        for model, tuned, batches in zip(self.models, self.tuned, self.first, strict=True):
+            self.put(tuned)
+            found.append(_log_probabilities(model, batches))
+        return found
+
+    def put(self, weights: Tensors) -> None:
+        """Into the tower of all classifiers."""
+        _put(self.tower, weights)
 
 
 def average(found: Hits) -> float:
@@ -137,14 +211,16 @@ def difference(one: Hits, two: Hits) -> tuple[float, float]:
     return mean, math.sqrt(variance)
 
 
-def _tower(folder: Path) -> Tensors:
-    return {f"vision_model.{name}": value.detach() for name, value in load_vision(folder).named_parameters()}
+@torch.inference_mode()
+def _log_probabilities(model: Classifier, batches: Iterable[Batch]) -> Tensor:
+    return torch.cat([model(batch.inputs) for batch in batches]).log_softmax(-1)
+
+
+def _weights(tower: nn.Module) -> Tensors:
+    return {f"vision_model.{name}": value.detach().clone() for name, value in tower.named_parameters()}
 
 
 @torch.no_grad()
-def _put(tower: torch.nn.Module, weights: Tensors) -> None:
+def _put(tower: nn.Module, weights: Tensors) -> None:
     for name, parameter in tower.named_parameters():
         parameter.copy_(weights[f"vision_model.{name}"])
-
-
-__all__ = ["Bench", "Hits", "Task", "Tensors", "average", "difference", "worst"]

@@ -17,90 +17,134 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Bench, Hits, Tensors, average, difference, worst
+import variants
+from bench import USUAL, Bench, Hits, Look, Tensors, average, difference, worst
 from rich.console import Console
 
 from hf_epimer.commands.terminal import silence_libraries
 
 LOG = Path(__file__).with_name("core.jsonl")
 ALPHAS = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
-FEW = (0.5, 0.75, 1.0, 1.25)
 
 Make = Callable[[Bench], Tensors]
 Row = tuple[str, Make, tuple[float, ...]]
 """Name, how the merge is made, and the alphas at which it is measured."""
 
 
-def plain(name: str, method: str, alphas: tuple[float, ...] = FEW, **options: Any) -> Row:
+def plain(name: str, method: str, alphas: tuple[float, ...], **options: Any) -> Row:
     """A merge as it is."""
     return name, lambda bench: bench.merge(method, options), alphas
 
 
-def after(name: str, method: str, options: dict[str, Any], **calibration: Any) -> Row:
+def core(change: str, look: Look = USUAL, **options: Any) -> Row:
+    """`epimer-core` with one thing changed."""
+    return f"core, {change}", lambda bench: bench.merge("epimer-core", CORE | options, look), CORE_ALPHAS
+
+
+def variant(name: str, make: Make) -> Row:
+    """Something that the package does not have."""
+    return f"core, {name}", make, CORE_ALPHAS
+
+
+def after(name: str, method: str, options: dict[str, Any]) -> Row:
     """A merge, calibrated."""
-    return name, lambda bench: bench.calibrated(bench.merge(method, options), **calibration), (1.0,)
+    return name, lambda bench: bench.calibrated(bench.merge(method, options)), (1.0,)
+
+
+def changed(change: str, look: Look = USUAL, **calibration: Any) -> Row:
+    """Calibrated `epimer-core` with one thing changed."""
+    return f"calibrated core, {change}", lambda b: b.calibrated(b.merge(*START, look), look, **calibration), (1.0,)
 
 
 TSV: dict[str, Any] = {"rank": 16}
+CORE: dict[str, Any] = {"rank": 16}
+START = ("epimer-core", CORE)
+CORE_ALPHAS = (0.5, 0.75, 1.0)
+
+
+def relinearised(bench: Bench) -> Tensors:
+    """`epimer-core` with curvature taken at the merge it makes the first time."""
+    return bench.merge("epimer-core", CORE, Look(at=bench.merge("epimer-core", CORE)))
+
+
+def calibrated_at_merge(bench: Bench) -> Tensors:
+    """Calibration with curvature taken at the merge that it begins with."""
+    start = bench.merge(*START)
+    return bench.calibrated(start, Look(at=start))
+
 
 ROWS: dict[str, list[Row]] = {
     "baselines": [
         plain("mean", "mean", (1.0,)),
         plain("tsv-m", "tsv-m", ALPHAS, **TSV),
-        plain("tsv-m, rank max", "tsv-m", ALPHAS),
-        plain("iso-c", "iso-c", ALPHAS),
-        plain("iso-cts", "iso-cts", ALPHAS),
-        plain("epimer", "epimer", ALPHAS, rank=16),
+        plain("tsv-m, rank max", "tsv-m", (0.75, 1.0)),
+        plain("iso-c", "iso-c", (0.75, 1.0, 1.5, 2.0, 3.0)),
+        plain("iso-cts", "iso-cts", (0.75, 1.0, 1.5, 2.0, 3.0)),
+        plain("epimer", "epimer", (0.5, 0.75, 1.0, 1.25), rank=16),
         plain("regmean", "regmean", (1.0,)),
         plain("regmean, ridge 0.1", "regmean", (1.0,), damping=0.1),
-        plain("wudi", "wudi", FEW),
-        plain("wudi, damping 0.1", "wudi", FEW, damping=0.1),
-        plain("wudi, damping 1", "wudi", FEW, damping=1.0),
+        plain("wudi", "wudi", (0.3, 0.5)),
+        plain("wudi, damping 0.1", "wudi", (0.3, 0.5, 0.75, 1.0), damping=0.1),
+        plain("wudi, damping 1", "wudi", (0.5, 0.75, 1.0), damping=1.0),
+        (*core("rho 1")[:2], (0.5, 0.75, 1.0, 1.25)),
     ],
+    "calibrated": [after("calibrated core", "epimer-core", CORE)],
+    "starts": [after("calibrated tsv-m", "tsv-m", TSV), after("calibrated mean", "mean", {})],
     "core": [
-        *(plain(f"core, rho {rho:g}", "epimer-core", rank=16, rho=rho) for rho in (0.03, 0.3, 1.0, 3.0)),
-        plain("core, rank 8", "epimer-core", rank=8),
-        plain("core, rank 48", "epimer-core", rank=48),
-        plain("core, scaffold iso-c", "epimer-core", rank=16, scaffold="iso-c"),
-        plain("core, S = I", "epimer-core", rank=16, metric="inputs"),
-        plain("core, no data", "epimer-core", rank=16, metric="task-vectors"),
-    ],
-    "calibrated": [
-        after("calibrated tsv-m", "tsv-m", TSV),
-        after("calibrated core", "epimer-core", {"rank": 16}),
-        after("calibrated mean", "mean", {}),
+        *(core(f"rho {rho:g}", rho=rho) for rho in (0.03, 0.1, 0.3, 3.0)),
+        core("rank 8", rank=8),
+        core("rank max", rank=96),
+        core("scaffold iso-c", scaffold="iso-c"),
+        core("S = I", metric="inputs"),
+        core("no data", metric="task-vectors"),
+        core("sampled labels", Look(labels="sampled")),
+        core("sampled labels, temperature 2", Look(labels="sampled", temperature=2.0)),
+        variant("re-linearised", relinearised),
+        variant("plain bases", variants.plain_bases),
+        variant("exact Fisher", variants.exact_core),
+        variant("spectrum ^ 0.5", lambda b: variants.flattened(b, b.merge("epimer-core", CORE), 0.5)),
+        variant("flat spectrum", lambda b: variants.flattened(b, b.merge("epimer-core", CORE), 0.0)),
+        variant("calibrated spectrum", lambda b: variants.calibrated_spectrum(b, b.merge("epimer-core", CORE))),
+        variant("vectors by curvature", lambda b: variants.vectors_by_curvature(b, b.merge("epimer-core", CORE))),
     ],
     "choices": [
-        after("calibrated tsv-m, rho 0.03", "tsv-m", TSV, rho=0.03),
-        after("calibrated tsv-m, rho 0.3", "tsv-m", TSV, rho=0.3),
-        after("calibrated tsv-m, S = I", "tsv-m", TSV, share=0.0),
-        after("calibrated tsv-m, share 0.5", "tsv-m", TSV, share=0.5),
-        after("calibrated tsv-m, share 0.95", "tsv-m", TSV, share=0.95),
-        after("calibrated tsv-m, sampled labels", "tsv-m", TSV, labels="sampled"),
+        changed("1 view", views=1),
+        changed("rho 0.03", rho=0.03),
+        changed("rho 0.3", rho=0.3),
+        changed("S = I", share=0.0),
+        changed("share 0.5", share=0.5),
+        changed("share 0.95", share=0.95),
+        changed("sampled labels", Look(labels="sampled")),
+        changed("sampled labels, temperature 2", Look(labels="sampled", temperature=2.0)),
+        ("calibrated core, S at the merge", calibrated_at_merge, (1.0,)),
+        ("calibrated core, last norm", lambda b: variants.last_norm(b, b.calibrated(b.merge(*START))), (1.0,)),
     ],
     "samples": [
-        *(after(f"calibrated tsv-m, {n} images", "tsv-m", TSV, samples=n) for n in (16, 64, 1024)),
-        *(after(f"calibrated tsv-m, seed {s}", "tsv-m", TSV, seed=s) for s in (1, 2)),
+        *(changed(f"{n} images", Look(n)) for n in (16, 64, 1024)),
+        *(changed(f"other images {part}", Look(part=part)) for part in (1, 2)),
     ],
 }
-"""Groups of rows. `calibrated tsv-m` has 256 images, rho 0.1, share 0.8, true labels, seed 0."""
+"""Groups of rows. `core, rho 1` has rank 16; `calibrated core` 256 images, 4 views, rho 0.1, share 0.8, true labels."""
 
 
 def run(zoo: Path, tasks: list[str], groups: list[str], limit: int) -> None:
     """Measure what is not in the log yet."""
     console = Console(stderr=True)
-    done = {(e["zoo"], tuple(e["tasks"]), e["row"]) for e in entries()}
+    done = {(e["row"], e["alpha"]) for e in entries() if e["zoo"] == zoo.name and e["tasks"] == tasks}
     bench = None
     for name, make, alphas in (row for group in groups for row in ROWS[group]):
-        if (zoo.name, tuple(tasks), name) in done:
+        missing = [alpha for alpha in alphas if (name, alpha) not in done]
+        if not missing:
             continue
         bench = bench or Bench(zoo, tasks, limit)
         merged = make(bench)
         lines = []
-        for alpha in alphas:
-            found = bench.measure(bench.scaled(merged, alpha))
+        for alpha in missing:
+            scaled = bench.scaled(merged, alpha)
+            found, (apart, loss) = bench.measure(scaled), bench.losses(scaled)
             right = {task: "".join("01"[int(hit)] for hit in own) for task, own in found.items()}
-            lines.append({"zoo": zoo.name, "tasks": tasks, "row": name, "alpha": alpha, "right": right})
+            line = {"zoo": zoo.name, "tasks": tasks, "row": name, "alpha": alpha, "apart": apart, "loss": loss}
+            lines.append(line | {"right": right})
             console.print(f"{' '.join(tasks)}: {name}, alpha {alpha:g}: {average(found):.3f} ({worst(found):.3f})")
         with LOG.open("a", encoding="utf-8") as log:
             log.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,0 +1,187 @@
+"""What was tried beside `epimer-core` and calibration as they are, each as a function of a bench; see core.py.
+
+None of these is part of the package. A layer that is no matrix, or for which nothing was measured, stays as in the
+merge that the variant begins with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from bench import USUAL, Bench, Look, Tensors
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from hf_epimer.methods.base import PARTS
+from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, tagged_basis, task_triples
+from hf_epimer.numerics.sylvester import solve_sylvester
+from hf_epimer.statistics.taps import Gradient, Outer
+
+INPUT, OUTPUT = PARTS["kronecker"]["input"], PARTS["kronecker"]["output"]
+RANK = 16
+
+
+def task_vectors(bench: Bench, name: str) -> Tensor:
+    """D_t of one parameter, T x its shape."""
+    return torch.stack([tuned[name] - bench.base[name] for tuned in bench.tuned])
+
+
+def with_layers(start: Tensors, bench: Bench, change: Callable[[str, Tensor], Tensor | None]) -> Tensors:
+    """A merge with the task vectors of its matrices put through `change` (None: as it was)."""
+    found = dict(start)
+    for name, value in start.items():
+        if value.ndim == 2:
+            changed = change(name, value - bench.base[name])
+            found[name] = value if changed is None else bench.base[name] + changed
+    return found
+
+
+def plain_bases(bench: Bench, rho: float = 1.0) -> Tensors:
+    """`epimer-core` on concatenated singular vectors as they are: not whitened, M_0 of truncated task arithmetic."""
+    measured = bench.statistics("kronecker")
+
+    def change(name: str, _: Tensor) -> Tensor | None:
+        if f"{name}{INPUT}" not in measured[0]:
+            return None
+        d = task_vectors(bench, name)
+        triples = task_triples(d, capped_rank(RANK, tuple(d.shape[1:]), len(d)))
+        u, v = torch.cat([own.u for own in triples], 1).double(), torch.cat([own.v for own in triples], 1).double()
+        lefts, rights, sides = [], [], []
+        for own, statistics in zip(d.double(), measured, strict=True):
+            s, a = statistics[f"{name}{OUTPUT}"].double(), statistics[f"{name}{INPUT}"].double()
+            left, right = u.mT @ s @ u, v.mT @ a @ v
+            gain = 1 / (len(d) * left.diagonal().mean() * right.diagonal().mean())
+            lefts.append(gain * left)
+            rights.append(right)
+            sides.append(gain * (u.mT @ s @ own @ a @ v))
+        start = torch.diag(torch.cat([own.s for own in triples]).double())
+        left, right = torch.stack(lefts), torch.stack(rights)
+        residual = torch.stack(sides).sum(0) - (left @ start @ right).sum(0)
+        return (u @ solve_sylvester(left, right, rho, start, residual, tolerance=1e-6).x @ v.mT).float()
+
+    return with_layers(bench.merge("tsv-m", {"rank": RANK}), bench, change)
+
+
+class OnTheCore:
+    """z_n = vec(U^T G_n V) and <G_n, D_t> of every sample: what the exact Fisher information says of a full core."""
+
+    def __init__(self, bases: Mapping[str, TaggedBasis], own: Mapping[str, Tensor]) -> None:
+        self.bases, self.own = bases, own
+        self.sums: Tensors = {}
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        if name not in self.bases or not isinstance(gradient, Outer):
+            return
+        basis = self.bases[name]
+        z = torch.einsum("ntp,ntq->npq", gradient.left @ basis.u, gradient.right @ basis.v).flatten(1)
+        along = (gradient.left * (gradient.right @ self.own[name].mT)).sum((1, 2))
+        rows = torch.cat([z, along.unsqueeze(1)], dim=1)
+        self.sums[name] = torch.cat([self.sums[name], rows]) if name in self.sums else rows
+
+    def finish(self, sums: Mapping[str, Tensor], samples: int) -> Tensors:
+        return dict(sums)
+
+
+def exact_core(bench: Bench, rho: float = 1.0) -> Tensors:
+    """`epimer-core` with the exact Fisher information on the core instead of Kronecker factors.
+
+    sum_t w_t E[z z^T] m + rho m = sum_t w_t E[z <G, D_t>] + rho m_0, whose left side has rank T N beside rho.
+    """
+    start = bench.merge("tsv-m", {"rank": RANK})
+    bases = {}
+    for name, value in start.items():
+        if value.ndim == 2 and "encoder" in name:
+            d = task_vectors(bench, name)
+            bases[name] = tagged_basis(d, capped_rank(RANK, tuple(value.shape), len(d)))
+    found = []
+    for number, tuned in enumerate(bench.tuned):
+        own = {name: tuned[name] - bench.base[name] for name in bases}
+        found.append(bench.swept(number, OnTheCore(bases, own)))
+
+    def change(name: str, _: Tensor) -> Tensor | None:
+        if name not in bases:
+            return None
+        basis, rows, sides = bases[name], [], []
+        anchor = torch.diag(basis.s).double().flatten()
+        for measured in found:
+            z, along = measured[name][:, :-1].double(), measured[name][:, -1].double()
+            gain = z.shape[1] / (len(found) * z.square().sum())
+            rows.append(z * gain.sqrt())
+            sides.append(along * gain.sqrt())
+        z, along = torch.cat(rows), torch.cat(sides)
+        right = along - z @ anchor
+        small = z @ z.mT + rho * torch.eye(len(z), dtype=z.dtype)
+        core = anchor + z.mT @ torch.linalg.solve(small, right)
+        return basis.u @ core.view(basis.size, basis.size).float() @ basis.v.mT
+
+    return with_layers(start, bench, change)
+
+
+def flattened(bench: Bench, start: Tensors, power: float) -> Tensors:
+    """Singular values to a power, with the norm of every matrix kept; power 0 is a flat spectrum."""
+
+    def change(name: str, delta: Tensor) -> Tensor:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        bent = torch.where(s > 1e-5 * s[0], s.clamp_min(1e-12) ** power, torch.zeros_like(s))
+        return (u * (bent * s.norm() / bent.norm().clamp_min(1e-12))) @ vh
+
+    return with_layers(start, bench, change)
+
+
+def calibrated_spectrum(bench: Bench, start: Tensors) -> Tensors:
+    """Singular values damped where several tasks have put the same direction into the merge.
+
+    With m_r = u_r^T Delta and t_r = u_r^T D_t, the merge has <m_r, t_r> / |t_r|^2 times what task t wants of direction
+    r; a mean above 1 over tasks that want it is divided away.
+    """
+
+    def change(name: str, delta: Tensor) -> Tensor:
+        d = task_vectors(bench, name)
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        merged, wanted = s.unsqueeze(1) * vh, u.mT @ d
+        times = (wanted * merged).sum(-1) / wanted.square().sum(-1).clamp_min(1e-20)
+        return (u * (s / times.clamp_min(1.0).mean(0))) @ vh
+
+    return with_layers(start, bench, change)
+
+
+def vectors_by_curvature(bench: Bench, start: Tensors) -> Tensors:
+    """Biases and layer norms averaged by their own Fisher information, every task's of mean 1."""
+    measured = bench.statistics("fisher")
+    found = dict(start)
+    for name, value in start.items():
+        if value.ndim == 1:
+            d = task_vectors(bench, name)
+            weights = torch.stack([own[name] / own[name].mean().clamp_min(1e-30) for own in measured])
+            found[name] = bench.base[name] + (weights * d).sum(0) / weights.sum(0).clamp_min(1e-30)
+    return found
+
+
+@torch.no_grad()
+def last_norm(bench: Bench, start: Tensors, look: Look = USUAL, rho: float = 0.1) -> Tensors:
+    """The last layer norm, behind all linear layers, fitted to each task's own: two numbers per channel."""
+    norm: nn.LayerNorm = bench.tower.get_submodule("post_layernorm")
+    inputs: dict[str, Tensor] = {}
+    hook = norm.register_forward_hook(lambda module, arguments, output: inputs.update(x=arguments[0], y=output))
+    gram = torch.zeros(*norm.weight.shape, 2, 2, dtype=torch.float64)
+    cross = torch.zeros(*norm.weight.shape, 2, dtype=torch.float64)
+    ours = torch.stack([start["vision_model.post_layernorm.weight"], start["vision_model.post_layernorm.bias"]], -1)
+    for number, tuned in enumerate(bench.tuned):
+        for batch in bench.looked_at(number, look):
+            bench.put(tuned)
+            bench.tower(pixel_values=batch.inputs)
+            wanted = inputs["y"].double()
+            bench.put(start)
+            bench.tower(pixel_values=batch.inputs)
+            plain = layer_norm(inputs["x"], norm.normalized_shape, eps=norm.eps).double()
+            x = torch.stack([plain, torch.ones_like(plain)], dim=-1)
+            gram += torch.einsum("nci,ncj->cij", x, x)
+            cross += torch.einsum("nc,nci->ci", wanted - (x * ours).sum(-1), x)
+    hook.remove()
+    ridge = rho * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(2, dtype=torch.float64)
+    step = torch.linalg.solve(gram + ridge, cross.unsqueeze(-1)).squeeze(-1).float()
+    found = dict(start)
+    found["vision_model.post_layernorm.weight"] = (ours + step)[:, 0]
+    found["vision_model.post_layernorm.bias"] = (ours + step)[:, 1]
+    return found
