@@ -82,7 +82,8 @@ def verdict(labels: Sequence[str], totals: Sequence[RankTotals], gram: Tensor) -
 
 
 _CALIBRATE = (
-    "With images of every task, --calibrate mends what layers do to each other, which no metric of one layer sees."
+    "With images of every task, merge with --method epimer-core, or add --calibrate to another: that mends what layers "
+    "do to each other, which no metric of one layer sees."
 )
 
 

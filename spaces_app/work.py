@@ -52,9 +52,10 @@ BASELINES = ("mean", "tsv-m")
 SHARES = {
     "fetching": (0.0, 0.3, "Downloading"),
     "estimating curvature": (0.3, 0.7, "Estimating curvature"),
-    "surveying": (0.7, 0.8, "Surveying layers"),
-    "merging": (0.8, 0.95, "Merging layers"),
-    "diagnosing": (0.8, 0.95, "Looking at layers"),
+    "surveying": (0.7, 0.75, "Surveying layers"),
+    "merging": (0.75, 0.8, "Merging layers"),
+    "calibrating": (0.8, 0.95, "Calibrating layers"),
+    "diagnosing": (0.75, 0.95, "Looking at layers"),
     "evaluating": (0.95, 1.0, "Measuring"),
     "validating": (0.2, 1.0, "Measuring settings"),
 }

@@ -30,6 +30,7 @@ import choosing
 import jobs
 import options
 import sweep_tab
+import work
 import workspace
 from gradio_client import Client, handle_file
 from settings import Settings
@@ -73,6 +74,18 @@ def test_a_merge_of_the_zoo_with_table_bars_card_and_download(home: SpaceApp, cl
     _, report = CLIPVisionModel.from_pretrained(tmp_path / "merged-epimer", output_loading_info=True)
     assert not report["missing_keys"]
     assert home.leftovers()[0].startswith("merge-")
+
+
+def test_the_bar_names_the_stages_of_a_merge_and_never_goes_back() -> None:
+    seen: list[tuple[float, str]] = []
+    told = work._on_scale(lambda share, text: seen.append((share, text)), 0.1, 0.9)
+    stages = ("fetching", "estimating curvature", "surveying", "merging", "calibrating", "evaluating")
+    for stage in stages:
+        told(stage, 0, 2)
+        told(stage, 2, 2)
+    shares = [share for share, _ in seen]
+    assert len(seen) == 2 * len(stages) and shares == sorted(shares) and shares[0] >= 0.1 and shares[-1] <= 0.9
+    assert "Calibrating layers: 2 of 2" in seen[9][1]
 
 
 def test_a_calibrated_merge_stands_beside_the_plain_one(client: Client) -> None:
