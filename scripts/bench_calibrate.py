@@ -1,18 +1,28 @@
-"""Seconds that calibration's solve takes for the layers of a ViT-B, on made-up curvature with a decaying spectrum.
+"""What calibration costs for a ViT-B: the solve of each kind of layer, and one whole block of a ViT-B/32.
 
-python scripts/bench_calibrate.py [--tasks 8] [--device cuda]
+    python scripts/bench_calibrate.py [--tasks 8] [--images 256] [--device cuda]
+
+Weights are random and curvature is made up, with a decaying spectrum. A block is solved as `--calibrate` does it, with
+all its passes over images and crops; a ViT-B has 12 of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hf_epimer.calibrating import RHO, SHARE
+from hf_epimer.architectures import CLIP_VISION
+from hf_epimer.calibrating import RHO, SHARE, VIEWS, CalibrationTask, calibrate
+from hf_epimer.checkpoints import StateDict
+from hf_epimer.classifier import PREFIX
+from hf_epimer.data import Batch
 from hf_epimer.numerics.regression import anchored_step
 
 LAYERS = {"attention": (768, 769), "fc1": (3072, 769), "fc2": (768, 3073)}
@@ -25,21 +35,57 @@ def decaying(size: int, generator: torch.Generator) -> Tensor:
     return (directions * torch.arange(1, size + 1).float() ** -1.2) @ directions.mT
 
 
+def solve(name: str, tasks: int, device: str, console: Console) -> None:
+    """One layer's solve."""
+    generator, (m, n) = torch.Generator().manual_seed(0), LAYERS[name]
+    grams, outputs = (torch.stack([decaying(size, generator) for _ in range(tasks)]) for size in (n, m))
+    crosses = torch.randn(tasks, m, n, generator=generator) @ grams * 0.1
+    moved = [tensor.to(device) for tensor in (grams, crosses, outputs, torch.full((tasks,), 1 / tasks))]
+    started = time.perf_counter()
+    found = anchored_step(*moved, rho=RHO, share=SHARE)
+    norm = float(found.x.norm())  # waits for the device
+    seconds = time.perf_counter() - started
+    console.print(f"{name}, {m} x {n}: {seconds:.1f} s, {found.steps} steps, norm {norm:.3g}")
+
+
+def whole_block(tasks: int, images: int, device: str, console: Console) -> None:
+    """One block of a ViT-B/32."""
+    torch.manual_seed(0)
+    tower = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=1)).eval()
+    generator, factors = torch.Generator().manual_seed(0), {}
+    for size in {m for m, _ in LAYERS.values()}:
+        factors[size] = decaying(size, generator)
+    curvature = {}
+    for stage in CLIP_VISION.stages:
+        for name in stage.modules:
+            full = f"{PREFIX}{CLIP_VISION.blocks}.0.{name}.weight"
+            size = len(tower.get_submodule(f"{CLIP_VISION.blocks}.0.{name}").weight)  # type: ignore[arg-type]
+            curvature |= {f"{full}.output_factor": factors[size], f"{full}.positions": torch.ones(50)}
+    given = []
+    for number in range(tasks):
+        weights = {PREFIX + name: value + 0.01 * torch.randn_like(value) for name, value in tower.named_parameters()}
+        batches = [
+            Batch(torch.randn(32, 3, 224, 224), torch.zeros(32), range(start, start + 32))
+            for start in range(0, images, 32)
+        ]
+        given.append(CalibrationTask(StateDict(str(number), weights), StateDict(str(number), curvature), batches))
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        calibrate(tower.to(device), given, [1 / tasks] * tasks, CLIP_VISION, Path(folder))
+        seconds = time.perf_counter() - started
+    console.print(f"one block, {tasks} tasks, {images} images each, seen {VIEWS} times: {seconds:.0f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--images", type=int, default=256, help="per task; a multiple of 32")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    generator, tasks = torch.Generator().manual_seed(0), options.tasks
-    for name, (m, n) in LAYERS.items():
-        grams, outputs = (torch.stack([decaying(size, generator) for _ in range(tasks)]) for size in (n, m))
-        crosses = torch.randn(tasks, m, n, generator=generator) @ grams * 0.1
-        moved = [tensor.to(options.device) for tensor in (grams, crosses, outputs, torch.full((tasks,), 1 / tasks))]
-        started = time.perf_counter()
-        found = anchored_step(*moved, rho=RHO, share=SHARE)
-        norm = float(found.x.norm())  # waits for the device
-        seconds = time.perf_counter() - started
-        Console().print(f"{name}, {m} x {n}: {seconds:.1f} s, {found.steps} steps, norm {norm:.3g}", highlight=False)
+    console = Console(highlight=False)
+    for name in LAYERS:
+        solve(name, options.tasks, options.device, console)
+    whole_block(options.tasks, options.images, options.device, console)
 
 
 if __name__ == "__main__":

@@ -242,6 +242,19 @@ def test_a_picture_has_the_same_crop_in_every_batch_and_another_one_in_every_vie
     assert not torch.allclose(crops(pixels[:1], [0], 1), crops(pixels[:1], [1], 1), atol=1e-2)
 
 
+def test_views_are_images_more(clip_base: Path, tmp_path: Path) -> None:
+    """Two views of every image are the images and their crops, each seen once."""
+    start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
+    task = task_of(tuned, 1)
+    twice, _ = calibrated(start, [task], tmp_path / "a", views=2)
+    more = [Batch(crops(batch.inputs, batch.positions, 1), batch.labels, batch.positions) for batch in task.images]
+    listed = CalibrationTask(task.tuned, task.curvature, [*task.images, *more])
+    explicit, _ = calibrated(start, [listed], tmp_path / "b", views=1)
+    assert difference(twice, explicit, start) < 0.01
+    once, _ = calibrated(start, [task], tmp_path / "c", views=1)
+    assert difference(twice, once, start) > 0.05
+
+
 def test_positions_that_nobody_hears_do_not_count(clip_base: Path, tmp_path: Path) -> None:
     start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
     first = torch.zeros(POSITIONS)

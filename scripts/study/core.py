@@ -4,7 +4,8 @@
     python scripts/study/core.py --report                          # tables of all that was measured
 
 Every measurement is a line of core.jsonl beside this script, and is not repeated. The report compares rows on the same
-pictures: average difference to TSV-M at its own best alpha, with the standard error of that difference.
+pictures, each at its own best alpha: average difference to the first row of a table, with the standard error of that
+difference; then the alphas that predictions choose (`--tune-alpha`) beside those that are best on these pictures.
 """
 
 from __future__ import annotations
@@ -156,28 +157,74 @@ def entries() -> Iterator[dict[str, Any]]:
         yield from map(json.loads, LOG.read_text(encoding="utf-8").splitlines())
 
 
-def report() -> None:
-    """One Markdown table: rows x sets, each row at its own best alpha."""
-    best: dict[str, dict[str, tuple[Hits, float]]] = {}
+Measured = dict[str, dict[str, dict[float, tuple[Hits, float]]]]
+"""Set -> row -> alpha -> which pictures are right, and how far predictions are from the fine-tuned models'."""
+
+
+def measured() -> Measured:
+    """The log, by set."""
+    found: Measured = {}
     for entry in entries():
-        where = f"{entry['zoo']}: {' '.join(entry['tasks'])}"
-        found = {task: torch.tensor([hit == "1" for hit in own]) for task, own in entry["right"].items()}
-        held = best.setdefault(entry["row"], {}).get(where)
-        if held is None or average(found) > average(held[0]):
-            best[entry["row"]][where] = found, entry["alpha"]
-    sets = list(dict.fromkeys(where for row in best.values() for where in row))
+        hits = {task: torch.tensor([hit == "1" for hit in own]) for task, own in entry["right"].items()}
+        rows = found.setdefault(f"{entry['zoo']}: {' '.join(entry['tasks'])}", {})
+        rows.setdefault(entry["row"], {})[entry["alpha"]] = hits, entry["apart"]
+    return found
+
+
+def report() -> None:
+    """Markdown: every group of rows at their own best alphas, against another row; then what predictions choose."""
+    found = measured()
+    console = Console(soft_wrap=True, highlight=False)
+    against = {"baselines": "tsv-m", "calibrated": "tsv-m", "core": "core, rho 1"}
+    for group, rows in ROWS.items():
+        names = [against.get(group, "calibrated core"), *(name for name, *_ in rows)]
+        if any(name in own for own in found.values() for name in names[1:]):
+            console.print(_table(found, list(dict.fromkeys(names))), "", sep="\n", markup=False)
+    console.print(_chosen_table(found), markup=False)
+
+
+def _table(found: Measured, names: list[str]) -> str:
+    """Rows x sets: average (worst), alpha, and the difference to the first row on the same pictures."""
+    sets = [where for where, rows in found.items() if any(name in rows for name in names[1:])]
     lines = [f"| | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
-    for row, found in best.items():
+    for name in (name for name in names if any(name in found[where] for where in sets)):
         cells = []
         for where in sets:
-            if where not in found:
+            rows = found[where]
+            if name not in rows:
                 cells.append("")
                 continue
-            own, alpha = found[where]
-            apart, error = difference(own, best["tsv-m"][where][0]) if where in best["tsv-m"] else (0.0, 0.0)
-            cells.append(f"{average(own):.3f} ({worst(own):.3f}) at {alpha:g}, {apart:+.3f} ± {error:.3f}")
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    Console(soft_wrap=True, highlight=False).print("\n".join(lines), markup=False)
+            alpha, own = _best(rows[name])
+            cells.append(f"{average(own):.3f} ({worst(own):.3f})" + (f" at {alpha:g}" if len(rows[name]) > 1 else ""))
+            if name != names[0] and names[0] in rows:
+                apart, error = difference(own, _best(rows[names[0]])[1])
+                cells[-1] += f", {apart:+.3f} ± {error:.3f}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _chosen_table(found: Measured) -> str:
+    """Methods x sets: alpha by predictions, and the difference to the alpha that is best on these very pictures."""
+    names = dict.fromkeys(name for rows in found.values() for name, own in rows.items() if len(own) > 2)
+    lines = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    for name in names:
+        cells = []
+        for rows in found.values():
+            own = rows.get(name, {})
+            if len(own) < 3:
+                cells.append("")
+                continue
+            chosen = min(own, key=lambda alpha: own[alpha][1])
+            alpha, best = _best(own)
+            apart, error = difference(own[chosen][0], best)
+            cells.append(f"{chosen:g}" if chosen == alpha else f"{chosen:g} for {alpha:g}, {apart:+.3f} ± {error:.3f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _best(row: dict[float, tuple[Hits, float]]) -> tuple[float, Hits]:
+    alpha = max(row, key=lambda alpha: average(row[alpha][0]))
+    return alpha, row[alpha][0]
 
 
 def main() -> None:
