@@ -45,7 +45,8 @@ class Architecture:
         output_class: the transformers class of a merged model.
         known: shapes of well-known base models -> Hub id.
         blocks: the list of residual blocks, in the order in which data runs through them.
-        stages: the linear layers of a block, in the same order.
+        stages: the linear layers of a block, in the same order; the last one's output ends the block, added to the
+            residual stream.
     """
 
     name: str

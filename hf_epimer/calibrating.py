@@ -9,12 +9,11 @@ tower gives it on images of task t, y what task t's own tower makes of the same 
 with S_t the curvature of task t's loss in the layer's outputs (Kronecker factor) and pi_ts how much of it sits at
 position s of the sequence; without pi the last block would be fitted to patches that nobody reads. Where the output is
 added to the residual stream, y contains what the stream itself is off by. Biases belong to W (x has a 1 in it). Labels
-enter through S_t and pi alone. `hf_epimer.numerics.regression` solves it; rho = 0.1 and S_t mixed with the identity
-4 : 1 were chosen on validation images of a small zoo (README), where half or three times of it changes little.
+enter through S_t and pi alone. `hf_epimer.numerics.regression` solves it. Every image is seen `VIEWS` times, whole and
+as random crops (`hf_epimer.towers`). The constants below were chosen on validation images of a small zoo; docs/study.md
+has what half or three times of them changes.
 
 Related: RegMean (inputs of the tuned towers, S_t = I, pi = 1, all layers at once), RegMean++ (inputs of merged layers).
-
-Every image is seen `VIEWS` times, whole and as random crops (`hf_epimer.towers`).
 
 Memory: two towers, the sums of one layer, and the hidden states of all images in files that are mapped into memory.
 """
@@ -114,7 +113,7 @@ def calibrate(
             for task, run in zip(tasks, runs, strict=True):
                 load_weights(tuned, task.tuned, prefix)
                 profiles = {name: _profile(task, prefix + name) for name in stage.modules}
-                sums.append(_moments(block, tuned, stage, run, profiles))
+                sums.append(_moments(block, tuned, stage, run, profiles, is_last=stage is architecture.stages[-1]))
                 on_step(1, total)
             for name in stage.modules:
                 curvature = [task.curvature.tensor(f"{prefix}{name}.weight.output_factor") for task in tasks]
@@ -122,9 +121,8 @@ def calibrate(
                 report[f"{prefix}{name}.weight"] = _solve(
                     block.get_submodule(name), moments, curvature, weights, rho, share, prefix + name
                 )
-        for task, run in zip(tasks, runs, strict=True):
-            load_weights(tuned, task.tuned, prefix)
-            run.advance(block, tuned)
+        for run in runs:
+            run.advance(block)
     return report
 
 
@@ -184,9 +182,9 @@ class _Moments:
 
 
 def _moments(
-    block: nn.Module, tuned: nn.Module, stage: Stage, run: Run, profiles: Mapping[str, Tensor]
+    block: nn.Module, tuned: nn.Module, stage: Stage, run: Run, profiles: Mapping[str, Tensor], *, is_last: bool
 ) -> dict[str, _Moments]:
-    """The sums of every layer of a stage over one task's images."""
+    """The sums of every layer of a stage over one task's images; the last stage takes them through the tuned block."""
     linears = {name: block.get_submodule(name) for name in stage.modules}
     first = linears[stage.modules[0]]
     inputs = {first: "in"}
@@ -195,7 +193,7 @@ def _moments(
         inputs[block.get_submodule(stage.residual)] = "in"
         outputs[tuned.get_submodule(stage.residual)] = "in"
     found: dict[str, _Moments] = {}
-    for merged, own in run.batches():
+    for part, merged, own in run.batches():
         with caught(inputs) as here, stopped():
             block(merged, attention_mask=None)
         with caught(outputs) as there, stopped():
@@ -205,7 +203,10 @@ def _moments(
         for name, linear in linears.items():
             off = there[tuned.get_submodule(name)] - linear(here[first])
             if stage.residual:
-                off += there[tuned.get_submodule(stage.residual)] - here[block.get_submodule(stage.residual)]
+                stream = there[tuned.get_submodule(stage.residual)]
+                off += stream - here[block.get_submodule(stage.residual)]
+                if is_last:
+                    run.tuned[part] = stream + there[tuned.get_submodule(name)]
             heard = profiles[name].to(x.device)
             kept = heard > 0
             flat = x[:, kept].flatten(0, 1)

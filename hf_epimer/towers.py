@@ -35,18 +35,16 @@ class Run:
     def __init__(self, merged: Tensor, tuned: Tensor, device: torch.device) -> None:
         self.merged, self.tuned, self.device = merged, tuned, device
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(merged, tuned) hidden states, some images at a time."""
+    def batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(which images, merged, tuned) hidden states, some images at a time."""
         for start in range(0, len(self.merged), BATCH):
             part = slice(start, start + BATCH)
-            yield self.merged[part].to(self.device), self.tuned[part].to(self.device)
+            yield part, self.merged[part].to(self.device), self.tuned[part].to(self.device)
 
-    def advance(self, block: nn.Module, tuned: nn.Module) -> None:
-        """Through a block, each in its own tower."""
-        for start, (one, two) in zip(range(0, len(self.merged), BATCH), self.batches(), strict=True):
-            part = slice(start, start + BATCH)
-            self.merged[part] = block(one, attention_mask=None)
-            self.tuned[part] = tuned(two, attention_mask=None)
+    def advance(self, block: nn.Module) -> None:
+        """Through a block of the merged tower."""
+        for part, merged, _ in self.batches():
+            self.merged[part] = block(merged, attention_mask=None)
 
 
 def start_run(
