@@ -6,12 +6,12 @@ tower gives it on images of task t, y what task t's own tower makes of the same 
 
     minimise sum_t g_t sum_{n, s} pi_ts (y_ns - (W + E) x_ns)^T S_t (y_ns - (W + E) x_ns) + rho |E|^2
 
-with S_t the curvature of task t's loss in the layer's outputs (Kronecker factor) and pi_ts how much of it sits at
-position s of the sequence; without pi the last block would be fitted to patches that nobody reads. Where the output is
-added to the residual stream, y contains what the stream itself is off by. Biases belong to W (x has a 1 in it). Labels
-enter through S_t and pi alone. `hf_epimer.numerics.regression` solves it. Every image is seen `VIEWS` times, whole and
-as random crops (`hf_epimer.towers`). The constants below were chosen on validation images of a small zoo; docs/study.md
-has what half or three times of them changes.
+with g_t = l_t over the mean squared input, S_t the curvature of task t's loss in the layer's outputs (Kronecker factor)
+and pi_ts how much of it sits at position s of the sequence; without pi the last block would be fitted to patches that
+nobody reads. Where the output is added to the residual stream, y contains what the stream itself is off by. Biases
+belong to W (x has a 1 in it). Labels enter through S_t and pi alone. `hf_epimer.numerics.regression` solves it. Every
+image is seen `VIEWS` times, whole and as random crops (`hf_epimer.towers`). The constants below were chosen on
+validation images of a small zoo; docs/study.md has what half or three times of them changes.
 
 Related: RegMean (inputs of the tuned towers, S_t = I, pi = 1, all layers at once), RegMean++ (inputs of merged layers).
 
@@ -84,7 +84,7 @@ def calibrate(
         tower: the merge, in evaluation mode, on the device where it is to be done.
         tasks: one per merged checkpoint.
         weights: l_t, summing to 1.
-        workspace: a folder for hidden states, 8 bytes times images times views times positions times width.
+        workspace: a folder for hidden states of both towers: 8 bytes times images, views, positions and width.
         views: of every image, at least 1.
         rho, share: as above; layers are solved in float32, so rho should stay well above 1e-4.
         on_step: progress; a step is one task in one stage of one block.

@@ -220,10 +220,17 @@ def is_large(task: Task) -> bool:
 
 
 def data_revision(task: Task) -> str:
-    """What pins the task's data: the commit of its data set, or a digest of the files of a local folder."""
+    """What pins the task's data: the commit of its data set, or a digest of the files of a local folder.
+
+    Raises:
+        HubError: it cannot be reached.
+        DataError: there is no such folder.
+    """
     folder = Path(task.dataset)
     if not folder.is_absolute():
         return hub.dataset_commit(task.dataset)
+    if not folder.exists():
+        raise DataError(f"{folder}: the data set of task {task.name!r} is not there")
     found = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         status = path.stat()

@@ -35,7 +35,7 @@ from hf_epimer.lora.adapters import ADAPTER_CONFIG
 from hf_epimer.merging import Ingredients, MergedLayer
 from hf_epimer.planning import Plan, make_plan, target_folder
 from hf_epimer.resolving import PROCESSOR_FILES, config_of
-from hf_epimer.scaling import divergences
+from hf_epimer.scaling import divergences, nearest
 from hf_epimer.writing import atomic_folder, write_tensors
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     tried: dict[float, float] = {}
     if plan.recipe.tune_alpha:
         tried = divergences(plan, ingredients, progress)
-        plan = plan.at_alpha(min(tried, key=tried.__getitem__))
+        plan = plan.at_alpha(nearest(tried))
         seconds["choosing alpha"] = time.monotonic() - started - sum(seconds.values())
     out = target_folder(recipe)
     with atomic_folder(out, recipe.overwrite) as folder:
@@ -284,7 +284,8 @@ def _diagnostics(report: MergeReport) -> dict[str, str]:
     if "steps" in totals:
         shown["solver steps, all layers"] = str(totals["steps"])
     if "alpha" in totals:
-        shown["alpha, chosen by predictions"] = f"{totals['alpha']:g}"
+        when = "before calibration, " if "calibrated" in totals else ""
+        shown["alpha"] = f"{totals['alpha']:g}: {when}where predictions are nearest to those of the models merged"
     if "calibrated" in totals:
         shown["calibrated layers"] = str(totals["calibrated"])
         shown["largest change of a layer by calibration"] = f"{totals['largest_calibration']:.1%} of its weight"

@@ -20,7 +20,7 @@ from hf_epimer import hub, pushing
 from hf_epimer.architectures import CLIP_VISION, Architecture
 from hf_epimer.checkpoints import FORMATS, Checkpoint, Shape, StateDict
 from hf_epimer.config import MergeRecipe
-from hf_epimer.errors import CheckpointError, HubError, MismatchError, StatisticsError, UsageError
+from hf_epimer.errors import CheckpointError, DataError, HubError, MismatchError, StatisticsError, UsageError
 from hf_epimer.hub import Source
 from hf_epimer.lora import read_adapter, works_in_core
 from hf_epimer.merging import check_shapes, find_method, normalized_weights
@@ -192,15 +192,17 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
     _check_distinct(base, models)
     for source in (base, *models):
         weight_names(source)
-    if recipe.calibrate and not full and not recipe.dense:
+    writes_adapter = not full and not recipe.dense
+    if recipe.calibrate and writes_adapter:
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
     found_for = (base, models, tasks)
-    statistics = find_statistics(recipe, method.statistic(options), method.name, *found_for, statistics_optional)
-    images, curvature = _calibration(recipe, method, full, *found_for)
+    needs = method.statistic(options)
+    statistics = find_statistics(recipe, needs, method.name, *found_for, statistics_optional)
+    images, curvature = _calibration(recipe, method, needs, writes_adapter, *found_for)
     calibrate = bool(images)
     if recipe.tune_alpha:
-        _check_alpha(method, writes_adapter=not full and not recipe.dense)
-        images = images or find_images(recipe, *found_for)
+        _check_alpha(method, writes_adapter)
+        images = images or find_images(recipe, "choose alpha", *found_for)
     pinned = replace(
         recipe,
         options=options,
@@ -287,7 +289,7 @@ def _tasks_of(recipe: MergeRecipe, models: Sequence[Source], cards: Sequence[dic
     return found
 
 
-def _check_alpha(method: Method, *, writes_adapter: bool) -> None:
+def _check_alpha(method: Method, writes_adapter: bool) -> None:
     if "alpha" not in method.config.__dataclass_fields__:
         raise UsageError(f"--tune-alpha: {method.name} has no alpha")
     if writes_adapter:
@@ -297,26 +299,28 @@ def _check_alpha(method: Method, *, writes_adapter: bool) -> None:
 def _calibration(
     recipe: MergeRecipe,
     method: Method,
-    full: Sequence[Source],
+    needs: Statistic | None,
+    writes_adapter: bool,
     base: Source,
     models: Sequence[Source],
     tasks: Sequence[Task | None],
 ) -> tuple[tuple[Estimate, ...], tuple[Source | Estimate, ...]]:
     """The images of a calibration and the curvature that it needs; neither where there is to be none.
 
+    Args:
+        needs: the method's own statistic; Kronecker factors given for it serve the calibration, too.
+
     Raises:
-        UsageError, StatisticsError, HubError: it was asked for and is not possible.
+        UsageError, StatisticsError, HubError, DataError: it was asked for and is not possible.
     """
     wanted = method.calibrates if recipe.calibrate is None else recipe.calibrate
-    if not wanted:
-        return (), ()
-    if not full and not recipe.dense:  # the merge is an adapter
+    if not wanted or writes_adapter:
         return (), ()
     try:
-        images = find_images(recipe, base, models, tasks)
-        own = replace(recipe, fisher=())
+        images = find_images(recipe, "calibrate", base, models, tasks)
+        own = recipe if needs == "kronecker" else replace(recipe, fisher=())
         return images, find_statistics(own, "outputs", "--calibrate", base, models, tasks, False)
-    except (UsageError, StatisticsError, HubError) as error:
+    except (UsageError, StatisticsError, HubError, DataError) as error:
         if recipe.calibrate:
             raise
         logger.warning("%s merges are calibrated where that is possible; this one is not: %s", method.name, error)

@@ -42,7 +42,7 @@ class Run:
             yield part, self.merged[part].to(self.device), self.tuned[part].to(self.device)
 
     def advance(self, block: nn.Module) -> None:
-        """Through a block of the merged tower."""
+        """Through a block of the merged tower; the tuned states are put forward by the block's last stage."""
         for part, merged, _ in self.batches():
             self.merged[part] = block(merged, attention_mask=None)
 
@@ -120,6 +120,7 @@ class _Stop(Exception):
 
 @contextmanager
 def stopped() -> Iterator[None]:
+    """A forward pass that `caught` may end."""
     try:
         yield
     except _Stop:

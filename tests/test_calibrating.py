@@ -371,3 +371,49 @@ def test_a_full_core_without_images_is_merged_as_it_is_and_says_so(run: Run, tmp
     assert code == 0, err
     assert "calibrated" not in out and "this one is not" in err and "its task must be known" in err
     assert json.loads((tmp_path / "m" / "merge_config.json").read_text())["calibrate"] is False
+
+
+def test_a_full_core_whose_data_are_gone_is_merged_as_it_is(
+    words: tuple[object, ...], run: Run, tmp_path: Path, clip_zoo: Path
+) -> None:
+    for name in "ab":
+        content = json.loads((clip_zoo / f"{name}.json").read_text()) | {"dataset": str(tmp_path / "nowhere" / name)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    models = words[: words.index("--task")]
+    plain = (*models, "--task", tmp_path / "a.json", tmp_path / "b.json", "--metric", "task-vectors")
+    code, _, err = run(*plain, "--method", "epimer-core", "--out", tmp_path / "m")
+    assert code == 0 and "this one is not" in err and "is not there" in err
+    code, _, err = run(*plain, "--method", "epimer-core", "--calibrate", "--out", tmp_path / "n")
+    assert code == 1 and "nowhere" in err and "is not there" in err and not (tmp_path / "n").exists()
+
+
+def test_a_config_with_another_method_does_what_that_method_does(
+    words: tuple[object, ...], run: Run, tmp_path: Path
+) -> None:
+    *plain, _ = words
+    for method, number in (("mean", 0), ("epimer-core", 2)):
+        other = "epimer-core" if method == "mean" else "mean"
+        assert run(*plain, "--method", other, "--out", tmp_path / other)[0] == 0
+        again = ("merge", "--config", tmp_path / other / "merge_config.json", "--method", method)
+        code, out, err = run(*again, "--out", tmp_path / "m", "--dry-run", "--json")
+        assert code == 0, err
+        assert len(json.loads(out)["calibrate_on"]) == number
+
+
+def test_kronecker_factors_that_are_given_serve_the_calibration_too(
+    words: tuple[object, ...], run: Run, tmp_path: Path, clip_zoo: Path
+) -> None:
+    given = []
+    for name in "ab":
+        file = tmp_path / f"{name}.safetensors"
+        task = ("--task", clip_zoo / f"{name}.json", "--base", clip_zoo / "base", "--out", file)
+        assert run("fisher", clip_zoo / name, *task, "--samples", 12, "--kronecker")[0] == 0
+        given.append(f"{name}={file}")
+    *plain, _ = words
+    core = (*plain, "--method", "epimer-core", "--fisher", *given)
+    code, out, err = run(*core, "--out", tmp_path / "m", "--dry-run", "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["to_estimate"] == [] and len(plan["calibrate_on"]) == 2
+    code, out, err = run(*core, "--out", tmp_path / "m")
+    assert code == 0 and "calibrated 12 layers" in out, err

@@ -14,7 +14,7 @@ from hf_epimer import ModelRef, hub
 from hf_epimer.classifier import Classifier, load_vision
 from hf_epimer.data import ImageBatches, read_samples
 from hf_epimer.heads import classifier_for
-from hf_epimer.scaling import ALPHAS
+from hf_epimer.scaling import ALPHAS, nearest
 from hf_epimer.tasks import load_task_file
 
 Run = Callable[..., tuple[int, str, str]]
@@ -63,12 +63,12 @@ def test_the_chosen_alpha_is_the_one_with_the_nearest_predictions(
     report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
     found = {float(alpha): value for alpha, value in report["totals"]["divergence_at_alpha"].items()}
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
-    assert report["totals"]["alpha"] == best and f"alpha {best:g}: there" in out
+    assert report["totals"]["alpha"] == best and f"alpha {best:g}: where its" in out
     assert min(found, key=found.__getitem__) not in (ALPHAS[0], ALPHAS[-1])
     written = json.loads((tmp_path / "m" / "merge_config.json").read_text())
     assert written["options"]["alpha"] == best
     card = (tmp_path / "m" / "README.md").read_text()
-    assert f"| alpha, chosen by predictions | {best:g} |" in card and f"| alpha | {best} |" in card
+    assert f"| alpha | {best:g}: where predictions are nearest" in card and f"| alpha | {best} |" in card
     there = (tmp_path / f"{best:g}" / "model.safetensors").read_bytes()
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == there
 
@@ -89,8 +89,15 @@ def test_what_cannot_be_tuned_is_said_before_any_work(
     assert code == 2 and "mean has no alpha" in err
     nameless = ("merge", clip_zoo / "a", clip_zoo / "b", "--base", clip_zoo / "base", "--method", "tsv-m")
     code, _, err = run(*nameless, "--tune-alpha", "--out", tmp_path / "m")
-    assert code == 2 and "its task must be known" in err
+    assert code == 2 and "to choose alpha, its task must be known" in err
     code, out, _ = run(*words, "--tune-alpha", "--out", tmp_path / "m", "--dry-run", "--json")
     plan = json.loads(out)
     assert code == 0 and len(plan["tune_alpha_on"]) == 2 and plan["calibrate_on"] == []
     assert not (tmp_path / "m").exists()
+
+
+def test_an_alpha_at_the_end_of_what_was_tried_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert nearest(dict.fromkeys(ALPHAS, 1.0) | {1.0: 0.5}) == 1.0
+    assert not caplog.text
+    assert nearest(dict.fromkeys(ALPHAS, 1.0) | {ALPHAS[-1]: 0.5}) == ALPHAS[-1]
+    assert "at the end of what was tried" in caplog.text

@@ -96,6 +96,7 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     method = find_method(given.get("method", arguments.get("method", "epimer")))
     if arguments.get("method", method.name) != method.name:
         arguments.pop("options")
+        arguments.pop("calibrate", None)  # what the other method did by itself
     arguments |= {"method": method.name, "options": _options(given, method, arguments.get("options"))}
     plain = {item.name for item in fields(MergeRecipe)} - {"models", "base", "method", "weights", "fisher", "tasks"}
     arguments |= {name: given[name] for name in plain if name in given}
@@ -154,7 +155,9 @@ def _run_merge(namespace: argparse.Namespace) -> None:
     if totals["capped"]:
         console.print(f"rank capped at floor(min(m, n) / T) in {len(totals['capped'])} of them: {totals['capped'][0]}")
     if "alpha" in totals:
-        console.print(f"alpha {totals['alpha']:g}: there its predictions are nearest to those of the checkpoints")
+        when = " before calibration" if "calibrated" in totals else ""
+        what = f"where its predictions are nearest to those of the checkpoints{when}"
+        console.print(f"alpha {totals['alpha']:g}: {what}")
     if "calibrated" in totals:
         console.print(f"calibrated {totals['calibrated']} layers on up to {recipe.samples} images a task")
     if "largest_rank" in totals:

@@ -83,20 +83,20 @@ def find_statistics(
 
 
 def find_images(
-    recipe: MergeRecipe, base: Source, models: Sequence[Source], tasks: Sequence[Task | None]
+    recipe: MergeRecipe, purpose: str, base: Source, models: Sequence[Source], tasks: Sequence[Task | None]
 ) -> tuple[Estimate, ...]:
-    """The images of every model's task on which a merge is calibrated: those that curvature is estimated on.
+    """The images of every model's task, those that curvature is estimated on, for another `purpose`.
 
     Raises:
         UsageError: a model's task is not known.
         StatisticsError: the base has no text tower to see images of that task with.
-        HubError: a data set cannot be reached.
+        HubError, DataError: a data set cannot be reached, or is not there.
     """
     found = []
     for model, task in zip(models, tasks, strict=True):
         if task is None:
             raise UsageError(
-                f"{model}: to calibrate, its task must be known: label it (dtd={model.ref.location}) or add --task FILE"
+                f"{model}: to {purpose}, its task must be known: label it (dtd={model.ref.location}) or add --task FILE"
             )
         check_head(base, task)
         data_revision(task)  # whether it can be reached is found out now
