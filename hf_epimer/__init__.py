@@ -11,61 +11,63 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_epimer.config import MergeRecipe, ModelRef
+    from hf_epimer.analysis.diagnosis import Diagnosis, diagnose
+    from hf_epimer.analysis.landscape import Landscape, landscape
+    from hf_epimer.analysis.sweep.grid import Grid
+    from hf_epimer.analysis.sweep.report import SweepReport
+    from hf_epimer.analysis.sweep.sweep import sweep
+    from hf_epimer.curvature.data_pass import estimate_fisher
+    from hf_epimer.curvature.files import save_statistics
+    from hf_epimer.curvature.trainer import FisherCallback, fisher_from_adam
     from hf_epimer.demo import ZOO_TASKS, zoo_folder
     from hf_epimer.demo.zoo import make_zoo
-    from hf_epimer.diagnosis import Diagnosis, diagnose
     from hf_epimer.errors import EpimerError
-    from hf_epimer.evaluation import Results, accuracy, evaluate
-    from hf_epimer.grid import Grid
-    from hf_epimer.in_memory import merge_state_dicts
-    from hf_epimer.loss_landscape import Landscape, landscape
+    from hf_epimer.evaluation.accuracy import accuracy, evaluate
+    from hf_epimer.evaluation.predict import predict
+    from hf_epimer.evaluation.results import Results
+    from hf_epimer.hub.push import push_folder
+    from hf_epimer.hub.refs import ModelRef
+    from hf_epimer.merging.state_dicts import merge_state_dicts
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
-    from hf_epimer.pipeline import MergeReport, merge, push_merged
-    from hf_epimer.planning import Plan, make_plan
-    from hf_epimer.predicting import predict
-    from hf_epimer.pushing import push_folder
-    from hf_epimer.statistics.files import save_statistics
-    from hf_epimer.statistics.sweep import estimate_fisher
-    from hf_epimer.statistics.training import FisherCallback, fisher_from_adam
-    from hf_epimer.sweep_report import SweepReport
-    from hf_epimer.sweeping import sweep
-    from hf_epimer.tasks import Task
+    from hf_epimer.pipeline.merge import MergeReport, merge, push_merged
+    from hf_epimer.pipeline.plan import Plan, make_plan
+    from hf_epimer.pipeline.recipe import MergeRecipe
+    from hf_epimer.tasks.task import Task
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Diagnosis": "diagnosis",
+    "Diagnosis": "analysis.diagnosis",
     "EpiMerConfig": "methods.epimer",
-    "FisherCallback": "statistics.training",
+    "FisherCallback": "curvature.trainer",
     "EpimerError": "errors",
-    "Grid": "grid",
-    "Landscape": "loss_landscape",
+    "Grid": "analysis.sweep.grid",
+    "Landscape": "analysis.landscape",
     "METHODS": "methods",
-    "MergeRecipe": "config",
-    "MergeReport": "pipeline",
-    "ModelRef": "config",
-    "Plan": "planning",
-    "SweepReport": "sweep_report",
-    "Task": "tasks",
+    "MergeRecipe": "pipeline.recipe",
+    "MergeReport": "pipeline.merge",
+    "ModelRef": "hub.refs",
+    "Plan": "pipeline.plan",
+    "SweepReport": "analysis.sweep.report",
+    "Task": "tasks.task",
     "ZOO_TASKS": "demo",
-    "Results": "evaluation",
-    "accuracy": "evaluation",
-    "diagnose": "diagnosis",
-    "estimate_fisher": "statistics.sweep",
-    "evaluate": "evaluation",
-    "fisher_from_adam": "statistics.training",
-    "landscape": "loss_landscape",
-    "make_plan": "planning",
+    "Results": "evaluation.results",
+    "accuracy": "evaluation.accuracy",
+    "diagnose": "analysis.diagnosis",
+    "estimate_fisher": "curvature.data_pass",
+    "evaluate": "evaluation.accuracy",
+    "fisher_from_adam": "curvature.trainer",
+    "landscape": "analysis.landscape",
+    "make_plan": "pipeline.plan",
     "make_zoo": "demo.zoo",
-    "merge": "pipeline",
-    "merge_state_dicts": "in_memory",
-    "predict": "predicting",
-    "push_folder": "pushing",
-    "push_merged": "pipeline",
-    "save_statistics": "statistics.files",
-    "sweep": "sweeping",
+    "merge": "pipeline.merge",
+    "merge_state_dicts": "merging.state_dicts",
+    "predict": "evaluation.predict",
+    "push_folder": "hub.push",
+    "push_merged": "pipeline.merge",
+    "save_statistics": "curvature.files",
+    "sweep": "analysis.sweep.sweep",
     "zoo_folder": "demo",
 }
 

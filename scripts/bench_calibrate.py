@@ -18,12 +18,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.calibrating import RHO, SHARE, VIEWS, CalibrationTask, calibrate
-from hf_epimer.checkpoints import StateDict
-from hf_epimer.classifier import PREFIX
-from hf_epimer.data import Batch
+from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.models.classifier import PREFIX
+from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.numerics.regression import anchored_step
+from hf_epimer.pipeline.calibration.step import RHO, SHARE, VIEWS, CalibrationTask, calibrate
+from hf_epimer.tasks.images import Batch
 
 LAYERS = {"attention": (768, 769), "fc1": (3072, 769), "fc2": (768, 3073)}
 """Outputs, and inputs with the bias."""

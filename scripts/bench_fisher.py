@@ -57,12 +57,12 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from hf_epimer.architectures import CLIP_VISION
-    from hf_epimer.classifier import Classifier
-    from hf_epimer.data import Batch
+    from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher
+    from hf_epimer.curvature.data_pass import Subject, sweep
+    from hf_epimer.models.classifier import Classifier
+    from hf_epimer.models.clip import CLIP_VISION
     from hf_epimer.numerics.subspace import TaggedBasis, capped_rank
-    from hf_epimer.statistics.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher
-    from hf_epimer.statistics.sweep import Subject, sweep
+    from hf_epimer.tasks.images import Batch
 
     projection, head = torch.randn(512, 768), torch.randn(CLASSES, 512)
     model = Classifier(vision_model(), projection, head, torch.tensor(4.6), None).eval()

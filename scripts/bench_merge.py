@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from hf_epimer.architectures import CLIP_VISION
+from hf_epimer.models.clip import CLIP_VISION
 
 SHAPES = {
     "vit-b-32": {},

@@ -30,13 +30,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.checkpoints import StateDict, TensorSource
+from hf_epimer.checkpoints.reader import StateDict, TensorSource
 from hf_epimer.lora import Adapter, MergedUpdate, merge_adapters, read_adapter, write_adapter
 from hf_epimer.methods import METHODS, Layer
-from hf_epimer.methods.base import PARTS
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
+from hf_epimer.methods.statistic import PARTS
 from hf_epimer.methods.ties import TIESConfig, merge_ties
+from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.numerics.lowrank import LowRank
 
 ALPHAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -61,9 +61,10 @@ class Zoo:
     """The base model, its tasks, and a classifier whose tower takes any weights."""
 
     def __init__(self, folder: Path, names: Sequence[str], validation: int, limit: int) -> None:
-        from hf_epimer.classifier import load_base, load_processor, load_vision, preprocess, task_head
-        from hf_epimer.data import decode, read_samples
-        from hf_epimer.tasks import load_task_file
+        from hf_epimer.models.head import task_head
+        from hf_epimer.models.loading import load_base, load_processor, load_vision, preprocess
+        from hf_epimer.tasks.images import decode, read_samples
+        from hf_epimer.tasks.task import load_task_file
 
         self.folder = folder / "base"
         self.clip = load_base(self.folder)
@@ -90,7 +91,7 @@ class Zoo:
             self.benches.append(Bench(name, head, *(loaded(data, rows) for data, rows in splits)))
 
     def classifier(self, bench: Bench, vision: Any = None) -> Any:
-        from hf_epimer.classifier import classifier_of
+        from hf_epimer.models.classifier import classifier_of
 
         return classifier_of(vision or self.vision, self.clip, bench.head, self.processor)
 
@@ -113,7 +114,7 @@ def train(zoo: Zoo, bench: Bench, rank: int, folder: Path, steps: int, rate: flo
     """One adapter, in PEFT's own format."""
     import peft
 
-    from hf_epimer.classifier import load_vision
+    from hf_epimer.models.loading import load_vision
 
     torch.manual_seed(sum(map(ord, bench.name)))
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MODULES)
@@ -194,7 +195,8 @@ def knots(adapters: Sequence[Adapter], density: float = 0.2) -> Update:
 
 def whole(method: str, adapters: Sequence[Adapter]) -> Update:
     """A method on the dense task vectors."""
-    from hf_epimer.merging import Ingredients, merge_layers, normalized_weights
+    from hf_epimer.merging.inputs import Ingredients, normalized_weights
+    from hf_epimer.merging.stream import merge_layers
 
     base = adapters[0].base
     ingredients = Ingredients(base, adapters, normalized_weights(None, len(adapters)))

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_epimer import METHODS, MergeRecipe, ModelRef, merge
-from hf_epimer.evaluation import evaluate_folder
-from hf_epimer.tasks import Task, load_task_file
+from hf_epimer.evaluation.accuracy import evaluate_folder
+from hf_epimer.tasks.task import Task, load_task_file
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "epimer": ("epimer", {}),

@@ -31,10 +31,10 @@ from space_app import SpaceApp
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from hf_epimer import hub
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.classifier import ImageProcessor, load_vision
-from hf_epimer.tasks import Task
+from hf_epimer.hub import source as hub
+from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.loading import ImageProcessor, load_vision
+from hf_epimer.tasks.task import Task
 
 TINY = {
     "hidden_size": 32,
@@ -102,7 +102,7 @@ def tiny_zoo(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """The command in this process: (exit code, stdout, stderr)."""
-    from hf_epimer.cli import main
+    from hf_epimer.cli.main import main
 
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.calibrating import CalibrationTask, calibrate
-from hf_epimer.checkpoints import StateDict
-from hf_epimer.classifier import load_vision
-from hf_epimer.data import Batch
+from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError
+from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.loading import load_vision
 from hf_epimer.numerics.regression import anchored_step
-from hf_epimer.towers import SMALLEST, crops
+from hf_epimer.pipeline.calibration.states import SMALLEST, crops
+from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
+from hf_epimer.tasks.images import Batch
 
 Run = Callable[..., tuple[int, str, str]]
 POSITIONS = 5

@@ -16,14 +16,16 @@ import torch
 from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from hf_epimer import checkpoints, merge_state_dicts
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.checkpoints import Checkpoint
-from hf_epimer.config import ModelRef
+from hf_epimer import merge_state_dicts
+from hf_epimer.checkpoints.atomic import atomic_folder
+from hf_epimer.checkpoints.reader import Checkpoint
+from hf_epimer.checkpoints.reader import reader as checkpoints
+from hf_epimer.checkpoints.writer import write_tensors
 from hf_epimer.errors import CheckpointError, OutputError
-from hf_epimer.hub import resolve
-from hf_epimer.planning import weight_names
-from hf_epimer.writing import atomic_folder, write_tensors
+from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.source import resolve
+from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.pipeline.plan import weight_names
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -213,7 +215,7 @@ def test_a_really_full_disk(tiny_zoo: Path) -> None:
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "from hf_epimer.cli import main\n"
+        "from hf_epimer.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--method", "mean", "--out", tiny_zoo / "o"]
@@ -268,7 +270,7 @@ def slowly(*args, **kwargs):
     for layer in original(*args, **kwargs):
         time.sleep(0.02)
         yield layer
-import hf_epimer.pipeline as pipeline
+import hf_epimer.pipeline.merge as pipeline
 pipeline.merge_layers = slowly
 print("ready", flush=True)
 sys.exit(cli.main(sys.argv[1:]))

@@ -11,9 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from hf_epimer.classifier import Classifier, ImageProcessor, load_classifier, load_vision, task_head, zero_shot_head
 from hf_epimer.errors import CheckpointError, TaskError
-from hf_epimer.tasks import Task
+from hf_epimer.models.classifier import Classifier, load_classifier
+from hf_epimer.models.head import task_head, zero_shot_head
+from hf_epimer.models.loading import ImageProcessor, load_vision
+from hf_epimer.tasks.task import Task
 
 CLASSES = ("a", "b", "ab")
 TEMPLATES = ("{} b.", "a {}", "{}")

@@ -15,9 +15,9 @@ from conftest import CLASSES, write_data
 from PIL import Image
 from torch import Tensor
 
-from hf_epimer.data import ImageBatches, Samples, data_revision, decode, read_samples
 from hf_epimer.errors import DataError
-from hf_epimer.tasks import Task
+from hf_epimer.tasks.images import ImageBatches, Samples, data_revision, decode, read_samples
+from hf_epimer.tasks.task import Task
 
 
 def task(folder: Path, **changes: Any) -> Task:

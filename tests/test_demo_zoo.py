@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hf_epimer.classifier import load_classifier, task_head
 from hf_epimer.demo.captions import FAMILIES, all_texts, captioned_drawings, make_tokenizer
 from hf_epimer.demo.drawings import DRAWINGS, KINDS
 from hf_epimer.demo.zoo import ZooSize, make_zoo
 from hf_epimer.errors import OutputError
-from hf_epimer.evaluation import accuracy
-from hf_epimer.tasks import infer_task, load_task_file
+from hf_epimer.evaluation.accuracy import accuracy
+from hf_epimer.models.classifier import load_classifier
+from hf_epimer.models.head import task_head
+from hf_epimer.tasks.task import infer_task, load_task_file
 
 SMALL = ZooSize(
     captioned=60, pretrain_steps=2, pretrain_batch=16, train=24, test=12, tune_steps=2, tune_batch=8, fisher=2
@@ -142,7 +143,7 @@ def test_every_word_of_every_caption_is_one_known_token() -> None:
 def test_the_demo_command_merges_and_measures_in_five_ways(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hf_epimer.cli import main
+    from hf_epimer.cli.main import main
     from hf_epimer.demo import run
 
     monkeypatch.setattr(run, "zoo_folder", lambda: zoo)
@@ -163,7 +164,7 @@ def test_merge_with_evaluate_writes_results_and_puts_them_into_the_card(
 ) -> None:
     from huggingface_hub import ModelCard
 
-    from hf_epimer.cli import main
+    from hf_epimer.cli.main import main
 
     names = list(FAMILIES)[:2]
     files = [str(zoo / "tasks" / f"{name}.yaml") for name in names]

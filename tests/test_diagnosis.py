@@ -19,15 +19,16 @@ from safetensors.torch import load_file
 from test_merge_command import contents, fails, rewrite
 from torch import Tensor
 
-from hf_epimer import EpiMerConfig, MergeRecipe, ModelRef, diagnose, merge_state_dicts, plots
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.checkpoints import StateDict
-from hf_epimer.diagnosis import LayerDiagnosis, diagnose_layers, rank_totals
-from hf_epimer.merging import Ingredients
+from hf_epimer import EpiMerConfig, MergeRecipe, ModelRef, diagnose, merge_state_dicts
+from hf_epimer.analysis import plots as plots
+from hf_epimer.analysis.diagnosis import LayerDiagnosis, diagnose_layers, rank_totals
+from hf_epimer.analysis.verdict import RankTotals, verdict
+from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.numerics.diagnostics import CurvatureDiagnosis, cosines, kept_energy
 from hf_epimer.numerics.linalg import extreme_eigenvalues
 from hf_epimer.numerics.subspace import projected_coordinates, tagged_basis, task_triples, whitened_basis
-from hf_epimer.verdict import RankTotals, verdict
 
 Run = Callable[..., tuple[int, str, str]]
 TASKS, M, N = 3, 40, 30
@@ -456,7 +457,7 @@ def test_from_python_and_twice(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from hf_epimer import MergeRecipe, ModelRef, diagnose\n"
-        "from hf_epimer.pipeline import _memory\n"
+        "from hf_epimer.pipeline.merge import _memory\n"
         "folder = Path(sys.argv[1]); peak = 0\n"
         "def look(stage, done, total):\n"
         "    global peak; peak = max(peak, _memory('RssAnon'))\n"

@@ -20,12 +20,15 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hf_epimer import ModelRef, evaluate, heads
-from hf_epimer import hub as our_hub
-from hf_epimer.classifier import load_classifier, zero_shot_head
-from hf_epimer.data import read_samples
-from hf_epimer.evaluation import TaskResult, TopOne, evaluate_folder, wilson
-from hf_epimer.tasks import benchmark_tasks, load_task_file
+from hf_epimer import ModelRef, evaluate
+from hf_epimer.evaluation.accuracy import TopOne, evaluate_folder
+from hf_epimer.evaluation.results import TaskResult, wilson
+from hf_epimer.hub import source as our_hub
+from hf_epimer.models import head as heads
+from hf_epimer.models.classifier import load_classifier
+from hf_epimer.models.head import zero_shot_head
+from hf_epimer.tasks.images import read_samples
+from hf_epimer.tasks.task import benchmark_tasks, load_task_file
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -21,17 +21,19 @@ from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hf_epimer import MergeRecipe, ModelRef, data
-from hf_epimer import hub as our_hub
-from hf_epimer.classifier import load_classifier, task_head
-from hf_epimer.data import ImageBatches, read_samples
+from hf_epimer import MergeRecipe, ModelRef
+from hf_epimer.curvature.comparison import compare_with_hessian
+from hf_epimer.curvature.data_pass import estimate_fisher
+from hf_epimer.curvature.hessian import projected_hessian
+from hf_epimer.hub import source as our_hub
+from hf_epimer.models.classifier import load_classifier
+from hf_epimer.models.head import task_head
 from hf_epimer.numerics.subspace import tagged_basis
-from hf_epimer.planning import make_plan
+from hf_epimer.pipeline.plan import make_plan
 from hf_epimer.statistics import estimation
-from hf_epimer.statistics.comparison import compare_with_hessian
-from hf_epimer.statistics.hessian import projected_hessian
-from hf_epimer.statistics.sweep import estimate_fisher
-from hf_epimer.tasks import benchmark_tasks, load_task_file
+from hf_epimer.tasks.images import ImageBatches, read_samples
+from hf_epimer.tasks.task import benchmark_tasks, load_task_file
+from hf_epimer.tasks.task import images as data
 
 Run = Callable[..., tuple[int, str, str]]
 

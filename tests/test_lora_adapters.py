@@ -16,18 +16,19 @@ from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.checkpoints import Checkpoint, TaskVectorSource
-from hf_epimer.checkpoints import StateDict as InMemory
+from hf_epimer.checkpoints.reader import Checkpoint, TaskVectorSource
+from hf_epimer.checkpoints.reader import StateDict as InMemory
 from hf_epimer.errors import CheckpointError, EpimerError, MismatchError, OutputError, StatisticsError, UsageError
 from hf_epimer.lora import Adapter, adapter_of, far_apart, is_adapter, merge_adapters, read_adapter, write_adapter
-from hf_epimer.lora.adapters import adapter_weights
-from hf_epimer.merging import Ingredients, merge_layers, normalized_weights, stream_layers
+from hf_epimer.lora.adapter import adapter_weights
+from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.merging.stream import merge_layers, stream_layers
 from hf_epimer.methods import METHODS
-from hf_epimer.methods.base import PARTS
 from hf_epimer.methods.epimer import EpiMerConfig
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
+from hf_epimer.methods.statistic import PARTS
 from hf_epimer.methods.ties import TIESConfig
+from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.numerics.lowrank import LowRank
 
 peft = pytest.importorskip("peft")

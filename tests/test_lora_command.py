@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from test_lora_adapters import FC1, QUERY, base, base_folder, folded, make, rewrite_config, rewrite_weights
 from test_merge_command import contents, fails
 
-from hf_epimer import gathering
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.checkpoints import Checkpoint
+from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.lora import merge_adapters, read_adapter
-from hf_epimer.lora.merging import IN_THE_CORE
-from hf_epimer.merging import tagged_bases
+from hf_epimer.lora.core_space import IN_THE_CORE
+from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods import METHODS
+from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.numerics.lowrank import LowRank
+from hf_epimer.pipeline import inputs as gathering
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -264,8 +264,8 @@ def test_evaluate_measures_adapter_and_dense_alike(measured: Path, run: Run) -> 
     shutil.copytree(measured / "full", by_hand)
     save_file({n: v.contiguous() for n, v in folded(measured / "thin", measured / "base").items()},
               by_hand / "model.safetensors")  # fmt: skip
-    from hf_epimer.evaluation import evaluate_folder
-    from hf_epimer.tasks import load_task_file
+    from hf_epimer.evaluation.accuracy import evaluate_folder
+    from hf_epimer.tasks.task import load_task_file
 
     loaded = [load_task_file(measured / f"{name}.json") for name in "ab"]
     again = evaluate_folder(by_hand, measured / "base", loaded, name="")

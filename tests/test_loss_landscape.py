@@ -14,15 +14,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_epimer import MergeRecipe, ModelRef, landscape, merge, plots
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.checkpoints import Checkpoint, StateDict
-from hf_epimer.classifier import load_classifier, task_head
-from hf_epimer.data import ImageBatches, read_samples
+from hf_epimer import MergeRecipe, ModelRef, landscape, merge
+from hf_epimer.analysis import plots as plots
+from hf_epimer.analysis.landscape import Landscape, Plane, Tower, fit_plane, grid, plane_of
+from hf_epimer.checkpoints.reader import Checkpoint, StateDict
 from hf_epimer.errors import OutputError, UsageError
-from hf_epimer.loss_landscape import Landscape, Plane, Tower, fit_plane, grid, plane_of
-from hf_epimer.merging import Ingredients
-from hf_epimer.tasks import load_task_file
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.models.classifier import load_classifier
+from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.head import task_head
+from hf_epimer.tasks.images import ImageBatches, read_samples
+from hf_epimer.tasks.task import load_task_file
 
 
 def models(tasks: int) -> tuple[Ingredients, list[StateDict], dict[str, Tensor]]:

@@ -14,8 +14,8 @@ from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from hf_epimer import MergeRecipe, ModelRef, merge
-from hf_epimer.architectures import CLIP_VISION
 from hf_epimer.methods import METHODS
+from hf_epimer.models.clip import CLIP_VISION
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -417,7 +417,7 @@ def test_an_overflow_in_the_written_dtype_is_an_error(tiny_zoo: Path, run: Run) 
 
 
 def test_the_traceback_is_there_for_those_who_ask(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_epimer.cli import main
+    from hf_epimer.cli.main import main
     from hf_epimer.errors import NotFoundError
 
     monkeypatch.setenv("HF_EPIMER_DEBUG", "1")
@@ -430,7 +430,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     import sys
 
     code = (
-        "import sys; from hf_epimer.cli import main\n"
+        "import sys; from hf_epimer.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"

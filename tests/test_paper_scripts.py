@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_epimer import plots
+from hf_epimer.analysis import plots as plots
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "paper"
 sys.path.insert(0, str(SCRIPTS))

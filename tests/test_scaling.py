@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_epimer import ModelRef, hub
-from hf_epimer.classifier import Classifier, load_vision
-from hf_epimer.data import ImageBatches, read_samples
-from hf_epimer.heads import classifier_for
-from hf_epimer.scaling import ALPHAS, nearest
-from hf_epimer.tasks import load_task_file
+from hf_epimer import ModelRef
+from hf_epimer.hub import source as hub
+from hf_epimer.models.classifier import Classifier
+from hf_epimer.models.head import classifier_for
+from hf_epimer.models.loading import load_vision
+from hf_epimer.pipeline.tune_alpha import ALPHAS, nearest
+from hf_epimer.tasks.images import ImageBatches, read_samples
+from hf_epimer.tasks.task import load_task_file
 
 Run = Callable[..., tuple[int, str, str]]
 

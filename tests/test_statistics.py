@@ -17,16 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hf_epimer import estimate_fisher
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.classifier import Classifier
-from hf_epimer.data import Batch
+from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
+from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
+from hf_epimer.curvature.files import StatisticsMetadata, open_statistics, save_statistics
+from hf_epimer.curvature.hessian import projected_hessian
+from hf_epimer.curvature.per_sample import Outer, gradient_taps
 from hf_epimer.errors import DataError, MismatchError, StatisticsError, UsageError
+from hf_epimer.models.classifier import Classifier
+from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.numerics.subspace import TaggedBasis, tagged_basis
-from hf_epimer.statistics.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
-from hf_epimer.statistics.files import StatisticsMetadata, open_statistics, save_statistics
-from hf_epimer.statistics.hessian import projected_hessian
-from hf_epimer.statistics.sweep import Subject, probe_determinism, sweep
-from hf_epimer.statistics.taps import Outer, gradient_taps
+from hf_epimer.tasks.images import Batch
 
 Batches = list[tuple[Tensor, Tensor]]
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"

@@ -23,18 +23,22 @@ from test_merge_command import contents, fails
 from test_methods import statistics
 from torch import Tensor
 
-from hf_epimer import Grid, MergeRecipe, ModelRef, merge_state_dicts, plots, sweep, sweeping, validation
-from hf_epimer.candidates import group_candidates, largest_rank, merge_candidates, task_vector_file
-from hf_epimer.checkpoints import StateDict
-from hf_epimer.data import read_samples
+from hf_epimer import Grid, MergeRecipe, ModelRef, merge_state_dicts, sweep
+from hf_epimer.analysis import plots as plots
+from hf_epimer.analysis.sweep import sweep as sweeping
+from hf_epimer.analysis.sweep import validation as validation
+from hf_epimer.analysis.sweep.candidates import group_candidates, largest_rank, merge_candidates, task_vector_file
+from hf_epimer.analysis.sweep.grid import Candidate, Setting, config_of
+from hf_epimer.analysis.sweep.report import Row, best_rows
+from hf_epimer.analysis.sweep.validation import validation_samples
+from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import EpimerError, OutputError, UsageError
-from hf_epimer.evaluation import TaskResult, evaluate_folder
-from hf_epimer.grid import Candidate, Setting, config_of
-from hf_epimer.merging import Ingredients
+from hf_epimer.evaluation.accuracy import evaluate_folder
+from hf_epimer.evaluation.results import TaskResult
+from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.methods import METHODS
-from hf_epimer.sweep_report import Row, best_rows
-from hf_epimer.tasks import load_task_file
-from hf_epimer.validation import validation_samples
+from hf_epimer.tasks.images import read_samples
+from hf_epimer.tasks.task import load_task_file
 
 Run = Callable[..., tuple[int, str, str]]
 ALL = list(METHODS)
@@ -144,7 +148,7 @@ def test_large_matrices_agree_within_the_decompositions_tolerance(tmp_path: Path
 
 def test_one_pass_serves_the_grid(base_state: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor of every file once, every task vector decomposed once, every distinct rank solved once."""
-    from hf_epimer import candidates as module
+    from hf_epimer.analysis.sweep import candidates as module
     from hf_epimer.methods import epimer
 
     calls: Counter[str] = Counter()
@@ -309,7 +313,7 @@ def test_accuracies_are_those_of_the_merged_folders(clip_zoo: Path, run: Run, tm
 
 
 def test_pictures_are_decoded_once_in_bounded_memory(clip_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_epimer import data
+    from hf_epimer.tasks.task import images as data
 
     decoded: list[int] = []
     original = data.decode

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hf_epimer.errors import TaskError
-from hf_epimer.tasks import Task, benchmark_tasks, find_task, infer_task, load_task_file
+from hf_epimer.tasks.task import Task, benchmark_tasks, find_task, infer_task, load_task_file
 
 GOOD = {"name": "pets", "dataset": "org/pets", "class_names": ["cat", "dog"], "templates": ["a photo of a {}."]}
 
@@ -118,7 +118,7 @@ def test_the_longest_name_wins_among_given_tasks() -> None:
 
 def test_reading_tasks_does_not_load_heavy_libraries() -> None:
     heavy = ["torch", "transformers", "datasets"]
-    code = "import importlib.util, sys; sys.path.insert(0, '.'); import hf_epimer.tasks as t; t.benchmark_tasks();"
+    code = "import importlib.util, sys; sys.path.insert(0, '.'); import hf_epimer.tasks.task as t; t.benchmark_tasks();"
     code += f"print([name for name in {heavy} if name in sys.modules])"
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

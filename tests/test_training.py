@@ -15,10 +15,10 @@ from transformers import CLIPVisionModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_epimer import EpiMerConfig, FisherCallback, estimate_fisher, fisher_from_adam, merge_state_dicts
-from hf_epimer.classifier import load_vision
 from hf_epimer.errors import DataError, StatisticsError, UsageError
 from hf_epimer.methods.base import MethodConfig
 from hf_epimer.methods.tsv import TSVMConfig
+from hf_epimer.models.loading import load_vision
 
 
 class ImageClassifier(nn.Module):

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_epimer.commands.terminal import silence_libraries
-from hf_epimer.config import MergeRecipe, ModelRef
+from hf_epimer.cli.terminal import silence_libraries
 from hf_epimer.demo import zoo_folder
 from hf_epimer.demo.zoo import make_zoo
-from hf_epimer.evaluation import evaluate_folder
-from hf_epimer.pipeline import merge
-from hf_epimer.tasks import load_task_file
+from hf_epimer.evaluation.accuracy import evaluate_folder
+from hf_epimer.hub.refs import ModelRef
+from hf_epimer.pipeline.merge import merge
+from hf_epimer.pipeline.recipe import MergeRecipe
+from hf_epimer.tasks.task import load_task_file
 
 MERGES = ("mean", "ties", "tsv-m", "epimer", "epimer, calibrated")
 """Methods, with and without calibration."""

@@ -38,12 +38,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from hf_epimer.classifier import Classifier, ImageProcessor, classifier_of, preprocess, text_head
+from hf_epimer.curvature.data_pass import estimate_fisher
+from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.demo.captions import FAMILIES, LONGEST_TEXT, all_texts, captioned_drawings, make_tokenizer
 from hf_epimer.demo.drawings import DRAWINGS, KINDS, SIDE
 from hf_epimer.errors import OutputError
-from hf_epimer.statistics.files import StatisticsMetadata, save_statistics
-from hf_epimer.statistics.sweep import estimate_fisher
+from hf_epimer.models.classifier import Classifier, classifier_of
+from hf_epimer.models.head import text_head
+from hf_epimer.models.loading import ImageProcessor, preprocess
 
 Progress = Callable[[str, float], None]
 Report = Callable[[float], None]

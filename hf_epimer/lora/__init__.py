@@ -8,10 +8,10 @@ folder     adapter_config.json + adapter_model.safetensors that PeftModel.from_p
 
 from __future__ import annotations
 
-from hf_epimer.lora.adapters import Adapter, is_adapter, read_adapter
-from hf_epimer.lora.folder import write_adapter
-from hf_epimer.lora.folding import adapter_of, fold_updates
-from hf_epimer.lora.merging import MergedUpdate, far_apart, merge_adapters, works_in_core
+from hf_epimer.lora.adapter import Adapter, is_adapter, read_adapter
+from hf_epimer.lora.core_space import MergedUpdate, far_apart, merge_adapters, works_in_core
+from hf_epimer.lora.dense import adapter_of, fold_updates
+from hf_epimer.lora.peft_writer import write_adapter
 
 __all__ = [
     "Adapter",

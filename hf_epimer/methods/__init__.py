@@ -6,6 +6,7 @@ Adding a method: write one file (a config dataclass, a function of one layer, a 
 
 from __future__ import annotations
 
+from hf_epimer.errors import UsageError
 from hf_epimer.methods.base import Layer, LayerMerge, Method
 from hf_epimer.methods.dare import DARE
 from hf_epimer.methods.epimer import EPIMER
@@ -41,3 +42,14 @@ METHODS: dict[str, Method] = {
 }
 
 __all__ = ["METHODS", "Layer", "LayerMerge", "Method"]
+
+
+def find_method(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        UsageError: listing the names there are.
+    """
+    if name not in METHODS:
+        raise UsageError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name]

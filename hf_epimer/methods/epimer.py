@@ -23,9 +23,10 @@ from typing import Literal
 from torch import Tensor
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, Statistic, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
+from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.fisher_averaging import FisherConfig, merge_fisher
-from hf_epimer.methods.tsv import layer_basis
+from hf_epimer.methods.statistic import Statistic
 from hf_epimer.numerics.frechet import frechet_mean
 from hf_epimer.numerics.metric import DenseMetrics, DiagonalMetrics, ProjectedMetrics, kronecker_metrics, shrunk
 from hf_epimer.numerics.subspace import TaggedBasis, projected_coordinates, tagged_coordinates

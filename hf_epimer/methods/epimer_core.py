@@ -26,9 +26,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, Statistic, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
+from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.iso import IsoCConfig, merge_iso_c
-from hf_epimer.methods.tsv import layer_basis
+from hf_epimer.methods.statistic import Statistic
 from hf_epimer.numerics.core import full_core
 from hf_epimer.numerics.subspace import TaggedBasis
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from benchmark import Benchmark, Comparison, Numbers, benchmark_of, parser, published
 
-from hf_epimer.statistics.estimation import Sampling
+from hf_epimer.curvature.request import Sampling
 
 LABELS = {
     "zero-shot": "base, zero-shot",

@@ -23,14 +23,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_epimer import METHODS, MergeRecipe, ModelRef, Task, hub, merge
-from hf_epimer.commands.terminal import silence_libraries
-from hf_epimer.evaluation import evaluate_folder
-from hf_epimer.measuring import StatisticsRecipe, measure
-from hf_epimer.resolving import base_folder, model_folder
-from hf_epimer.statistics.estimation import Sampling
-from hf_epimer.statistics.files import Compression
-from hf_epimer.tasks import find_task
+from hf_epimer import METHODS, MergeRecipe, ModelRef, Task, merge
+from hf_epimer.cli.terminal import silence_libraries
+from hf_epimer.curvature.files import Compression
+from hf_epimer.curvature.measure import StatisticsRecipe, measure
+from hf_epimer.curvature.request import Sampling
+from hf_epimer.evaluation.accuracy import evaluate_folder
+from hf_epimer.hub import source as hub
+from hf_epimer.models.files import base_folder, model_folder
+from hf_epimer.tasks.task import find_task
 
 HUB = {
     "ViT-B/32": "clip-vit-base-patch32",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from hf_epimer import plots
+from hf_epimer.analysis import plots as plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from accuracy import theirs
 from benchmark import Comparison, benchmark_of, parser, published
 from pictures import accuracy_by_share, write
 
-from hf_epimer.statistics.estimation import Sampling
-from hf_epimer.statistics.files import Compression
+from hf_epimer.curvature.files import Compression
+from hf_epimer.curvature.request import Sampling
 
 
 def main() -> None:

@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, nll_loss
 
-from hf_epimer import METHODS, ModelRef, hub, merge_state_dicts
-from hf_epimer.architectures import CLIP_VISION
-from hf_epimer.calibrating import CalibrationTask, calibrate
-from hf_epimer.checkpoints import StateDict
-from hf_epimer.classifier import Classifier, load_vision
-from hf_epimer.data import Batch, ImageBatches, Samples, read_samples
-from hf_epimer.heads import classifier_for
-from hf_epimer.methods.base import PARTS, Statistic
-from hf_epimer.statistics.accumulators import Accumulator, FisherDiagonal, KroneckerFactors
-from hf_epimer.statistics.sweep import Labels, Subject, sweep
-from hf_epimer.tasks import load_task_file
+from hf_epimer import METHODS, ModelRef, merge_state_dicts
+from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal, KroneckerFactors
+from hf_epimer.curvature.data_pass import Labels, Subject, sweep
+from hf_epimer.hub import source as hub
+from hf_epimer.methods.statistic import PARTS, Statistic
+from hf_epimer.models.classifier import Classifier
+from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.head import classifier_for
+from hf_epimer.models.loading import load_vision
+from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
+from hf_epimer.tasks.images import Batch, ImageBatches, Samples, read_samples
+from hf_epimer.tasks.task import load_task_file
 
 Tensors = dict[str, Tensor]
 Hits = dict[str, Tensor]

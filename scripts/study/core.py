@@ -22,7 +22,7 @@ import variants
 from bench import USUAL, Bench, Hits, Look, Tensors, average, difference, worst
 from rich.console import Console
 
-from hf_epimer.commands.terminal import silence_libraries
+from hf_epimer.cli.terminal import silence_libraries
 
 LOG = Path(__file__).with_name("core.jsonl")
 ALPHAS = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)

@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hf_epimer import ModelRef, Task, accuracy, hub
-from hf_epimer.classifier import Classifier, load_vision
-from hf_epimer.commands.terminal import silence_libraries
-from hf_epimer.data import Batch, ImageBatches, read_samples
-from hf_epimer.heads import classifier_for
-from hf_epimer.tasks import load_task_file
+from hf_epimer import ModelRef, Task, accuracy
+from hf_epimer.cli.terminal import silence_libraries
+from hf_epimer.hub import source as hub
+from hf_epimer.models.classifier import Classifier
+from hf_epimer.models.head import classifier_for
+from hf_epimer.models.loading import load_vision
+from hf_epimer.tasks.images import Batch, ImageBatches, read_samples
+from hf_epimer.tasks.task import load_task_file
 
 
 def shortened(task: Task, file: Path, out: Path, classes: int) -> Path:

@@ -13,10 +13,10 @@ from bench import USUAL, Bench, Look, Tensors
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from hf_epimer.methods.base import PARTS
+from hf_epimer.curvature.per_sample import Gradient, Outer
+from hf_epimer.methods.statistic import PARTS
 from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, tagged_basis, task_triples
 from hf_epimer.numerics.sylvester import solve_sylvester
-from hf_epimer.statistics.taps import Gradient, Outer
 
 INPUT, OUTPUT = PARTS["kronecker"]["input"], PARTS["kronecker"]["output"]
 RANK = 16

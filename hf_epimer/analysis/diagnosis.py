@@ -1,0 +1,407 @@
+"""What a set of checkpoints looks like before it is merged: `diagnose(recipe)`.
+
+resolve and check as for a merge -> one decomposition per task and layer, at the largest rank -> for every rank the
+leading triples whitened again, energy kept, curvature (Theorems 2 and 3, `numerics.diagnostics`) -> verdict in words
+
+Layers are streamed, and a few numbers of each are kept. Everything but the curvature needs no data; without Fisher
+information for all models that part is left out, and a note says how to get it. Losses here are second-order ones with
+a diagonal curvature taken at the optimum, far below what a merge really costs: compare their shares, not their sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_epimer.analysis.verdict import RankTotals, verdict
+from hf_epimer.checkpoints.atomic import atomic_folder
+from hf_epimer.curvature.comparison import Agreement, compare_with_hessian
+from hf_epimer.curvature.request import Estimate, Sampling
+from hf_epimer.errors import StatisticsError, UsageError
+from hf_epimer.hub.source import Source
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.stream import stream_layers, tagged_bases
+from hf_epimer.methods import Layer
+from hf_epimer.methods.statistic import Statistic
+from hf_epimer.numerics.diagnostics import (
+    CurvatureDiagnosis,
+    cosines,
+    curvature_diagnosis,
+    flat_diagnosis,
+    kept_energy,
+    task_gram,
+)
+from hf_epimer.numerics.linalg import SVD
+from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, task_triples, whitened_basis
+from hf_epimer.pipeline.inputs import fetch, gather
+from hf_epimer.pipeline.plan import Plan, make_plan
+from hf_epimer.pipeline.recipe import MergeRecipe
+
+RANKS = (4, 8, 16, 32)
+REPORT = "diagnosis.json"
+FORMAT = "hf-epimer.diagnosis/1"
+
+
+@dataclass(frozen=True)
+class LayerAtRank:
+    """One matrix at one rank: squared norms per task, and the curvature where it is known.
+
+    Attributes:
+        rank: k_l, capped.
+        atoms: p.
+        kept: ||P D_t||^2, P the projection onto the tagged basis.
+        singular: the sum of the k_l leading squared singular values, which a basis of one's own would keep.
+        curvature: Theorems 2 and 3; None without Fisher information.
+        isotropy: || p H_bar / tr H_bar - I ||_2; NaN where there is no curvature.
+    """
+
+    rank: int
+    atoms: int
+    kept: tuple[float, ...]
+    singular: tuple[float, ...]
+    curvature: CurvatureDiagnosis | None
+    isotropy: float = math.nan
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One parameter.
+
+    Attributes:
+        gram: <D_s, D_t>, T x T.
+        at: requested rank -> what it gives; empty for parameters that take the mean of their task vectors.
+        mean: Theorem 2 for those; None without Fisher information.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    gram: Tensor
+    at: dict[int, LayerAtRank]
+    mean: CurvatureDiagnosis | None
+
+    @property
+    def norms(self) -> list[float]:
+        """||D_t||."""
+        return [float(value) for value in self.gram.diagonal().sqrt()]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found; `diagnosis.json` is its JSON.
+
+    Attributes:
+        base, models, statistics: pinned references; no statistics: no curvature.
+        labels: of the models.
+        weights: l_t.
+        layers: every parameter, in the order of the model.
+        totals: one entry per rank.
+        gram: <D_s, D_t> of the whole model.
+        verdict: findings in words, each with the numbers that led to it.
+        note: why nothing is said about curvature and how to change that; None when something is.
+        exact: label -> metric -> how well it agrees with the exact Hessian; empty unless asked for.
+        out: the folder.
+        pictures: names of the files in it; none where matplotlib is missing.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    statistics: tuple[str, ...]
+    labels: tuple[str, ...]
+    weights: tuple[float, ...]
+    layers: tuple[LayerDiagnosis, ...]
+    totals: tuple[RankTotals, ...]
+    gram: Tensor
+    verdict: tuple[str, ...]
+    note: str | None
+    out: Path
+    pictures: tuple[str, ...] = ()
+    exact: dict[str, dict[str, Agreement]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but where it went; what is not defined is null."""
+        return {
+            "format": FORMAT,
+            "base": self.base,
+            "models": list(self.models),
+            "labels": list(self.labels),
+            "weights": list(self.weights),
+            "curvature": {"statistics": list(self.statistics)} if self.statistics else None,
+            "note": self.note,
+            "verdict": list(self.verdict),
+            "exact": {label: {name: vars(own) for name, own in found.items()} for label, found in self.exact.items()}
+            or None,
+            "totals": {
+                "task_vector_norms": [float(value) for value in self.gram.diagonal().sqrt()],
+                "cosine": _matrix(cosines(self.gram)),
+                "ranks": [
+                    {
+                        "rank": total.rank,
+                        "capped_layers": total.capped,
+                        "energy_kept": _numbers(total.kept),
+                        "singular_energy": _numbers(total.singular),
+                        "curvature": _curvature(total.curvature)
+                        | {"isotropy_deviation": dict(zip(("mean", "largest"), _numbers(total.isotropy)))}
+                        | {"V_S_of_non_matrices": total.beside}
+                        if total.curvature
+                        else None,
+                    }
+                    for total in self.totals
+                ],
+            },
+            "layers": [_layer(layer) for layer in self.layers],
+        }
+
+
+def diagnose(
+    recipe: MergeRecipe,
+    ranks: Sequence[int] = RANKS,
+    out: str = "diagnosis",
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    *,
+    estimate: bool = False,
+    exact: bool = False,
+) -> Diagnosis:
+    """Look at the checkpoints of a planned merge: report and pictures into `out`.
+
+    Args:
+        recipe: of the merge; its method, options and destination are not looked at.
+        ranks: directions per task, capped per layer at floor(min(m, n) / T).
+        out: folder to write; a non-empty one is refused unless `recipe.overwrite`.
+        progress: called as by `hf_epimer.merge`.
+        estimate: Fisher information that is missing, as a merge does, rather than do without.
+        exact: compare every metric with the exact Hessian, at the smallest rank, on the attention outputs and second
+            MLP layers of the first, middle and last block. For small models: it takes many passes.
+
+    Raises:
+        UsageError: fewer than two checkpoints, or a rank below 1.
+        EpimerError: what `merge` raises before it writes; nothing half-written is left.
+    """
+    if len(recipe.models) < 2:
+        raise UsageError("diagnose compares checkpoints: give at least two")
+    wanted = sorted(set(ranks))
+    if not wanted or not all(isinstance(rank, int) and rank >= 1 for rank in wanted):
+        raise UsageError(f"--rank must be whole numbers of at least 1, not {', '.join(map(str, ranks)) or 'none'}")
+    local = replace(recipe.looked_into(out), method="epimer", options=None, evaluate=False)
+    plan = make_plan(local, statistics_optional=not estimate)
+    fetch(plan, progress)
+    ingredients = gather(plan, progress)
+    with atomic_folder(Path(out), recipe.overwrite) as folder:
+        progress("diagnosing", 0, len(plan.shapes))
+        layers = []
+        for layer in diagnose_layers(ingredients, wanted, seed=recipe.seed, exact=recipe.exact, device=recipe.device):
+            layers.append(layer)
+            progress("diagnosing", 1, len(plan.shapes))
+        found = _summary(plan, wanted, layers, Path(out))
+        if exact:
+            found = replace(found, exact=_against_hessian(plan, ingredients, wanted[0], progress))
+        text = json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        pictures = _draw(found, folder)
+    return replace(found, pictures=pictures)
+
+
+def _against_hessian(
+    plan: Plan, ingredients: Ingredients, rank: int, progress: Callable[[str, int, int], None]
+) -> dict[str, dict[str, Agreement]]:
+    """How good each approximation is, task by task, on a few layers."""
+    last = plan.tower["num_hidden_layers"] - 1
+    chosen = [
+        f"{plan.architecture.prefix}encoder.layers.{index}.{part}.weight"
+        for index in sorted({0, last // 2, last})
+        for part in ("self_attn.out_proj", "mlp.fc2")
+    ]
+    bases = tagged_bases(ingredients, rank, seed=plan.recipe.seed)
+    few = {name: bases[name] for name in chosen if name in bases}
+    progress("exact Hessians", 0, len(plan.models))
+    found = {}
+    for model, task in zip(plan.models, plan.tasks, strict=True):
+        if task is None:
+            raise StatisticsError(f"{model}: --exact needs its task; label it (dtd=REF) or add --task FILE")
+        estimate = Estimate(model, plan.base, task, Sampling(plan.recipe.samples, seed=plan.recipe.seed))
+        found[model.label] = compare_with_hessian(estimate, few)
+        progress("exact Hessians", 1, len(plan.models))
+    return found
+
+
+def diagnose_layers(
+    ingredients: Ingredients, ranks: Sequence[int], *, seed: int = 0, exact: bool = False, device: str = "cpu"
+) -> Iterator[LayerDiagnosis]:
+    """Every parameter in the order of the base, one pass over the files.
+
+    Args:
+        ingredients: checked to fit together; Fisher diagonals as statistics, or none.
+        ranks: ascending.
+        seed, exact, device: as in `merge_layers`.
+    """
+    needs: Statistic | None = "fisher" if ingredients.statistics else None
+    return stream_layers(
+        ingredients, lambda layer: diagnose_layer(layer, ranks), needs, seed=seed, exact=exact, device=device
+    )
+
+
+def diagnose_layer(layer: Layer, ranks: Sequence[int]) -> LayerDiagnosis:
+    """One parameter at every rank, from one decomposition at the largest."""
+    v = layer.statistics.get("fisher")
+    shape = tuple(layer.base.shape)
+    capped = {rank: capped_rank(rank, (shape[0], shape[1]), layer.tasks) for rank in ranks} if layer.is_matrix else {}
+    deepest = max(capped.values(), default=0)
+    changed = deepest > 0 and bool(layer.task_vectors.any())
+    triples = task_triples(layer.task_vectors, deepest, exact=layer.exact, seed=layer.seed) if changed else []
+    distinct = {rank: _at_rank(layer, triples, rank, v) for rank in set(capped.values())} if changed else {}
+    return LayerDiagnosis(
+        name=layer.name,
+        shape=shape,
+        gram=task_gram(layer.task_vectors).cpu(),
+        at={rank: distinct[own] for rank, own in capped.items()} if changed else {},
+        mean=flat_diagnosis(layer.task_vectors, v, layer.weights) if v is not None and not changed else None,
+    )
+
+
+def _at_rank(layer: Layer, triples: Sequence[SVD], rank: int, v: Tensor | None) -> LayerAtRank:
+    basis = whitened_basis(triples, rank, exact=layer.exact)
+    assert basis is not None  # some task has changed this layer
+    kept = kept_energy(basis, projected_coordinates(basis, layer.task_vectors))
+    singular = tuple(float(own.s[:rank].square().sum()) for own in triples)
+    found = LayerAtRank(rank, basis.size, tuple(kept.tolist()), singular, None)
+    if v is None:
+        return found
+    curvature, isotropy = curvature_diagnosis(basis, layer.task_vectors, v, layer.weights, exact=layer.exact)
+    return replace(found, curvature=curvature, isotropy=isotropy)
+
+
+# --- totals ---------------------------------------------------------------------------------------------------------
+
+
+def rank_totals(layers: Sequence[LayerDiagnosis], rank: int) -> RankTotals:
+    """The whole model at one of the ranks that were asked for."""
+    matrices = [layer for layer in layers if layer.at]
+    at = [layer.at[rank] for layer in matrices]
+    known = [entry.curvature for entry in at if entry.curvature] + [layer.mean for layer in layers if layer.mean]
+    deviations = [entry.isotropy for entry in at if math.isfinite(entry.isotropy)]
+    tasks = range(len(layers[0].gram))
+    energy = [math.fsum(float(layer.gram[task, task]) for layer in matrices) for task in tasks]
+    return RankTotals(
+        rank=rank,
+        capped=sum(entry.rank < rank for entry in at),
+        kept=_shares([math.fsum(entry.kept[task] for entry in at) for task in tasks], energy),
+        singular=_shares([math.fsum(entry.singular[task] for entry in at) for task in tasks], energy),
+        curvature=CurvatureDiagnosis.total(known) if known else None,
+        isotropy=(math.fsum(deviations) / len(deviations), max(deviations)) if deviations else (math.nan, math.nan),
+        beside=math.fsum(layer.mean.variance for layer in layers if layer.mean),
+    )
+
+
+def _shares(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, ...]:
+    return tuple(part / whole if whole > 0 else math.nan for part, whole in zip(parts, wholes))
+
+
+def _summary(plan: Plan, ranks: Sequence[int], layers: Sequence[LayerDiagnosis], out: Path) -> Diagnosis:
+    labels = tuple(model.label for model in plan.models)
+    totals = tuple(rank_totals(layers, rank) for rank in ranks)
+    gram = torch.stack([layer.gram for layer in layers]).sum(0)
+    return Diagnosis(
+        base=str(plan.recipe.base),
+        models=tuple(map(str, plan.recipe.models)),
+        statistics=tuple(entry.label if isinstance(entry, Source) else entry.model.label for entry in plan.statistics),
+        labels=labels,
+        weights=plan.weights,
+        layers=tuple(layers),
+        totals=totals,
+        gram=gram,
+        verdict=verdict(labels, totals, gram),
+        note=None if plan.statistics else _NO_CURVATURE,
+        out=out,
+    )
+
+
+_NO_CURVATURE = (
+    "Nothing is said about curvature: not every checkpoint has Fisher information. Add --samples 256 to estimate it "
+    "now (with --task FILE where the task is not known), or give files made by `hf-epimer fisher` with --fisher."
+)
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def _layer(layer: LayerDiagnosis) -> dict[str, Any]:
+    energy = layer.gram.diagonal().tolist()
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "task_vector_norms": layer.norms,
+        "cosine": _matrix(cosines(layer.gram)),
+        "ranks": [
+            {
+                "rank": rank,
+                "capped_rank": entry.rank,
+                "atoms": entry.atoms,
+                "energy_kept": _numbers(_shares(entry.kept, energy)),
+                "singular_energy": _numbers(_shares(entry.singular, energy)),
+                "curvature": _curvature(entry.curvature) | {"isotropy_deviation": _number(entry.isotropy)}
+                if entry.curvature
+                else None,
+            }
+            for rank, entry in layer.at.items()
+        ],
+        "curvature": _bound(layer.mean) if layer.mean else None,
+    }
+
+
+def _curvature(found: CurvatureDiagnosis) -> dict[str, Any]:
+    total = math.fsum(found.traces)
+    return {
+        "eta": found.eta,
+        "eta_share": found.share,
+        "eta_trace": found.eta_trace,
+        "eta_trace_share": found.share_trace,
+        **_bound(found),
+        "curvature_shares": [trace / total if total > 0 else None for trace in found.traces],
+    }
+
+
+def _bound(found: CurvatureDiagnosis) -> dict[str, Any]:
+    return {"V_S": found.variance, "R_S": found.residual, "bound": found.bound, "loss": found.loss}
+
+
+def _matrix(values: Tensor) -> list[list[float | None]]:
+    return [_numbers(row) for row in values.tolist()]
+
+
+def _numbers(values: Sequence[float]) -> list[float | None]:
+    return [_number(value) for value in values]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _draw(found: Diagnosis, folder: Path) -> tuple[str, ...]:
+    """The pictures; none where matplotlib is missing."""
+    from hf_epimer.analysis import plots as plots
+
+    if not plots.available():
+        return ()
+    last = found.totals[-1]
+    figures = {"cosines.png": plots.cosine_matrix(found.labels, cosines(found.gram).tolist())}
+    if math.isfinite(last.least_kept):
+        figures["energy.png"] = plots.energy_by_rank(
+            found.labels,
+            [total.rank for total in found.totals],
+            [total.kept for total in found.totals],
+            [total.singular for total in found.totals],
+        )
+    if last.curvature and math.isfinite(last.isotropy[0]):
+        known = {layer.name: layer.at[last.rank].curvature for layer in found.layers if layer.at}
+        figures["eta.png"] = plots.eta_by_layer(
+            {name: (own.eta, own.spread) for name, own in known.items() if own},
+            {name: (own.eta_trace, own.spread_trace) for name, own in known.items() if own},
+            last.rank,
+        )
+    return tuple(plots.save(figures, folder))

@@ -1,0 +1,1 @@
+"""The grid of methods, ranks and alphas, judged on validation images."""

@@ -1,0 +1,261 @@
+"""Rank x alpha x method in one go: `sweep(recipe, grid)`.
+
+resolve and check as for a merge -> choose validation samples -> merge all candidates at alpha = 1 in one pass over the
+checkpoints -> put base + alpha tau into one tower, setting by setting -> count hits -> choose by average and by worst
+task -> CSV, Markdown, JSON, pictures
+
+Settings are compared and chosen on validation samples of the training splits alone. The test splits are used for `test`
+only, after the choice, and for the chosen settings only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_epimer.analysis.sweep.candidates import (
+    TaskVectorFile,
+    group_candidates,
+    largest_rank,
+    merge_candidates,
+    task_vector_file,
+)
+from hf_epimer.analysis.sweep.grid import Candidate, Grid, Setting, config_of
+from hf_epimer.analysis.sweep.report import Row, SweepReport, best_rows, merge_command, write_report
+from hf_epimer.analysis.sweep.validation import check_disjoint, measure, validation_samples
+from hf_epimer.checkpoints.atomic import atomic_folder
+from hf_epimer.curvature.files import FILE_OF
+from hf_epimer.curvature.request import Estimate
+from hf_epimer.errors import UsageError
+from hf_epimer.evaluation.results import TaskResult
+from hf_epimer.hub.source import Source
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.stream import is_finite
+from hf_epimer.models.files import PROCESSOR_FILES, base_folder
+from hf_epimer.models.head import check_head, classifier_for
+from hf_epimer.models.loading import load_vision
+from hf_epimer.pipeline.inputs import fetch, gather
+from hf_epimer.pipeline.merge import dtype_of
+from hf_epimer.pipeline.plan import Plan, make_plan, with_method
+from hf_epimer.pipeline.recipe import MergeRecipe
+from hf_epimer.tasks.images import Samples, read_samples
+from hf_epimer.tasks.task import Task
+from hf_epimer.types import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def sweep(
+    recipe: MergeRecipe,
+    grid: Grid | None = None,
+    out: str = "sweep",
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    limit: int | None = None,
+    test: bool = False,
+) -> SweepReport:
+    """Try every setting of a grid on the tasks of the checkpoints, and say which one is best.
+
+    Args:
+        recipe: of the merges; its method, options and destination are not looked at.
+        grid: what is tried; EpiMer at a few ranks and alphas for None.
+        out: folder to write; a non-empty one is refused unless `recipe.overwrite`.
+        progress: called as by `hf_epimer.merge`.
+        limit: validation images per task, of a tenth of the training split.
+        test: measure the chosen settings on the test splits, too.
+
+    Raises:
+        UsageError: a checkpoint without a task; statistics would be estimated on validation samples.
+        EpimerError: what `merge` raises; nothing half-written is left.
+    """
+    grid = grid or Grid()
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be a whole number of at least 1, not {limit}")
+    started = time.monotonic()
+    local = replace(recipe.looked_into(out), evaluate=True)
+    plans, candidates = _plans(local, grid)
+    settings = {setting: number for number, own in enumerate(candidates) for setting in grid.settings(own)}
+    plan = plans[0][0]
+    tasks = list({task.name: task for task in plan.tasks if task}.values())
+    for task in tasks:
+        check_head(plan.base, task)
+    chosen = {task.name: validation_samples(task, recipe.seed, limit) for task in tasks}
+    data = {name: samples for name, (samples, _) in chosen.items()}
+    unseen = {task.name: read_samples(task, task.test_split) for task in tasks} if test else {}
+    for own, _ in plans:
+        fetch(own, progress, PROCESSOR_FILES)
+        _check_disjoint(own, chosen)
+    ingredients = [gather(own, progress) for own, _ in plans]
+    seconds = {"preparing": time.monotonic() - started}
+    with atomic_folder(Path(out), recipe.overwrite) as folder:
+        with task_vector_file(folder / "task-vectors.tmp", plan.shapes, len(candidates)) as stored:
+            _merge_all(plans, ingredients, candidates, stored, progress)
+            seconds["merging"] = time.monotonic() - started - seconds["preparing"]
+            dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients[0].base)
+            bench = _Bench(plan, tasks, stored, settings, dtype, progress)
+            rows = bench.measure(list(settings), data, "validating")
+            best = best_rows(rows)
+            wanted = dict.fromkeys(row.setting for own in best.values() for row in own.values())
+            tested = bench.measure(list(wanted), unseen, "testing") if test else []
+            seconds["evaluating"] = time.monotonic() - started - sum(seconds.values())
+        report = SweepReport(
+            base=str(plan.recipe.base),
+            models=tuple(map(str, plan.recipe.models)),
+            weights=plan.weights,
+            statistics=tuple(_origin(entry) for own, _ in plans for entry in own.statistics),
+            methods={name: _options(candidates, name) for name in grid.methods},
+            ranks=tuple(dict.fromkeys(own.rank for own in candidates if own.rank is not None)),
+            alphas=tuple(grid.alphas),
+            seed=recipe.seed,
+            splits={name: (samples.task.train_split, before) for name, (samples, before) in chosen.items()},
+            rows=tuple(rows),
+            best=best,
+            test=tuple(tested),
+            commands=_commands(plans, candidates, {setting: settings[setting] for setting in wanted}),
+            seconds=seconds,
+            out=Path(out),
+        )
+        pictures = write_report(report, folder)
+    return replace(report, pictures=pictures)
+
+
+# --- before any work ------------------------------------------------------------------------------------------------
+
+
+def _plans(recipe: MergeRecipe, grid: Grid) -> tuple[list[tuple[Plan, list[int]]], list[Candidate]]:
+    """One plan per pass over the files, with the numbers of the candidates it serves; references resolved once."""
+    sample = grid.candidates(1)
+    lead = next((own for own in sample if own.statistic), sample[0])
+    plan = make_plan(replace(recipe, method=lead.method.name, options=lead.config))
+    candidates = grid.candidates(largest_rank(plan.shapes, len(plan.models)))
+    groups = group_candidates(candidates)
+    leads = [next((candidates[n] for n in own if candidates[n].statistic), candidates[own[0]]) for own in groups]
+    files = {FILE_OF[own.statistic]: own.method.name for own in leads if own.statistic}
+    if recipe.fisher and len(files) > 1:
+        raise UsageError(
+            f"--fisher: {' and '.join(files.values())} need files of different kinds: sweep them one after the other"
+        )
+    return [
+        (with_method(plan, own.method, own.config) if own.statistic else replace(plan, statistics=()), members)
+        for own, members in zip(leads, groups, strict=True)
+    ], candidates
+
+
+def _check_disjoint(plan: Plan, chosen: Mapping[str, tuple[Samples, int]]) -> None:
+    if plan.statistic is None or not plan.statistics:
+        return
+    for task, statistics in zip(plan.tasks, plan.statistics, strict=True):
+        assert task
+        warning = check_disjoint(*chosen[task.name], statistics, plan.statistic)
+        if warning:
+            logger.warning("%s", warning)
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+def _merge_all(
+    plans: Sequence[tuple[Plan, list[int]]],
+    ingredients: Sequence[Ingredients],
+    candidates: Sequence[Candidate],
+    stored: TaskVectorFile,
+    progress: Progress,
+) -> None:
+    """Every group of candidates in a pass of its own; nearly always there is one group."""
+    total = len(plans) * len(stored.shapes)
+    progress("merging", 0, total)
+    for (plan, members), read in zip(plans, ingredients, strict=True):
+        merge_candidates(
+            read,
+            {number: candidates[number] for number in members},
+            stored,
+            seed=plan.recipe.seed,
+            exact=plan.recipe.exact,
+            device=plan.recipe.device,
+            on_layer=lambda stage, done: progress("merging" if stage == "merge" else "surveying", done, total),
+        )
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+class _Bench:
+    """One tower into which every setting's weights are put in turn."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        tasks: Sequence[Task],
+        stored: TaskVectorFile,
+        settings: Mapping[Setting, int],
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self.tasks, self.stored, self.settings, self.dtype, self.progress = tasks, stored, settings, dtype, progress
+        self.device, self.home = plan.recipe.device, plan.base
+        self.vision = load_vision(base_folder(plan.base))
+        self.base: dict[str, Tensor] = {}
+
+    def measure(self, settings: Sequence[Setting], data: Mapping[str, Samples], stage: str) -> list[Row]:
+        """Every setting on every task."""
+        total = len(settings) * sum(map(len, data.values()))
+        self.progress(stage, 0, total)
+        found: dict[str, list[TaskResult]] = {}
+        for task in self.tasks:
+            model = classifier_for(self.vision, self.home, task, data[task.name].class_names).to(self.device)
+            parameters = model.vision_parameters()
+            self.base = self.base or {name: value.detach().clone() for name, value in parameters.items()}
+            loaders = [partial(self._load, parameters, setting) for setting in settings]
+            found[task.name] = measure(
+                model, data[task.name], loaders, on_images=lambda count: self.progress(stage, count, total)
+            )
+        return [
+            Row(setting, {task: accuracies[number] for task, accuracies in found.items()})
+            for number, setting in enumerate(settings)
+        ]
+
+    @torch.no_grad()
+    def _load(self, parameters: Mapping[str, torch.nn.Parameter], setting: Setting) -> None:
+        """theta_0 + alpha tau, rounded as `merge` would store it."""
+        alpha = 1.0 if setting.alpha is None else setting.alpha
+        for name in self.stored.shapes:
+            step = self.stored.read(self.settings[setting], name).to(parameters[name].device)
+            merged = torch.add(self.base[name], step, alpha=alpha).to(self.dtype)
+            if not is_finite(merged):
+                raise ArithmeticError(f"{setting}: the merged values of {name} do not fit into {self.dtype}")
+            parameters[name].copy_(merged)
+
+
+# --- what is said of it ---------------------------------------------------------------------------------------------
+
+
+def _origin(statistics: Source | Estimate) -> str:
+    if isinstance(statistics, Source):
+        return statistics.label
+    return f"{statistics.model.label}, estimated on {statistics.sampling.samples} samples"
+
+
+def _options(candidates: Sequence[Candidate], name: str) -> dict[str, object]:
+    """A method's options as they were, but for what the grid varies."""
+    config = next(own.config for own in candidates if own.method.name == name)
+    return {key: value for key, value in vars(config).items() if key not in ("rank", "alpha")}
+
+
+def _commands(
+    plans: Sequence[tuple[Plan, list[int]]], candidates: Sequence[Candidate], chosen: Mapping[Setting, int]
+) -> dict[Setting, str]:
+    """The merge of every chosen setting, as words for the shell."""
+    plan_of = {number: plan for plan, members in plans for number in members}
+    found = {}
+    for setting, number in chosen.items():
+        own = candidates[number]
+        plan = plan_of[number] if own.statistic else replace(plan_of[number], statistics=())
+        found[setting] = merge_command(plan, own.method, config_of(own, setting))
+    return found

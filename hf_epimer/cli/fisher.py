@@ -1,0 +1,88 @@
+"""`hf-epimer fisher`: curvature of a checkpoint as a file, written or pushed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_epimer.cli.terminal import Command, add_output_arguments, progress_bar, silence_libraries
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="REF", help="the checkpoint: a folder or org/name[@revision]")
+    parser.add_argument("--task", required=True, metavar="NAME|FILE", help="a built-in task, or a task file")
+    parser.add_argument("--base", metavar="REF", help="the base; default: from the card, or by the shape")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--samples", type=int, metavar="N", help="how many samples; default 256")
+    amount.add_argument("--fraction", type=float, metavar="F", help="this share of the split instead, in (0, 1]")
+    parser.add_argument("--split", metavar="S", help="of the data set; default: the task's training split")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="per process; changes speed only")
+    parser.add_argument("--labels", choices=["true", "sampled"], default="true", help="sampled: the model's own")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples and of sampled labels")
+    parser.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        help="fetch only the samples that are used; default: of data sets over 2 GB",
+    )
+    parser.add_argument("--squared-mean", action="store_true", help="square the mean gradient (a weak baseline)")
+    parser.add_argument("--kronecker", action="store_true", help="Kronecker factors instead of the diagonal")
+    parser.add_argument("--compress", choices=["bf16", "rank1"], help="store it small; default fp32")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], help="of the passes, not the sums")
+    parser.add_argument("--no-probe", action="store_true", help="do not look for dropout and augmentation first")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="FILE", help="file to write (or a folder to write it into)")
+    where.add_argument("--push", action="store_true", help="add it to the checkpoint's repo in one commit")
+    add_output_arguments(parser)
+
+
+def _run(namespace: argparse.Namespace) -> None:
+    from hf_epimer.hub.refs import ModelRef
+
+    model = ModelRef.parse(namespace.model)
+    base = ModelRef.parse(namespace.base) if namespace.base else None
+    from hf_epimer.curvature.measure import StatisticsRecipe, measure
+    from hf_epimer.curvature.request import Sampling
+
+    silence_libraries()
+    samples = namespace.samples if namespace.samples is not None or namespace.fraction is not None else 256
+    # `accelerate launch --mixed_precision` says it in the environment
+    precision: Any = namespace.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    sampling = Sampling(
+        samples,
+        namespace.fraction,
+        namespace.split,
+        namespace.labels,
+        namespace.seed,
+        "squared-mean" if namespace.squared_mean else "per-sample",
+        namespace.streaming,
+        precision,
+    )
+    recipe = StatisticsRecipe(
+        model,
+        namespace.task,
+        base,
+        sampling,
+        namespace.kronecker,
+        namespace.compress,
+        namespace.batch_size,
+        not namespace.no_probe,
+        namespace.out,
+        namespace.push,
+    )
+    with progress_bar(namespace.quiet or namespace.json) as progress:
+        report = measure(recipe, progress)
+    if report.path is None and report.url is None:  # one of the other processes of `accelerate launch`
+        return
+    if namespace.json:
+        place = {"out": str(report.path) if report.path else None, "url": report.url}
+        print(json.dumps({**place, "seconds": report.seconds, **report.metadata}))
+        return
+    what = "Kronecker factors" if namespace.kronecker else "Fisher information"
+    print(f"{what} of {model} from {report.metadata['samples']} samples in {report.seconds:.1f} s")
+    print(f"file    {report.path}" if report.path else f"pushed  {report.url}")
+
+
+FISHER = Command("measure a checkpoint's curvature on its task", _add_arguments, _run)

@@ -1,0 +1,137 @@
+"""The command line: words in, results on stdout, progress and complaints on stderr.
+
+The commands are this room's other files; only the parser of the chosen one is built, so that `hf-epimer --help` imports
+nothing heavy. Every error is one line starting `error:`; HF_EPIMER_DEBUG=1 shows the traceback too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+from hf_epimer import __version__
+from hf_epimer.cli import other
+from hf_epimer.cli.diagnose import DIAGNOSE
+from hf_epimer.cli.evaluate import EVALUATE
+from hf_epimer.cli.fisher import FISHER
+from hf_epimer.cli.merge import MERGE
+from hf_epimer.cli.sweep import SWEEP
+from hf_epimer.errors import EpimerError, UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # torch's threads spin while they wait; beside another busy program that makes small decompositions 30x slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Complaints()], force=True)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a path or an accent must not fail a merge that is done
+    try:
+        with _interruptible():
+            _dispatch(words)
+    except EpimerError as error:
+        return _fail(error, error.exit_code)
+    except KeyboardInterrupt as error:
+        return _fail(error, 1, "interrupted; nothing half-written was left behind")
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        hint = "" if isinstance(error, ArithmeticError) else " (HF_EPIMER_DEBUG=1 shows where)"
+        return _fail(error, 1, f"{_one_line(error) or type(error).__name__}{hint}")
+    return 0
+
+
+def console() -> NoReturn:
+    """The `hf-epimer` program: after a failure it does not wait for downloads still under way in threads."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the stack like Ctrl-C does; outside the main thread signals are not ours."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _dispatch(words: list[str]) -> None:
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    if chosen is not None and chosen not in COMMANDS:
+        raise UsageError(f"there is no command {chosen!r}; there are {', '.join(COMMANDS)}")
+    parser = _Parser(prog="hf-epimer", description="Merge fine-tuned CLIP vision models without training.")
+    parser.add_argument("--version", action="version", version=f"hf-epimer {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.summary)
+    if chosen is None:
+        parser.parse_args(words)
+        return
+    command = COMMANDS[chosen]
+    own = _Parser(prog=f"hf-epimer {chosen}", description=command.summary, allow_abbrev=False)
+    command.add_arguments(own)
+    # intermixed: references may stand before, between and after the flags
+    namespace = own.parse_intermixed_args(words[: words.index(chosen)] + words[words.index(chosen) + 1 :])
+    namespace.words = words
+    command.run(namespace)
+
+
+def _fail(error: BaseException, code: int, message: str | None = None) -> int:
+    if os.environ.get("HF_EPIMER_DEBUG") == "1":
+        raise error
+    print(f"error: {message or _one_line(error)}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class _Complaints(logging.Handler):
+    """Warnings as `warning: ...` lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("hf_epimer"):
+            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+COMMANDS = {
+    "merge": MERGE,
+    "fisher": FISHER,
+    "evaluate": EVALUATE,
+    "diagnose": DIAGNOSE,
+    "sweep": SWEEP,
+    "push": other.PUSH,
+    "methods": other.METHODS,
+    "tasks": other.TASKS,
+    "demo": other.DEMO,
+}

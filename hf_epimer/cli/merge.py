@@ -1,0 +1,192 @@
+"""`hf-epimer merge`. Method options become flags from the fields of the methods' config dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_epimer.cli.terminal import Command, add_output_arguments, progress_bar, silence_libraries, without_layers
+from hf_epimer.errors import UsageError
+
+if TYPE_CHECKING:
+    from hf_epimer.methods.base import Method
+    from hf_epimer.pipeline.plan import Plan
+    from hf_epimer.pipeline.recipe import MergeRecipe
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults()
+    absent = argparse.SUPPRESS
+    what = "checkpoints or LoRA adapters: folders or org/name[@revision]"
+    parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help=what)
+    parser.add_argument("--base", default=absent, metavar="REF", help="the common base; default: from the cards")
+    parser.add_argument("--method", default=absent, help="see `hf-epimer methods`; default epimer")
+    parser.add_argument("--weights", nargs="+", type=float, default=absent, metavar="W", help="one per checkpoint")
+    parser.add_argument("--fisher", nargs="+", default=absent, metavar="[LABEL=]REF", help="Fisher information")
+    parser.add_argument(
+        "--samples", type=int, default=absent, help="samples per task where curvature must be estimated; default 256"
+    )
+    what = "solve layers again in forward order, on --samples images of every task; epimer-core does unless told not to"
+    parser.add_argument("--calibrate", action=argparse.BooleanOptionalAction, default=absent, help=what)
+    what = "choose alpha by how near predictions come to the checkpoints' own on --samples images of every task"
+    parser.add_argument("--tune-alpha", action="store_true", default=absent, help=what)
+    parser.add_argument("--evaluate", action="store_true", default=absent, help="measure the merge on its tasks")
+    parser.add_argument("--limit", type=int, default=absent, metavar="N", help="with --evaluate: test images per task")
+    parser.add_argument("--task", nargs="+", action="extend", default=absent, metavar="FILE", help="task files")
+    parser.add_argument("--out", default=absent, metavar="DIR", help="folder to write; default ./merged-METHOD")
+    parser.add_argument("--overwrite", action="store_true", default=absent, help="replace a non-empty --out")
+    parser.add_argument("--push-to", default=absent, metavar="ORG/NAME", help="push the merge to the Hub")
+    parser.add_argument("--private", action="store_true", default=absent, help="create the pushed repo private")
+    parser.add_argument("--create-pr", action="store_true", default=absent, help="open a pull request instead")
+    parser.add_argument("--config", metavar="FILE", help="repeat a merge_config.json")
+    parser.add_argument("--device", default=absent, help="where layers are solved: cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", default=absent, help="of the written weights: float32, float16, bfloat16")
+    parser.add_argument("--seed", type=int, default=absent, help="of everything random; default 0")
+    parser.add_argument("--exact", action="store_true", default=absent, help="float64, full SVDs, dense solves")
+    parser.add_argument("--out-rank", type=int, default=absent, metavar="R", help="of adapters: the result's rank")
+    parser.add_argument("--dense", action="store_true", default=absent, help="of adapters: write a full checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="resolve, check, print the plan; write nothing")
+    add_output_arguments(parser)
+    group = parser.add_argument_group("method options")
+    for name, (text, kind, methods) in sorted(method_options().items()):
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, dest=name, type=kind, default=absent, help=f"{text} [{', '.join(methods)}]")
+
+
+def method_options() -> dict[str, tuple[str, type, list[str]]]:
+    """Option name -> (help, type, methods that have it)."""
+    from hf_epimer.methods import METHODS
+
+    options: dict[str, tuple[str, type, list[str]]] = {}
+    for method in METHODS.values():
+        for item in fields(method.config):
+            annotation = str(item.type)
+            kind = int if annotation.startswith("int") else float if annotation.startswith("float") else str
+            _, _, methods = options.setdefault(item.name, (item.metadata["help"], kind, []))
+            methods.append(method.name)
+    return options
+
+
+def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
+    """The recipe that the words ask for; a --config file fills in what they leave out."""
+    from hf_epimer.hub.refs import ModelRef
+    from hf_epimer.methods import find_method
+    from hf_epimer.pipeline.recipe import MergeRecipe, recipe_from_json
+
+    given = vars(namespace)
+    arguments: dict[str, Any] = recipe_from_json(Path(namespace.config)) if namespace.config else {}
+    if namespace.config and namespace.models:
+        raise UsageError("--config names its checkpoints itself: give no others")
+    if namespace.models:
+        arguments["models"] = tuple(map(ModelRef.parse, namespace.models))
+    if "models" not in arguments:
+        raise UsageError(
+            "give the checkpoints to merge, before flags that take several values: hf-epimer merge REF REF"
+        )
+    if "tune_alpha" in given and "alpha" in given:
+        raise UsageError("--alpha and --tune-alpha: give one of them")
+    method = find_method(given.get("method", arguments.get("method", "epimer")))
+    if arguments.get("method", method.name) != method.name:
+        arguments.pop("options")
+        arguments.pop("calibrate", None)  # what the other method did by itself
+    arguments |= {"method": method.name, "options": _options(given, method, arguments.get("options"))}
+    plain = {item.name for item in fields(MergeRecipe)} - {"models", "base", "method", "weights", "fisher", "tasks"}
+    arguments |= {name: given[name] for name in plain if name in given}
+    if "base" in given:
+        arguments["base"] = ModelRef.parse(given["base"])
+    if "weights" in given:
+        arguments["weights"] = tuple(given["weights"])
+    if "fisher" in given:
+        arguments["fisher"] = tuple(map(ModelRef.parse, given["fisher"]))
+    if "task" in given:
+        arguments["tasks"] = tuple(given["task"])
+    return MergeRecipe(**arguments, command=tuple(namespace.words))
+
+
+def _options(given: dict[str, Any], method: Method, options: Any) -> Any:
+    """The method's config from the flags.
+
+    Raises:
+        UsageError: a flag that this method does not have, naming the methods that have it.
+    """
+    own = {item.name for item in fields(method.config)}
+    chosen = {}
+    for name, (_, _, methods) in method_options().items():
+        if name not in given:
+            continue
+        if name not in own:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{method.name} has no option {flag}; {', '.join(methods)} have it")
+        chosen[name] = given[name]
+    return method.config(**({**vars(options), **chosen} if options is not None else chosen))
+
+
+def _run_merge(namespace: argparse.Namespace) -> None:
+    recipe = _recipe(namespace)
+    from hf_epimer.pipeline.merge import merge
+    from hf_epimer.pipeline.plan import make_plan
+
+    silence_libraries()
+    if namespace.dry_run:
+        _print_plan(make_plan(recipe), namespace.json)
+        return
+    with progress_bar(namespace.quiet or namespace.json) as progress:
+        report = merge(recipe, progress)
+    if namespace.json:
+        print(json.dumps({"out": str(report.out), "url": report.url, **without_layers(report.to_json())}))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+    totals = report.totals
+    what = "adapters" if "largest_rank" in totals else "checkpoints"
+    console.print(
+        f"[bold green]merged[/] {len(recipe.models)} {what} with [bold]{report.method}[/] "
+        f"in {report.seconds['total']:.1f} s: {totals['parameters']:,} parameters in {totals['layers']} tensors"
+    )
+    if totals["capped"]:
+        console.print(f"rank capped at floor(min(m, n) / T) in {len(totals['capped'])} of them: {totals['capped'][0]}")
+    if "alpha" in totals:
+        when = " before calibration" if "calibrated" in totals else ""
+        what = f"where its predictions are nearest to those of the checkpoints{when}"
+        console.print(f"alpha {totals['alpha']:g}: {what}")
+    if "calibrated" in totals:
+        console.print(f"calibrated {totals['calibrated']} layers on up to {recipe.samples} images a task")
+    if "largest_rank" in totals:
+        cut = f"at most {totals['largest_cut_off']:.1%} of a layer's norm cut off"
+        console.print(f"largest rank {totals['largest_rank']}, {cut}")
+    if report.results:
+        for task, row in report.results["tasks"].items():
+            console.print(f"  {escape(task):<16} {row['accuracy']:.3f}")
+        console.print(f"  {'average':<16} {report.results['average']:.3f}")
+    console.print(f"folder  {escape(str(report.out))}")
+    if report.url:
+        console.print(f"pushed  {report.url}")
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    summary = plan.summary()
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in summary.items():
+        if name == "bytes_to_read":
+            value = f"{value / 1e9:.2f} GB"
+        elif isinstance(value, dict):
+            value = "\n".join(f"{key}: {entry}" for key, entry in value.items())
+        elif isinstance(value, list):
+            value = "\n".join(map(str, value))
+        table.add_row(f"[bold]{name.replace('_', ' ')}", escape(str(value)) if value not in (None, "") else "none")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+MERGE = Command("merge fine-tuned checkpoints into one", _merge_arguments, _run_merge)

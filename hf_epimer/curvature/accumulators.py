@@ -1,0 +1,132 @@
+"""What is summed up from per-sample gradients G_n = sum_t left[n, t] right[n, t]^T, and what the sums become.
+
+    FisherDiagonal     (1/N) sum_n G_n o G_n                                       shaped like the parameter   (eq 9)
+    SquaredMean        ((1/N) sum_n G_n) o itself: the paper's weak baseline       shaped like the parameter
+    KroneckerFactors   A = mean over tokens of x x^T,  S = (1/N) sum_n sum_t g g^T            n x n and m x m
+                       and (1/N) sum_n |g_t|^2 of every position t                            as many as positions
+    ProjectedFisher    (1/N) sum_n z_n z_n^T,  z_n = S^T vec(G_n) = sum_t (U^T left) o (V^T right)      p x p
+
+With A a mean and S a sum over tokens, A (x) S has the scale of E[vec(G) vec(G)^T] where tokens are uncorrelated. An
+accumulator holds sums only, so that those of several processes can be added; `finish` divides by N once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_epimer.curvature.per_sample import Gradient, Outer
+from hf_epimer.numerics.subspace import TaggedBasis
+
+
+class Accumulator(Protocol):
+    """One statistic in the making."""
+
+    sums: dict[str, Tensor]
+    """By tensor name; added up over processes."""
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        """Take the gradients of one parameter for the samples of one batch."""
+
+    def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        """The statistic, from the sums over all processes and the number N of samples in them."""
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value
+
+
+class FisherDiagonal:
+    """Mean of squared per-sample gradients, one tensor per parameter (eq 9)."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = shapes
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        for one in gradient.per_sample():  # one at a time: it stays in the cache, and needs no memory to speak of
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(one)
+            self.sums[name].addcmul_(one, one)
+
+    def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        return {name: (total / samples).view(self.shapes[name]) for name, total in sums.items()}
+
+
+class SquaredMean:
+    """Square of the mean gradient: cheap, and close to nothing at a minimum."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = shapes
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        if isinstance(gradient, Outer):
+            _add(self.sums, name, gradient.left.flatten(0, 1).mT @ gradient.right.flatten(0, 1))
+        else:
+            _add(self.sums, name, gradient.values.sum(0))
+
+    def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        return {name: (total / samples).square().view(self.shapes[name]) for name, total in sums.items()}
+
+
+class KroneckerFactors:
+    """A, S and |g_t|^2 of every matrix, named as in `hf_epimer.methods.base.PARTS`; A is RegMean's Gram matrix."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self.matrices = {name for name, shape in shapes.items() if len(shape) == 2}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        if name not in self.matrices or not isinstance(gradient, Outer):
+            return
+        left, right = gradient.left.flatten(0, 1), gradient.right.flatten(0, 1)
+        _add(self.sums, f"{name}.positions", gradient.left.square().sum((0, 2)))
+        _add(self.sums, f"{name}.input_factor", (right.mT @ right) / gradient.right.shape[1])
+        _add(self.sums, f"{name}.output_factor", left.mT @ left)
+
+    def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        return {name: total / samples for name, total in sums.items()}
+
+
+class ProjectedFisher:
+    """The Fisher information on the tagged basis of every layer that has one; no m x n gradient is ever formed.
+
+    H of N samples has rank N at most. The share of (tr H / p) I that Ledoit and Wolf's estimate would mix in is given
+    beside it: with f = sum_n |z_n|^4,
+
+        share = min(1, (f / N - |H|^2) / N / |H - (tr H / p) I|^2)               (Ledoit and Wolf, 2004, known mean)
+    """
+
+    def __init__(self, bases: Mapping[str, TaggedBasis], device: torch.device | str = "cpu") -> None:
+        self.factors = {name: (basis.u.to(device), basis.v.to(device)) for name, basis in bases.items()}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        if name not in self.factors or not isinstance(gradient, Outer):
+            return
+        u, v = self.factors[name]
+        z = ((gradient.left @ u) * (gradient.right @ v)).sum(1)
+        _add(self.sums, name, z.mT @ z)
+        _add(self.sums, f"{name}.shrinkage", z.square().sum(1).square().sum().reshape(1))
+
+    def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        found = {}
+        for name in self.factors.keys() & sums.keys():
+            metric = sums[name].cpu().double() / samples
+            found[name] = metric.to(sums[name].dtype)
+            fourth = float(sums[f"{name}.shrinkage"])
+            found[f"{name}.shrinkage"] = torch.tensor([_ledoit_wolf(metric, fourth, samples)], dtype=sums[name].dtype)
+        return found
+
+
+def _ledoit_wolf(metric: Tensor, fourth: float, samples: int) -> float:
+    spread = float((metric - metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)).square().sum())
+    noise = (fourth / samples - float(metric.square().sum())) / samples
+    return min(1.0, max(0.0, noise / spread)) if spread > 0 else 1.0

@@ -1,0 +1,155 @@
+"""From a checkpoint and its task to a file of statistics, through a local cache.
+
+A file is cached under everything that decides its numbers: the checkpoint's and the data set's commits, the split, the
+samples, the seed, the labels and the head. It is there as soon as its task is done, so an interrupted merge of eight
+tasks repeats only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
+from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
+from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
+from hf_epimer.curvature.request import Estimate
+from hf_epimer.methods.statistic import Statistic
+from hf_epimer.models.files import model_folder
+from hf_epimer.models.head import classifier_for
+from hf_epimer.models.loading import load_tower
+from hf_epimer.numerics.subspace import TaggedBasis
+from hf_epimer.tasks.images import ImageBatches, Samples, read_samples
+
+OnSamples = Callable[[int], None]
+
+
+def estimate_file(
+    estimate: Estimate,
+    statistic: Statistic,
+    *,
+    batch_size: int = 32,
+    probe: bool = True,
+    accelerator: Accelerator | None = None,
+    on_samples: OnSamples = lambda count: None,
+) -> Path:
+    """The file with a checkpoint's `fisher` or `kronecker` statistics: from the cache, or measured now.
+
+    Raises:
+        EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
+    """
+    path = estimate.cached(statistic)
+    if path.is_file():
+        return path
+    kinds: dict[Any, Callable[[Mapping[str, torch.Size]], Accumulator]] = {
+        ("fisher", "per-sample"): FisherDiagonal,
+        ("fisher", "squared-mean"): SquaredMean,
+        ("kronecker", "per-sample"): KroneckerFactors,
+    }
+    make = kinds[statistic, estimate.sampling.kind]
+    accelerator = accelerator or Accelerator()
+    tensors, samples = _measure(estimate, lambda s, d: make(s.shapes), batch_size, probe, accelerator, on_samples)
+    if accelerator.is_main_process:
+        save_statistics(path, tensors, _metadata(estimate, samples), statistic)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def project_fisher(
+    estimate: Estimate,
+    bases: Mapping[str, TaggedBasis],
+    *,
+    batch_size: int = 32,
+    probe: bool = True,
+    on_samples: OnSamples = lambda count: None,
+) -> dict[str, Tensor]:
+    """The Fisher information on the tagged bases of one merge, as `PARTS["projected"]` names it. Not cached: another
+    set of checkpoints has other bases."""
+
+    def make(subject: Subject, device: torch.device) -> Accumulator:
+        return ProjectedFisher(bases, device)
+
+    return _measure(estimate, make, batch_size, probe, Accelerator(), on_samples)[0]
+
+
+def _measure(
+    estimate: Estimate,
+    make: Callable[[Subject, torch.device], Accumulator],
+    batch_size: int,
+    probe: bool,
+    accelerator: Accelerator,
+    on_samples: OnSamples,
+) -> tuple[dict[str, Tensor], int]:
+    """Load model and data, and sweep over them. All processes take part."""
+    sampling = estimate.sampling
+    subject, batches = load_subject(estimate, batch_size, accelerator)
+    if probe:
+        probe_determinism(subject, batches, accelerator)
+    found, count = sweep(
+        subject,
+        batches,
+        make(subject, accelerator.device),
+        labels=sampling.labels,
+        seed=sampling.seed,
+        precision=sampling.precision,
+        accelerator=accelerator,
+        on_samples=on_samples,
+    )
+    batches.check_broken(len(batches.samples) - count)
+    batches.report_broken()
+    return found, count
+
+
+def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) -> tuple[Subject, ImageBatches]:
+    """The checkpoint behind its task's head, and this process's share of the samples.
+
+    Raises:
+        EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
+    """
+    task = estimate.task
+    with accelerator.main_process_first():  # one process fetches, the others find everything in place
+        vision = model_folder(estimate.model)
+        samples = samples_of(estimate)
+        model = classifier_for(load_tower(vision, estimate.base), estimate.base, task, samples.class_names)
+    subject = Subject(model, model.vision_names())
+    share = (accelerator.process_index, accelerator.num_processes)
+    return subject, ImageBatches(samples, model.pixels, batch_size, share)
+
+
+def samples_of(estimate: Estimate) -> Samples:
+    """The samples that it is taken on.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    sampling = estimate.sampling
+    return read_samples(
+        estimate.task,
+        estimate.split,
+        limit=sampling.samples,
+        fraction=sampling.fraction,
+        seed=sampling.seed,
+        revision=None if Path(estimate.task.dataset).is_absolute() else estimate.revision,
+        streaming=bool(sampling.streaming),
+    )
+
+
+def _metadata(estimate: Estimate, samples: int) -> StatisticsMetadata:
+    """Hub ids and commits; of local folders their names only."""
+    task = estimate.task
+    return StatisticsMetadata(
+        samples=samples,
+        task=task.name,
+        dataset=Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset,
+        dataset_revision=estimate.revision,
+        model=estimate.model.title,
+        model_sha=estimate.model_sha,
+        labels=estimate.sampling.labels,
+        seed=estimate.sampling.seed,
+        kind=estimate.sampling.kind,
+    )

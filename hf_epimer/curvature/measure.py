@@ -1,0 +1,190 @@
+"""Curvature of one checkpoint on its task as a file, and back to the checkpoint's repo. `hf-epimer fisher` is this.
+
+Runs unchanged under `accelerate launch`: all processes measure, the first one writes and pushes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from hf_epimer.checkpoints.atomic import atomic_file
+from hf_epimer.curvature.card import statistics_section
+from hf_epimer.curvature.estimate import estimate_file
+from hf_epimer.curvature.files import FILE_OF, FORMATS, Compression, StatisticsMetadata, save_statistics
+from hf_epimer.curvature.request import Estimate, Sampling
+from hf_epimer.errors import OutputError, UsageError
+from hf_epimer.hub import push as pushing
+from hf_epimer.hub import source as hub
+from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.source import Source
+from hf_epimer.methods.statistic import Statistic
+from hf_epimer.models.base import base_of
+from hf_epimer.models.files import weight_names
+from hf_epimer.models.head import check_head
+from hf_epimer.tasks.images import is_large
+from hf_epimer.tasks.task import find_task
+from hf_epimer.types import Progress
+
+
+@dataclass(frozen=True)
+class StatisticsRecipe:
+    """What is to be measured, and where it goes.
+
+    Attributes:
+        model: the checkpoint.
+        task: a built-in task's name, or a task file.
+        base: whose head and image processor are used; None to infer it as in a merge.
+        sampling: which samples.
+        kronecker: Kronecker factors (for `--metric kronecker` and RegMean) instead of the Fisher diagonal.
+        compress: `bf16` or `rank1`; None for fp32.
+        batch_size: per process; changes nothing but speed and memory.
+        probe: look for randomness first.
+        out: file to write; in a folder, it gets the usual name.
+        push: add the file to the checkpoint's repo.
+    """
+
+    model: ModelRef
+    task: str
+    base: ModelRef | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    kronecker: bool = False
+    compress: Compression | None = None
+    batch_size: int = 32
+    probe: bool = True
+    out: Path | None = None
+    push: bool = False
+
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        if (self.out is None) == (not self.push):
+            raise UsageError("say where the file goes: either --out FILE or --push")
+        if self.push and self.model.is_local:
+            raise UsageError(f"--push adds to a repo on the Hub, and {self.model} is a local folder: use --out")
+        if sampling.samples is not None and sampling.samples < 1:
+            raise UsageError(f"--samples must be a whole number of at least 1, not {sampling.samples}")
+        if sampling.fraction is not None and not 0 < sampling.fraction <= 1:
+            raise UsageError(f"--fraction must be above 0 and at most 1, not {sampling.fraction}")
+        if sampling.streaming and sampling.samples is None:
+            raise UsageError("--streaming needs --samples: the length of a stream is not known")
+        if not 0 <= sampling.seed < 2**63:
+            raise UsageError(f"--seed must be a whole number from 0 to 2^63 - 1, not {sampling.seed}")
+        if sampling.precision not in ("no", "bf16"):
+            raise UsageError(f"--mixed-precision {sampling.precision} would lose small gradients: use bf16 or no")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.kronecker and (self.compress or sampling.kind != "per-sample"):
+            raise UsageError("--kronecker goes with neither --compress nor --squared-mean")
+
+
+@dataclass(frozen=True)
+class StatisticsReport:
+    """The file (None on all processes but the first), the commit when it was pushed, and how long it took."""
+
+    path: Path | None
+    url: str | None
+    metadata: dict[str, str]
+    seconds: float
+
+
+def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, total: None) -> StatisticsReport:
+    """Estimate the statistics of a checkpoint, unless the cache has them, and write or push the file.
+
+    Raises:
+        EpimerError: one of its kinds. Nothing half-written is left; an estimate that could not be pushed is kept.
+    """
+    started = time.monotonic()
+    statistic: Statistic = "kronecker" if recipe.kronecker else "fisher"
+    out = _target(recipe.out, FILE_OF[statistic]) if recipe.out else None
+    task = find_task(recipe.task)
+    if recipe.push:
+        pushing.check_push_access(recipe.model.location)
+    model = hub.resolve(recipe.model)
+    if recipe.push and recipe.model.revision == model.ref.revision:
+        raise UsageError(f"--push needs a branch to add to, and {recipe.model.revision} is a commit")
+    weight_names(model)
+    base = base_of(model, recipe.base)
+    check_head(base, task)
+    sampling = recipe.sampling
+    if sampling.streaming is None:
+        sampling = replace(sampling, streaming=sampling.samples is not None and is_large(task))
+    estimate = Estimate(model, base, task, sampling)
+    accelerator = Accelerator()
+    total = recipe.sampling.samples or 0
+    progress("measuring", 0, total)
+    cached = estimate_file(
+        estimate,
+        statistic,
+        batch_size=recipe.batch_size,
+        probe=recipe.probe,
+        accelerator=accelerator,
+        on_samples=lambda count: progress("measuring", count * accelerator.num_processes, total),
+    )
+    url = None
+    if accelerator.is_main_process:
+        path = _compressed(cached, recipe.compress)
+        if out:
+            with atomic_file(out) as unfinished:
+                shutil.copyfile(path, unfinished)
+        else:
+            progress("pushing", 0, 0)
+            url = _push(path, FILE_OF[statistic], recipe.model, model)
+    metadata = _header(cached)
+    accelerator.end_training()
+    return StatisticsReport(out if accelerator.is_main_process else None, url, metadata, time.monotonic() - started)
+
+
+def _target(out: Path, name: str) -> Path:
+    """The file to write, known to be writable; an existing one is replaced only if it holds statistics.
+
+    Raises:
+        OutputError: saying what is in the way.
+    """
+    out = out / name if out.is_dir() else out
+    if out.exists() and _header(out).get("format") not in FORMATS.values():
+        raise OutputError(f"--out {out} exists and is no file of statistics: choose another name")
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"--out {out}: cannot write to {existing}")
+    return out
+
+
+def _header(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _compressed(path: Path, compress: Compression | None) -> Path:
+    """The file in its small form, beside it in the cache."""
+    if compress is None:
+        return path
+    small = path.with_name(f"{path.stem}-{compress}{path.suffix}")
+    if not small.is_file():
+        header = _header(path)
+        fields = {name: header[name] for name in StatisticsMetadata.__dataclass_fields__}
+        origin = StatisticsMetadata(**{**fields, "samples": int(fields["samples"]), "seed": int(fields["seed"])})  # type: ignore[arg-type]
+        save_statistics(small, load_file(path), origin, "fisher", compress)
+    return small
+
+
+def _push(path: Path, name: str, ref: ModelRef, measured: Source) -> str:
+    """Add the file and a section of the card in one commit, to the weights that were measured and no others."""
+    weights = {weight: measured.sha256.get(weight) for weight in weight_names(measured)}
+    return pushing.push_beside(
+        ref.location,
+        ref.revision,
+        {name: path},
+        expected=weights,
+        section=statistics_section(name, ref.location, _header(path)),
+        title=f"Add {name} (hf-epimer)",
+    )

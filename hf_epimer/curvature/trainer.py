@@ -1,0 +1,194 @@
+"""Fisher information out of a training run: a callback for `transformers.Trainer`, and Adam's second moments.
+
+FisherCallback     measures the trained model on (a part of) its training data and writes fisher.safetensors beside
+                   the checkpoint
+fisher_from_adam   v_hat = exp_avg_sq / (1 - beta_2^step) of an Adam-type optimiser: the squared gradients of batches,
+                   averaged over the last 1 / (1 - beta_2) steps. Free, and no per-sample quantity: for batches of B
+                   independent samples near a minimum it is about F / B, which `batch_size` undoes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, TrainerCallback
+
+from hf_epimer.curvature.accumulators import FisherDiagonal
+from hf_epimer.curvature.data_pass import Labels, Subject, probe_determinism, sweep
+from hf_epimer.curvature.files import FILE_OF, StatisticsMetadata, save_statistics
+from hf_epimer.errors import DataError, StatisticsError
+from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.tasks.images import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class FisherCallback(TrainerCallback):
+    """Writes `fisher.safetensors` into the trainer's output folder at the end of training.
+
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[FisherCallback(task="dtd")])
+
+    The model must contain a CLIP vision tower and return `logits` for batches that hold `labels`. The first batch is
+    passed twice before training starts, so that a data set with random augmentation, which would make the measurement
+    meaningless, is refused then and not after hours of training; give another one as `dataset`.
+
+    Args:
+        task: its name, for the file's header.
+        samples: of the data set, chosen by `seed`.
+        dataset: to measure on; None for the training set.
+        labels: `true`, or `sampled` from the model's own predictions.
+        probe: look for randomness before training.
+    """
+
+    def __init__(
+        self,
+        task: str = "",
+        samples: int = 256,
+        *,
+        dataset: Any = None,
+        labels: Labels = "true",
+        seed: int = 0,
+        probe: bool = True,
+    ) -> None:
+        self.task = task
+        self.samples = samples
+        self.dataset = dataset
+        self.labels: Labels = labels
+        self.seed = seed
+        self.probe = probe
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Refuse what could not be measured in the end."""
+        with _evaluating(given["model"]) as model:
+            subject = _tower_subject(model)
+            if self.probe:
+                probe_determinism(subject, self._batches(args, given["train_dataloader"]), Accelerator())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Measure and write."""
+        accelerator = Accelerator()
+        with _evaluating(given["model"]) as model:
+            subject = _tower_subject(model)
+            fisher, count = sweep(
+                subject,
+                self._batches(args, given["train_dataloader"]),
+                FisherDiagonal(subject.shapes),
+                labels=self.labels,
+                seed=self.seed,
+                accelerator=accelerator,
+            )
+        if accelerator.is_main_process:
+            path = Path(args.output_dir) / FILE_OF["fisher"]
+            name = getattr(args, "hub_model_id", None) or Path(args.output_dir).name
+            save_statistics(
+                path, fisher, StatisticsMetadata(count, self.task, "", "", name, "", self.labels, self.seed)
+            )
+            logger.info("Fisher information from %d samples: %s", count, path)
+
+    def _batches(self, args: Any, loader: Any) -> _LoaderBatches:
+        dataset = self.dataset if self.dataset is not None else loader.dataset
+        if not hasattr(dataset, "__len__"):
+            raise DataError("FisherCallback cannot choose samples from a stream: give a data set with a length")
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))
+        chosen = order[: self.samples].tolist()
+        return _LoaderBatches(dataset, chosen, args.per_device_train_batch_size, loader.collate_fn)
+
+
+def fisher_from_adam(optimizer: Any, model: nn.Module, batch_size: int = 1) -> dict[str, Tensor]:
+    """An estimate of the Fisher diagonal from the second moments that an Adam-type optimiser holds.
+
+    Args:
+        optimizer: torch.optim.Adam, AdamW or one with the same state, after at least one step.
+        model: whose parameters it trains; of a CLIP vision tower within, the names on disk are used.
+        batch_size: of the training steps (over all processes and accumulation steps).
+
+    Returns:
+        Name -> fp32 tensor on the CPU, for `save_statistics`.
+
+    Raises:
+        StatisticsError: it holds no second moments for a parameter of the tower.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    betas = {parameter: group["betas"][1] for group in optimizer.param_groups for parameter in group["params"]}
+    subject = _tower_subject(model)
+    found = {}
+    for own, name in subject.names.items():
+        parameter = model.get_parameter(own)
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" not in state:
+            raise StatisticsError(
+                f"{name}: the optimiser holds no second moment of it (is it frozen, or not yet stepped?)"
+            )
+        bias = 1 - betas[parameter] ** float(state["step"])
+        found[name] = (batch_size * state["exp_avg_sq"].detach().float() / bias).cpu()
+    return found
+
+
+@dataclass(frozen=True)
+class _LoaderBatches:
+    """Samples of a training set as batches, this process's share; readable again."""
+
+    dataset: Any
+    chosen: list[int]
+    size: int
+    collate: Callable[[Any], Any]
+
+    def __iter__(self) -> Iterator[Batch]:
+        accelerator = Accelerator()
+        mine = list(range(accelerator.process_index, len(self.chosen), accelerator.num_processes))
+        subset = Subset(self.dataset, [self.chosen[position] for position in mine])
+        loader = DataLoader(subset, self.size, collate_fn=self.collate)
+        for start, values in zip(range(0, len(mine), self.size), loader, strict=True):
+            labels = values.pop("labels", None)
+            if labels is None:
+                raise DataError("FisherCallback needs batches with `labels`")
+            yield Batch(values, labels, mine[start : start + len(labels)])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without its wrappers, in evaluation mode, and as it was afterwards."""
+    model = getattr(model, "module", model)
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+
+
+def _tower_subject(model: nn.Module) -> Subject:
+    """The CLIP vision tower within a model.
+
+    Raises:
+        StatisticsError: there is none.
+    """
+    towers = (CLIPVisionModel, CLIPVisionModelWithProjection)
+    path = next((path for path, module in model.named_modules() if isinstance(module, towers)), None)
+    names = {}
+    if path is not None:
+        tower = model.get_submodule(path)
+        for own, _ in tower.named_parameters():
+            canonical = CLIP_VISION.canonical(own)
+            if canonical is not None:
+                names[f"{path}.{own}" if path else own] = canonical
+    if not names:
+        raise StatisticsError(f"{type(model).__name__} contains no CLIPVisionModel to measure")
+    return Subject(model, names, _logits)
+
+
+def _logits(forward: Callable[..., Any], inputs: Any) -> Tensor:
+    output = forward(**inputs)
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise StatisticsError("the model returns no `logits` to take the Fisher information of")
+    return logits

@@ -1,0 +1,1 @@
+"""Accuracy and predictions of a checkpoint on its tasks."""

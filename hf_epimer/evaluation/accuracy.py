@@ -1,0 +1,195 @@
+"""Top-1 accuracy of checkpoints on the test splits of their tasks, on one process or many.
+
+    accuracy = k / N,  k = |{ i : argmax_c logits_c(x_i) = y_i }|
+    interval = (k + z^2/2 +- z sqrt(k (N - k) / N + z^2/4)) / (N + z^2),  z = 1.96          Wilson, 95%
+
+Every process classifies its share of the samples, none twice; guesses are gathered once per task. The counting is an
+`evaluate` metric of our own, so that nothing is fetched for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate as hf_evaluate
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from hf_epimer.errors import DataError, UsageError
+from hf_epimer.evaluation.results import Results, TaskResult
+from hf_epimer.hub import source as hub
+from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.source import Source
+from hf_epimer.models.base import base_of
+from hf_epimer.models.classifier import Classifier
+from hf_epimer.models.files import model_folder
+from hf_epimer.models.head import classifier_for
+from hf_epimer.models.loading import load_tower
+from hf_epimer.tasks.images import ImageBatches, Samples, is_large, read_samples
+from hf_epimer.tasks.task import Task, find_task
+from hf_epimer.types import Progress
+
+
+class TopOne(hf_evaluate.Metric):
+    """Accuracy with everything that follows from the guesses: counts, interval, confusion matrix."""
+
+    def _info(self) -> hf_evaluate.MetricInfo:
+        return hf_evaluate.MetricInfo(
+            description="Top-1 accuracy with a Wilson interval and the confusion matrix.",
+            citation="",
+            inputs_description="predictions, references: class numbers; classes: how many there are",
+            features=datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")}),
+        )
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int], classes: int) -> dict[str, Any]:
+        guesses, labels = torch.tensor(predictions), torch.tensor(references)
+        confusion = torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes)
+        correct = int(confusion.diagonal().sum())
+        return {"correct": correct, "samples": len(labels), "confusion": confusion.tolist()}
+
+
+def accuracy(
+    model: Classifier,
+    task: Task,
+    split: str,
+    limit: int | None = None,
+    batch_size: int = 64,
+    on_samples: Callable[[int], None] = lambda count: None,
+) -> TaskResult:
+    """Classify a split, or its first `limit` rows."""
+    return classify(model, read_samples(task, split, limit=limit), batch_size, on_samples)
+
+
+@torch.inference_mode()
+def classify(
+    model: Classifier, samples: Samples, batch_size: int = 64, on_samples: Callable[[int], None] = lambda count: None
+) -> TaskResult:
+    """Classify samples; under `accelerate launch` every process takes its share and all get the whole result.
+
+    Raises:
+        DataError: the head has another number of classes than the data, or the data cannot be read.
+    """
+    task, classes = samples.task, len(samples.class_names)
+    if classes != len(model.head):
+        raise DataError(f"task {task.name!r} has {classes} classes, the head of the classifier {len(model.head)}")
+    accelerator = Accelerator()
+    model.to(accelerator.device)
+    batches = ImageBatches(samples, model.pixels, batch_size, (accelerator.process_index, accelerator.num_processes))
+    guesses: list[int] = []
+    labels: list[int] = []
+    for batch in batches:
+        guesses += model(batch.inputs).argmax(-1).tolist()
+        labels += batch.labels.tolist()
+        on_samples(len(batch.labels))
+    batches.report_broken()
+    if accelerator.num_processes > 1:
+        guesses, labels = gather_object(guesses), gather_object(labels)
+        batches.check_broken(len(samples) - len(labels))
+    found: Any = TopOne(keep_in_memory=True).compute(predictions=guesses, references=labels, classes=classes)
+    confusion = tuple(map(tuple, found["confusion"]))
+    return TaskResult(found["correct"], found["samples"], samples.class_names, confusion)
+
+
+def evaluate(
+    model: str | ModelRef,
+    tasks: Sequence[str | Task],
+    base: str | ModelRef | None = None,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    fine_tuned: dict[str, float] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Results:
+    """Accuracy of a checkpoint from the Hub or a folder on several tasks.
+
+    Args:
+        model: a reference.
+        tasks: built-in names, task files or `Task` objects.
+        base: whose heads and image processor are used; None to infer it as in a merge.
+        split: None for each task's test split.
+        limit: at most so many samples a task, the first ones.
+        batch_size: per process.
+        fine_tuned: task -> accuracy to normalise by.
+
+    Raises:
+        EpimerError: whatever is wrong with the checkpoint, the base, a task or its data.
+    """
+    chosen = [task if isinstance(task, Task) else find_task(task) for task in tasks]
+    names = [task.name for task in chosen]
+    if not chosen or len(set(names)) < len(names):
+        raise UsageError("give at least one task, and each of them once")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be at least 1, not {limit}")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    source = hub.resolve(ModelRef.parse(model) if isinstance(model, str) else model)
+    home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
+    with Accelerator().main_process_first():  # one process fetches, the others find everything in place
+        folder = model_folder(source)
+        vision = load_tower(folder, home)
+    return _evaluate(vision, source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)
+
+
+def evaluate_folder(
+    folder: str | Path,
+    base: str | Path | Source,
+    tasks: Sequence[Task],
+    *,
+    name: str,
+    limit: int | None = None,
+    on_task: Callable[[], None] = lambda: None,
+) -> Results:
+    """Test accuracy of a checkpoint in a local folder, which need not have a card or a proper base.
+
+    Args:
+        base: a folder, or a resolved reference.
+        name: of the checkpoint, for results.json.
+        limit: the first so many samples of each split; None for all.
+        on_task: called after every task.
+    """
+    home = base if isinstance(base, Source) else hub.resolve(ModelRef(str(Path(base).absolute())))
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "tasks":
+            on_task()
+
+    return _evaluate(load_tower(folder, home), name, home, tasks, None, limit, 64, None, progress)
+
+
+def _evaluate(
+    vision: nn.Module,
+    name: str,
+    base: Source,
+    tasks: Sequence[Task],
+    split: str | None,
+    limit: int | None,
+    batch_size: int,
+    fine_tuned: dict[str, float] | None,
+    progress: Progress,
+) -> Results:
+    """One tower, one head after the other."""
+    accelerator = Accelerator()
+    rows = {}
+    for task in tasks:
+        with accelerator.main_process_first():
+            few = limit is not None and is_large(task)  # the same rows, without the rest of a large data set
+            samples = read_samples(task, split or task.test_split, limit=limit, streaming=few)
+            model = classifier_for(vision, base, task, samples.class_names)
+        stage, total = f"evaluating {task.name}", len(samples)
+        progress(stage, 0, total)
+
+        def step(count: int, stage: str = stage, total: int = total) -> None:
+            progress(stage, count * accelerator.num_processes, total)
+
+        rows[task.name] = classify(model, samples, batch_size, step)
+        progress("tasks", 1, len(tasks))
+    places = {
+        task.name: Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset for task in tasks
+    }
+    return Results(name, base.title, rows, places, fine_tuned or {})

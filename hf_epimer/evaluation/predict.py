@@ -1,0 +1,53 @@
+"""What a checkpoint sees in a picture: `predict(model, images, task)`.
+
+p_c = softmax_c(exp(logit_scale) * <z, t_c>)          z, t_c as in `classifier`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from hf_epimer.errors import UsageError
+from hf_epimer.hub import source as hub
+from hf_epimer.hub.refs import ModelRef
+from hf_epimer.models.base import base_of
+from hf_epimer.models.files import model_folder
+from hf_epimer.models.head import classifier_for
+from hf_epimer.models.loading import load_tower
+from hf_epimer.tasks.images import read_samples
+from hf_epimer.tasks.task import Task, find_task
+
+
+@torch.inference_mode()
+def predict(
+    model: str | ModelRef, images: Sequence[Image.Image], task: str | Task, base: str | ModelRef | None = None
+) -> list[dict[str, float]]:
+    """Probabilities of a task's classes for pictures, by a checkpoint from the Hub or a folder.
+
+    Args:
+        model: a reference; that of the base itself gives its zero-shot guess.
+        images: of any mode and size.
+        task: a built-in name, a task file or a `Task`; of the latter, only class names and templates (or the head) are
+            looked at where it has them.
+        base: whose head and image processor are used; None to infer it as in a merge.
+
+    Returns:
+        For every picture: class -> probability, the most probable first.
+
+    Raises:
+        EpimerError: whatever is wrong with the checkpoint, the base or the task.
+    """
+    if not images:
+        raise UsageError("give at least one picture")
+    chosen = task if isinstance(task, Task) else find_task(task)
+    names = chosen.class_names or read_samples(chosen, chosen.test_split, limit=1).class_names
+    source = hub.resolve(ModelRef.parse(model) if isinstance(model, str) else model)
+    home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
+    classifier = classifier_for(load_tower(model_folder(source), home), home, chosen, names)
+    found = []
+    for row in classifier(classifier.pixels(images)).softmax(-1).tolist():
+        found.append(dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])))
+    return found

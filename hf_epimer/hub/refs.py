@@ -1,0 +1,70 @@
+"""References to models, as words: `[label=]folder` or `[label=]org/name[@revision]`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_epimer.errors import NotFoundError, UsageError
+
+_LABEL = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+_REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form org/name."""
+    return _REPO.fullmatch(text) is not None
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """`[label=]ref`, ref = a local folder (or file) or `org/name[@revision]`."""
+
+    location: str
+    revision: str | None = None
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, local: bool = True) -> ModelRef:
+        """Read a reference from the command line or a recipe.
+
+        Args:
+            text: `[label=]ref`.
+            local: whether it may name a folder; without, the disk is not looked at (for references from strangers).
+
+        Raises:
+            NotFoundError: it looks like a path and nothing is there.
+            UsageError: it is neither a path nor `org/name[@revision]`.
+        """
+        label, rest = None, text
+        if "=" in text and not (local and Path(text).exists()):
+            label, rest = text.split("=", 1)
+            if not _LABEL.fullmatch(label):
+                raise UsageError(f"{text!r}: a label is a task's name, letters, digits, - and _")
+        if local and rest and Path(rest).expanduser().exists():
+            return cls(str(Path(rest).expanduser().absolute()), None, label)
+        repo, _, revision = rest.partition("@")
+        if local and (rest.startswith((".", "/", "~")) or repo.count("/") > 1):
+            raise NotFoundError(f"{text}: folder {rest} does not exist")
+        if not _REPO.fullmatch(repo) or (not revision and "@" in rest):
+            what = "neither a folder nor" if local else "not"
+            raise UsageError(f"{text!r} is {what} a Hub id of the form org/name or org/name@revision")
+        return cls(repo, revision or None, label)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it names a folder or file on this machine."""
+        return Path(self.location).is_absolute()
+
+    @property
+    def name(self) -> str:
+        """The last part: the folder's or repo's own name."""
+        return Path(self.location).name
+
+    def __str__(self) -> str:
+        label = f"{self.label}=" if self.label else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{label}{self.location}{revision}"

@@ -1,0 +1,277 @@
+"""Adapters to one merged adapter, one layer at a time, without forming their m x n task vectors.
+
+    D_t = U_ref M_t V_ref^T (lossless)  ->  M = method(M_1 .. M_T), a layer of its own  ->  U_ref M V_ref^T, cut to R
+
+Methods that commute with rotations of both sides (EpiMer under Kronecker curvature, TSV-M, Iso-C, the means) give in
+the core what they give on the whole layer; TIES and DARE look at single entries, and there it is the core's entries
+they look at, as in KnOTS (Stoica et al., ICLR 2025). A method that needs the layer itself (a Fisher diagonal, Gram
+matrices) gets it, and its result is factorised. The core is padded with zeros to T max r_t, so that rank caps per task
+are those of the whole layer; Iso's mean singular value is over these directions, not over min(m, n).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hf_epimer.checkpoints.reader import TensorSource
+from hf_epimer.errors import MismatchError, StatisticsError, UsageError
+from hf_epimer.lora.adapter import Adapter
+from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.merging.stream import stream_layers
+from hf_epimer.methods import Layer, Method
+from hf_epimer.methods.statistic import PARTS
+from hf_epimer.numerics.lowrank import LowRank, UnionCore, factorize, union_core
+from hf_epimer.numerics.subspace import TaggedBasis
+from hf_epimer.types import Shape
+
+IN_THE_CORE = ("frechet-lora", "epimer", "tsv-m", "iso-c", "iso-cts", "mean", "task-arithmetic", "ties", "dare")
+"""Methods that can work on cores; the others work on whole layers."""
+
+
+@dataclass(frozen=True)
+class MergedUpdate:
+    """What the merged adapter adds to one parameter: a low-rank matrix (folded), or a whole tensor of its shape."""
+
+    name: str
+    shape: Shape
+    update: LowRank | Tensor
+    report: dict[str, Any]
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter],
+    method: Method,
+    config: Any,
+    *,
+    weights: Sequence[float] | None = None,
+    statistics: Sequence[TensorSource] | None = None,
+    bases: Mapping[str, TaggedBasis] | None = None,
+    out_rank: int | None = None,
+    seed: int = 0,
+    exact: bool = False,
+    on_layer: Callable[[str, int], None] = lambda stage, layers: None,
+) -> Iterator[MergedUpdate]:
+    """Merge every parameter that an adapter changes, in the order of the base.
+
+    Args:
+        adapters: of one base, with unique labels.
+        method: from METHODS.
+        config: an instance of `method.config`.
+        weights: l_t, normalised to sum to 1.
+        statistics: one per adapter, tensors named as in `hf_epimer.methods.base.PARTS`.
+        bases: where statistics were taken in a tagged basis, that basis by parameter (`tagged_bases`).
+        out_rank: largest rank of the result; None for min(sum r_t, m, n) of each layer, which holds any core.
+        seed: of everything random.
+        exact: float64, full decompositions and dense solves also for whole layers; cores always have them.
+        on_layer: called with the stage ("survey" or "merge") and 1 after every layer.
+
+    Raises:
+        UsageError: unusable weights or rank.
+        StatisticsError: the method needs statistics that are not there.
+        ArithmeticError: a merged update is not finite.
+    """
+    if out_rank is not None and out_rank < 1:
+        raise UsageError(f"--out-rank must be at least 1, not {out_rank}")
+    if any(adapter.base.shapes != adapters[0].base.shapes for adapter in adapters):
+        raise MismatchError("the adapters belong to different bases: adapters are merged over one base")
+    needs = method.statistic(config)
+    if needs and statistics is None:
+        raise StatisticsError(f"{method.name} needs {needs} statistics of every adapter, or other options")
+    ingredients = Ingredients(
+        adapters[0].base,
+        adapters,
+        normalized_weights(weights, len(adapters)),
+        statistics if needs else None,
+        bases or {},
+    )
+    through_core = works_in_core(method, config)
+
+    def over_layers(work: Callable[[Layer], Any], stage: str = "survey") -> Iterable[Any]:
+        found: Iterator[Any]
+        if through_core:
+            found = (work(layer) for layer, _ in _core_layers(ingredients, adapters, needs is not None, seed))
+        else:
+            found = stream_layers(ingredients, work, needs, seed=seed, exact=exact)
+        for result in found:
+            yield result
+            on_layer(stage, 1)
+
+    survey = method.survey(config, over_layers) if method.survey else None
+    if not through_core:
+        changed = {name for adapter in adapters for name in adapter.changed}
+        whole = over_layers(lambda layer: _whole(layer, adapters, method, config, survey, out_rank), "merge")
+        yield from (merged for merged in whole if merged.name in changed)
+        return
+    for layer, core in _core_layers(ingredients, adapters, needs is not None, seed):
+        yield _merged(layer, core, adapters, method, config, survey, out_rank)
+        on_layer("merge", 1)
+
+
+def works_in_core(method: Method, config: Any) -> bool:
+    """Whether adapters are merged in the core that they span; if not, their whole layers are."""
+    return method.name in IN_THE_CORE and method.statistic(config) in (None, "kronecker")
+
+
+def far_apart(reports: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line for all layers in which the adapters are too far apart for a unique mean, and what was done there."""
+    far = [report for report in reports if not report.get("unique", True)]
+    if not far:
+        return None
+    angle = max(report["angle"] for report in far) * 180 / math.pi
+    unsettled = sum("limit of steps" in report.get("note", "") for report in far)
+    ends = f"; in {unsettled} of them the iteration stopped at its limit of steps" if unsettled else ""
+    return (
+        f"in {len(far)} of {len(reports)} layers the adapters are too far apart for a unique mean (principal angles up "
+        f"to {angle:.0f} degrees, 45 is safe): the local mean that the chordal one leads to was taken{ends}; "
+        "--lora-mean chordal has no such limit"
+    )
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def _core_layers(
+    ingredients: Ingredients, adapters: Sequence[Adapter], curved: bool, seed: int
+) -> Iterator[tuple[Layer, UnionCore | None]]:
+    """Every changed parameter as a layer of its own: a matrix by its core, anything else by its task vectors."""
+    changed = {name for adapter in adapters for name in adapter.changed}
+    weights = torch.tensor(ingredients.weights, dtype=torch.float64)
+    common: dict[str, Any] = {
+        "weights": weights,
+        "labels": tuple(adapter.label for adapter in adapters),
+        "seed": seed,
+        "exact": True,  # cores are small: decompose them fully
+    }
+    for name, shape in ingredients.base.shapes.items():
+        if name not in changed:
+            continue
+        if len(shape) < 2:
+            task_vectors = torch.empty(len(adapters), *shape, dtype=torch.float64)
+            for adapter, values in zip(adapters, task_vectors, strict=True):
+                adapter.task_vector_to(name, values)
+            base = ingredients.base.tensor(name).double()
+            yield Layer(name, base, task_vectors, is_matrix=False, **common), None
+            continue
+        points = [adapter.low_rank(name) for adapter in adapters]
+        if not any(point.rank for point in points):
+            continue
+        core = _padded(union_core(points), points)
+        cores = core.cores()
+        statistics = _curvature(ingredients.statistics or (), name, core) if curved else {}
+        if curved and not statistics:
+            raise StatisticsError(f"{name}: there are no Kronecker factors for this weight, which adapters change")
+        yield (
+            Layer(
+                name,
+                torch.zeros_like(cores[0]),
+                cores,
+                is_matrix=True,
+                statistics=statistics,
+                factors=core.points,
+                **common,
+            ),
+            core,
+        )
+
+
+def _padded(core: UnionCore, points: Sequence[LowRank]) -> UnionCore:
+    """The core with coordinates of zeros up to T max r_t (as far as the matrices have so many rows and columns)."""
+    wanted = len(points) * max(point.rank for point in points)
+    rows, columns = (min(wanted, size) for size in points[0].shape)
+
+    def grown(matrix: Tensor, size: int) -> Tensor:
+        return pad(matrix, (0, 0, 0, size - len(matrix)))
+
+    p, q = rows - core.left.shape[1], columns - core.right.shape[1]
+    inside = tuple(LowRank(grown(x.u, rows), x.s, grown(x.v, columns)) for x in core.points)
+    return UnionCore(pad(core.left, (0, p)), pad(core.right, (0, q)), inside)
+
+
+def _curvature(statistics: Sequence[TensorSource], name: str, core: UnionCore) -> dict[str, Tensor]:
+    """Kronecker factors in core coordinates: V_ref^T A_t V_ref and U_ref^T S_t U_ref."""
+    sides = {"input": core.right, "output": core.left}
+    found: dict[str, Tensor] = {}
+    for part, suffix in PARTS["kronecker"].items():
+        basis, stored = sides[part], name + suffix
+        present = [source for source in statistics if stored in source.shapes]
+        if not present:
+            return {}
+        if len(present) < len(statistics):
+            lacking = next(source for source in statistics if source not in present)
+            raise StatisticsError(f"{lacking.label}: no statistics for {stored}")
+        factors = []
+        for source in statistics:
+            if source.shapes[stored] != (len(basis), len(basis)):
+                raise StatisticsError(
+                    f"{source.label}: {stored} has shape {list(source.shapes[stored])}, not {[len(basis)] * 2}"
+                )
+            values = source.tensor(stored).double()
+            if not bool(values.isfinite().all()):
+                raise StatisticsError(f"{source.label}: NaN or Inf in {stored}")
+            factors.append(basis.mT @ values @ basis)
+        found[part] = torch.stack(factors)
+    return found
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def _merged(
+    layer: Layer,
+    core: UnionCore | None,
+    adapters: Sequence[Adapter],
+    method: Method,
+    config: Any,
+    survey: Any,
+    out_rank: int | None,
+) -> MergedUpdate:
+    merged = method.merge(layer, config, survey)
+    _check_finite(layer.name, merged.task_vector, method)
+    if core is None:
+        return _unfactored(layer, merged.task_vector, merged.report)
+    update = core.expand(factorize(merged.task_vector))
+    return _cut(layer.name, adapters, update, merged.report, out_rank)
+
+
+def _whole(
+    layer: Layer, adapters: Sequence[Adapter], method: Method, config: Any, survey: Any, out_rank: int | None
+) -> MergedUpdate:
+    """A layer that was merged as a whole, factorised."""
+    merged = method.merge(layer, config, survey)
+    _check_finite(layer.name, merged.task_vector, method)
+    if layer.base.ndim < 2:
+        return _unfactored(layer, merged.task_vector.clone(), merged.report)
+    found = factorize(merged.task_vector.flatten(1).float())
+    update = LowRank(found.u.double(), found.s.double(), found.v.double())
+    return _cut(layer.name, adapters, update, merged.report, out_rank)
+
+
+def _unfactored(layer: Layer, task_vector: Tensor, report: Mapping[str, Any]) -> MergedUpdate:
+    shape = tuple(layer.base.shape)
+    facts = {"name": layer.name, "shape": list(shape), **report, "merged_norm": float(task_vector.norm())}
+    return MergedUpdate(layer.name, shape, task_vector, facts)
+
+
+def _cut(
+    name: str, adapters: Sequence[Adapter], update: LowRank, report: Mapping[str, Any], out_rank: int | None
+) -> MergedUpdate:
+    shape = tuple(adapters[0].base.shapes[name])
+    ranks = [adapter.rank(name) for adapter in adapters]
+    limit = min(sum(ranks), shape[0], math.prod(shape[1:]))
+    kept = update.truncated(limit if out_rank is None else min(out_rank, limit))
+    lost = float(update.s[kept.rank :].norm() / update.s.norm()) if update.rank else 0.0
+    facts = {"name": name, "shape": list(shape), "ranks": ranks, "out_rank": kept.rank, "cut_off": lost}
+    norms = {"merged_norm": float(kept.s.norm())}
+    return MergedUpdate(name, shape, kept, {**facts, **report, **norms})
+
+
+def _check_finite(name: str, task_vector: Tensor, method: Method) -> None:
+    if not bool(task_vector.isfinite().all()):
+        raise ArithmeticError(f"{name}: {method.name} gave NaN or Inf; try a larger --damping")

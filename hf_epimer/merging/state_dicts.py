@@ -1,0 +1,95 @@
+"""Merging models in memory: tensors of any architecture in, tensors out; no files, no Hub.
+
+`merge_state_dicts` takes names as they are. `merge_models`, behind `EpiMerConfig(...).merge(...)`, also takes modules
+and statistics files, and knows the layouts in which transformers names the tensors of one CLIP vision tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.errors import StatisticsError, UsageError
+from hf_epimer.merging.inputs import Ingredients, check_shapes, normalized_weights
+from hf_epimer.merging.stream import merge_layers
+from hf_epimer.methods import find_method
+from hf_epimer.methods.statistic import PARTS
+from hf_epimer.numerics.subspace import TaggedBasis
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    method: str = "epimer",
+    config: Any = None,
+    statistics: Sequence[Mapping[str, Tensor]] | None = None,
+    *,
+    bases: Mapping[str, TaggedBasis] | None = None,
+    weights: Sequence[float] | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+    exact: bool = False,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """Merge models in memory, of any architecture: two-dimensional parameters are matrices, the rest is not.
+
+    Args:
+        base: name -> W_0.
+        tuned: one mapping per task with the names and shapes of `base`, any floating dtype.
+        method: a name from METHODS.
+        config: an instance of that method's config dataclass; its defaults for None.
+        statistics: one mapping per task: Fisher diagonals (shaped like the parameters; `epimer` can do without those
+            of non-matrices) for `epimer`, `fisher` and `gradient-matching`, Gram matrices (n x n) for `regmean`;
+            for other metrics of `epimer`, tensors named as in `hf_epimer.methods.base.PARTS`.
+        bases: where statistics were taken in a tagged basis, that basis by parameter (`tagged_bases`).
+        weights: l_t, normalised to sum to 1.
+        labels: unique task names; only random masks depend on them.
+        seed, exact, device: as in `merge_layers`.
+
+    Returns:
+        name -> merged tensor, in the dtype of the base.
+
+    Raises:
+        UsageError: unknown method, wrong config, unusable weights.
+        MismatchError: unlike names or shapes.
+        StatisticsError: statistics missing or unusable.
+    """
+    chosen = find_method(method)
+    config = chosen.config() if config is None else config
+    if not isinstance(config, chosen.config):
+        raise UsageError(f"{method} takes a {chosen.config.__name__}, not a {type(config).__name__}")
+    if not tuned:
+        raise UsageError("there is nothing to merge: give at least one fine-tuned model")
+    names = list(labels) if labels is not None else [f"model {index}" for index in range(len(tuned))]
+    if len(names) != len(tuned) or len(set(names)) != len(names):
+        raise UsageError(f"labels must be {len(tuned)} different names, not {names}")
+    mergeable = {name: tensor for name, tensor in base.items() if tensor.is_floating_point() and tensor.numel()}
+    source = StateDict("base", mergeable)
+    models = [StateDict(label, tensors) for label, tensors in zip(names, tuned, strict=True)]
+    everything = StateDict("base", base).shapes
+    for model in models:
+        check_shapes(everything, model, "the checkpoint")
+    measured = None
+    needs = chosen.statistic(config)
+    if needs:
+        if statistics is None:
+            raise StatisticsError(f"{method} needs {needs} statistics, one mapping per model")
+        if len(statistics) != len(models):
+            raise StatisticsError(f"{len(models)} models but {len(statistics)} sets of statistics")
+        if needs == "gram":  # given under the parameters' own names
+            (suffix,) = PARTS[needs].values()
+            statistics = [{name + suffix: gram for name, gram in tensors.items()} for tensors in statistics]
+        measured = [StateDict(label, tensors) for label, tensors in zip(names, statistics, strict=True)]
+        if needs == "fisher":
+            for entry in measured:
+                expected = {name: shape for name, shape in everything.items() if name in entry.shapes}
+                check_shapes(expected, entry, "its Fisher information")
+    ingredients = Ingredients(source, models, normalized_weights(weights, len(models)), measured, bases or {})
+    merged = {
+        layer.name: layer.tensor
+        for layer in merge_layers(ingredients, chosen, config, seed=seed, exact=exact, device=device)
+    }
+    return {name: merged.get(name, tensor) for name, tensor in base.items()}  # counters and the like stay the base's

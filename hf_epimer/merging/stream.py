@@ -1,0 +1,273 @@
+"""The streaming loop: as many layers in memory as there are cores to solve them, in one bounded set of buffers.
+
+For every parameter of the base: subtract it from the fine-tuned weights into a reused buffer, hand the layer to the
+method, add the merged task vector to the base, check that it is finite, pass it on. Layers are solved side by side, one
+per worker, while the system brings the next layers from the disk. Memory is that of the largest layer times the workers
+(fewer of them when layers are large), whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_epimer.checkpoints.reader import Checkpoint, TaskVectorSource, TensorSource
+from hf_epimer.errors import CheckpointError, StatisticsError
+from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.methods import Layer, Method
+from hf_epimer.methods.basis import layer_basis
+from hf_epimer.methods.statistic import PARTS, Statistic
+from hf_epimer.numerics.subspace import TaggedBasis
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """One merged parameter and its line in the report."""
+
+    name: str
+    tensor: Tensor
+    report: dict[str, Any]
+
+
+def merge_layers(
+    ingredients: Ingredients,
+    method: Method,
+    config: Any,
+    *,
+    seed: int = 0,
+    exact: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    on_layer: Callable[[str, int], None] = lambda stage, layers: None,
+) -> Iterator[MergedLayer]:
+    """Merge parameter by parameter, in the order of the base.
+
+    Args:
+        ingredients: checked to fit together.
+        method: from METHODS.
+        config: an instance of `method.config`.
+        seed: of everything random.
+        exact: float64, full decompositions, dense solves.
+        device: where layers are solved; files are always read to the CPU.
+        dtype: of the merged tensors; None for that of the base.
+        on_layer: called with the stage ("survey" or "merge") and 1 after every layer.
+
+    Raises:
+        CheckpointError, StatisticsError: NaN or Inf in an input (tensor named), negative statistics.
+        ArithmeticError: a merged tensor is not finite, or does not fit into `dtype`.
+    """
+    needs = method.statistic(config)
+
+    def over_layers(work: Callable[[Layer], Result], stage: str = "survey") -> Iterator[Result]:
+        for result in stream_layers(ingredients, work, needs, seed=seed, exact=exact, device=device):
+            yield result
+            on_layer(stage, 1)
+
+    survey = method.survey(config, over_layers) if method.survey else None
+
+    def merge(layer: Layer) -> MergedLayer:
+        stored_as = dtype or ingredients.base.tensor(layer.name).dtype
+        return _merge_layer(layer, method, config, survey, stored_as)
+
+    yield from over_layers(merge, "merge")
+
+
+def stream_layers(
+    ingredients: Ingredients,
+    work: Callable[[Layer], Result],
+    needs: Statistic | None = None,
+    *,
+    seed: int = 0,
+    exact: bool = False,
+    device: str = "cpu",
+) -> Iterator[Result]:
+    """work(layer) for every parameter in the order of the base, several side by side.
+
+    Args:
+        ingredients: checked to fit together.
+        work: a pure function; it must keep no tensor of the layer, whose buffers are used again.
+        needs: the statistic to read.
+        seed, exact, device: as in `merge_layers`.
+    """
+    names = list(ingredients.base.shapes)
+    make_reader = partial(_LayerReader, ingredients, needs, seed=seed, exact=exact, device=device)
+    workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
+    own = threading.local()
+
+    def one(name: str) -> Result:
+        if not hasattr(own, "reader"):
+            own.reader = make_reader()
+        return work(own.reader.read(name))
+
+    with _pool(workers) as pool:
+        pending: deque[Future[Result]] = deque()
+        for index, name in enumerate(names):
+            if index + workers < len(names):
+                _read_ahead(ingredients.sources(), names[index + workers])
+            pending.append(pool.submit(one, name))
+            if len(pending) > 2 * workers:  # a few results, so that nobody waits while one is being written
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def tagged_bases(ingredients: Ingredients, rank: int, *, seed: int = 0, exact: bool = False) -> dict[str, TaggedBasis]:
+    """The tagged basis (eq 10) of every matrix that has one: for statistics that are taken in it.
+
+    Memory: p (m + n) numbers a matrix, p = rank times tasks.
+    """
+
+    def basis_of(layer: Layer) -> tuple[str, TaggedBasis | None]:
+        return layer.name, layer_basis(layer, rank)[0]
+
+    found = stream_layers(ingredients, basis_of, seed=seed, exact=exact)
+    return {name: basis for name, basis in found if basis is not None}
+
+
+MEMORY_FOR_BUFFERS = 10**9
+"""Bytes that the layers under work may take together; a single layer may take more."""
+
+
+def _workers(layer_bytes: int) -> int:
+    return max(1, min(torch.get_num_threads(), MEMORY_FOR_BUFFERS // max(layer_bytes, 1)))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers that share torch's threads between them, and leave the setting as it was.
+
+    A layer is hundreds of small decompositions, on which several threads mostly wait for each other; one layer per
+    thread keeps every core busy, and the work of others on the machine costs its share and no more.
+    """
+    threads = torch.get_num_threads()
+    share = max(1, threads // workers)
+    pool = ThreadPoolExecutor(workers, "merge", torch.set_num_threads, (share,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any, dtype: torch.dtype) -> MergedLayer:
+    merged = method.merge(layer, config, survey)
+    if not is_finite(merged.task_vector):
+        raise ArithmeticError(f"{layer.name}: {method.name} gave NaN or Inf; try a larger --damping or --exact")
+    report = {
+        "name": layer.name,
+        "shape": list(layer.base.shape),
+        **merged.report,
+        "merged_norm": float(torch.linalg.vector_norm(merged.task_vector)),
+        "task_vector_norms": _norms(layer.task_vectors).tolist(),
+    }
+    stored = (layer.base + merged.task_vector).to("cpu", dtype)
+    if not is_finite(stored):
+        raise ArithmeticError(f"{layer.name}: the merged values do not fit into {dtype}; choose another --dtype")
+    return MergedLayer(layer.name, stored, report)
+
+
+class _LayerReader:
+    """Reads layers into buffers that are reused: a layer is valid until the next one is read."""
+
+    def __init__(
+        self, ingredients: Ingredients, needs: Statistic | None, *, seed: int, exact: bool, device: str
+    ) -> None:
+        self.ingredients = ingredients
+        self.parts = PARTS[needs] if needs else {}
+        self.device = device
+        self.dtype = torch.float64 if exact else torch.float32
+        weights = normalized_weights(ingredients.weights, len(ingredients.models))
+        self.common: dict[str, Any] = {
+            "weights": torch.tensor(weights, dtype=self.dtype, device=device),
+            "labels": tuple(model.label for model in ingredients.models),
+            "seed": seed,
+            "exact": exact,
+        }
+        self.statistics = list(ingredients.statistics or ()) if needs else []
+        self.task_vectors = self._buffer(ingredients.models, list(ingredients.base.shapes))
+        self.values = {
+            part: self._buffer(self.statistics, [name + suffix for name in ingredients.base.shapes])
+            for part, suffix in self.parts.items()
+        }
+
+    def _buffer(self, sources: Sequence[TensorSource], names: Sequence[str]) -> Tensor:
+        largest = max((math.prod(s.shapes[name]) for s in sources for name in names if name in s.shapes), default=0)
+        return torch.empty(len(sources), largest, dtype=self.dtype)
+
+    def nbytes(self) -> int:
+        """Bytes of the buffers, and about as many again for what a method makes of them."""
+        return 2 * (self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()))
+
+    def read(self, name: str) -> Layer:
+        base = self.ingredients.base.tensor(name).to(self.dtype)
+        _check_finite(self.ingredients.base.label, name, base)
+        task_vectors = self.task_vectors[:, : base.numel()].view(-1, *base.shape)
+        for model, difference in zip(self.ingredients.models, task_vectors, strict=True):
+            if isinstance(model, TaskVectorSource):
+                model.task_vector_to(name, difference)
+            else:
+                model.copy_to(name, difference)
+                difference.sub_(base)
+            _check_finite(model.label, name, difference)
+        return Layer(
+            name=name,
+            base=base.to(self.device),
+            task_vectors=task_vectors.to(self.device),
+            is_matrix=base.ndim == 2,
+            statistics={
+                part: values
+                for part, suffix in self.parts.items()
+                if (values := self._read_statistics(part, name + suffix)) is not None
+            },
+            basis=self.ingredients.bases.get(name),
+            **self.common,
+        )
+
+    def _read_statistics(self, part: str, name: str) -> Tensor | None:
+        present = [name in source.shapes for source in self.statistics]
+        if not any(present):
+            return None
+        if not all(present):
+            raise StatisticsError(f"{self.statistics[present.index(False)].label}: no statistics for {name}")
+        shape = self.statistics[0].shapes[name]
+        values = self.values[part][:, : math.prod(shape)].view(-1, *shape)
+        for source, value in zip(self.statistics, values, strict=True):
+            source.copy_to(name, value)
+            if not is_finite(value):
+                raise StatisticsError(f"{source.label}: NaN or Inf in {name}")
+            if float((value.diagonal() if part in ("input", "output", "projected") else value).amin()) < 0:
+                raise StatisticsError(f"{source.label}: negative values in {name}")
+        return values.to(self.device)
+
+
+def _read_ahead(sources: Sequence[TensorSource], name: str) -> None:
+    for source in sources:
+        if isinstance(source, Checkpoint) and name in source.shapes:
+            source.read_ahead(name)
+
+
+def _check_finite(label: str, name: str, values: Tensor) -> None:
+    if not is_finite(values):
+        raise CheckpointError(f"{label}: NaN or Inf in {name}; this checkpoint is damaged or diverged")
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor Inf in it."""
+    # a sum is finite unless an entry is not, or it overflows: one fast pass decides nearly always
+    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(values.isfinite().all())
+
+
+def _norms(task_vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(task_vectors.reshape(len(task_vectors), -1), dim=1)

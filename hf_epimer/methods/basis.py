@@ -1,0 +1,25 @@
+"""The tagged basis of one layer, for every method that works in it (eq 10)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_epimer.methods.base import Layer
+from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, tagged_basis
+
+
+def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dict[str, Any]]:
+    """The layer's tagged basis at the capped rank, and the report entries that go with it.
+
+    None for parameters that are not matrices, matrices with fewer rows or columns than there are tasks, and layers
+    that no task has changed.
+    """
+    if not layer.is_matrix:
+        return None, {}
+    shape = (int(layer.base.shape[0]), int(layer.base.shape[1]))
+    k = capped_rank(rank or min(shape), shape, layer.tasks)
+    report: dict[str, Any] = {"rank": k, "capped": rank is not None and k < rank}
+    basis = layer.basis
+    if basis is None and k:
+        basis = tagged_basis(layer.task_vectors, k, exact=layer.exact, seed=layer.seed)
+    return basis, report | {"atoms": basis.size if basis else 0}

@@ -1,0 +1,98 @@
+"""What merging, measuring and evaluating do alike with resolved references: files, base, architecture.
+
+Nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from hf_epimer.checkpoints.reader import WEIGHTS_INDEX, choose_weights, read_json
+from hf_epimer.errors import CheckpointError
+from hf_epimer.hub.source import Source
+from hf_epimer.lora import adapter as adapters
+from hf_epimer.models.clip import CLIP_VISION
+
+TEXT_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def is_adapter(source: Source) -> bool:
+    """Whether it is a PEFT adapter, which has no config.json of its own and needs its base."""
+    return adapters.is_adapter(source.files)
+
+
+def adapter_config(source: Source) -> dict[str, Any]:
+    """An adapter's adapter_config.json.
+
+    Raises:
+        CheckpointError: it is no JSON object, or of a kind that cannot be merged (DoRA and others).
+    """
+    config = read_json(source.fetch(adapters.ADAPTER_CONFIG), str(source))
+    adapters.check_config(config, str(source))
+    return config
+
+
+def weight_names(source: Source) -> list[str]:
+    """The names of a checkpoint's weight files; an adapter's config is one of them, for its scale is in it.
+
+    Raises:
+        CheckpointError: it has none that may be read.
+    """
+    if is_adapter(source):
+        return [adapters.ADAPTER_CONFIG, adapters.adapter_weights(source.files, str(source))]
+    return choose_weights(source.files, str(source), lambda: source.read_text(WEIGHTS_INDEX))
+
+
+def config_of(source: Source) -> dict[str, Any]:
+    """Its config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    if "config.json" not in source.files:
+        raise CheckpointError(f"{source}: there is no config.json")
+    return read_json(source.fetch("config.json"), str(source))
+
+
+def tower_of(source: Source) -> dict[str, Any]:
+    """The fields of its config that decide with what it can be merged."""
+    return CLIP_VISION.tower_config(config_of(source), str(source))
+
+
+def has_text_tower(base: Source) -> bool:
+    """Whether a base is a full CLIP model, which a zero-shot head can be made from."""
+    return config_of(base).get("model_type") == "clip"
+
+
+def model_folder(source: Source) -> Path:
+    """The folder of a checkpoint or adapter with its config and weights fetched."""
+    paths = [source.fetch(name) for name in weight_names(source)]
+    return paths[0].parent if is_adapter(source) else source.fetch("config.json").parent
+
+
+def base_folder(source: Source) -> Path:
+    """The folder of a base with its weights, tokenizer and image processor fetched."""
+    for name in (TEXT_FILES | set(PROCESSOR_FILES)) & source.files:
+        source.fetch(name)
+    return model_folder(source)
+
+
+def processor_folder(source: Source) -> Path:
+    """The folder of a base with its image processor fetched, and no weights."""
+    for name in {*PROCESSOR_FILES} & source.files:
+        source.fetch(name)
+    return source.fetch("config.json").parent
+
+
+def content_sha(source: Source) -> str:
+    """What pins a checkpoint's weights: its commit on the Hub, or the sha256 of a local folder's weight files."""
+    if not source.ref.is_local:
+        return str(source.ref.revision)
+    digest = hashlib.sha256()
+    for name in weight_names(source):
+        with open(source.fetch(name), "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

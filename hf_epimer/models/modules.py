@@ -1,0 +1,60 @@
+"""Merging modules and state dicts in memory, by a method's config: what `EpiMerConfig(...).merge(...)` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hf_epimer.errors import UsageError
+from hf_epimer.merging.state_dicts import merge_state_dicts
+from hf_epimer.methods import METHODS
+from hf_epimer.methods.base import MethodConfig
+from hf_epimer.methods.statistic import PARTS
+from hf_epimer.models.clip import CLIP_VISION
+
+
+def merge_models(
+    base: nn.Module | Mapping[str, Tensor],
+    tuned: Sequence[nn.Module | Mapping[str, Tensor]],
+    config: MethodConfig,
+    statistics: Sequence[Mapping[str, Tensor] | str | Path] | None = None,
+) -> dict[str, Tensor]:
+    """As `merge_state_dicts`, by the method that `config` belongs to, for modules, state dicts and statistics files.
+
+    Tensors are matched by the names they have on disk, whatever the installed transformers calls them in memory.
+    """
+    method = next((method for method in METHODS.values() if type(config) is method.config), None)
+    if method is None:
+        raise UsageError(f"{type(config).__name__} is no method's config")
+    target = _tensors(base)
+    names = {_on_disk(name): name for name in target}
+    aligned = [{names.get(_on_disk(name), name): value for name, value in _tensors(model).items()} for model in tuned]
+    measured = None
+    if statistics is not None:
+        measured = [
+            {_renamed(name, names): value for name, value in _statistics(entry).items()} for entry in statistics
+        ]
+    return merge_state_dicts(target, aligned, method.name, config, measured)
+
+
+def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return model.state_dict() if isinstance(model, nn.Module) else model
+
+
+def _statistics(entry: Any) -> Mapping[str, Tensor]:
+    return entry if isinstance(entry, Mapping) else load_file(entry)
+
+
+def _on_disk(name: str) -> str:
+    return CLIP_VISION.canonical(name) or name
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    suffixes = {suffix for parts in PARTS.values() for suffix in parts.values() if suffix}
+    suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
+    own = _on_disk(name.removesuffix(suffix))
+    return names.get(own, own) + suffix

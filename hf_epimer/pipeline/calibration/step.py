@@ -1,0 +1,260 @@
+"""Calibration: a merge's linear layers solved again in forward order, on images of every task.
+
+A merge is made layer by layer from weights, so every layer meets inputs that its neighbours have changed and nobody
+told it about. Calibration goes through the merged tower from front to back. At each linear layer, x is what the merged
+tower gives it on images of task t, y what task t's own tower makes of the same images there:
+
+    minimise sum_t g_t sum_{n, s} pi_ts (y_ns - (W + E) x_ns)^T S_t (y_ns - (W + E) x_ns) + rho |E|^2
+
+with g_t = l_t over the mean squared input, S_t the curvature of task t's loss in the layer's outputs (Kronecker factor)
+and pi_ts how much of it sits at position s of the sequence; without pi the last block would be fitted to patches that
+nobody reads. Where the output is added to the residual stream, y contains what the stream itself is off by. Biases
+belong to W (x has a 1 in it). Labels enter through S_t and pi alone. `hf_epimer.numerics.regression` solves it. Every
+image is seen `VIEWS` times, whole and as random crops (`states.py`). The constants below were chosen on validation
+images of a small zoo; docs/study.md has what half or three times of them changes.
+
+Related: RegMean (inputs of the tuned towers, S_t = I, pi = 1, all layers at once), RegMean++ (inputs of merged layers).
+
+Memory: two towers, the sums of one layer, and the hidden states of all images in files that are mapped into memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_epimer.checkpoints.reader import TensorSource
+from hf_epimer.curvature.estimate import samples_of
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.stream import MergedLayer, is_finite
+from hf_epimer.models.architecture import Architecture, Stage
+from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.files import base_folder, processor_folder
+from hf_epimer.models.loading import load_processor, load_vision, preprocess
+from hf_epimer.numerics.regression import anchored_step
+from hf_epimer.pipeline.calibration.states import BATCH, Run, caught, load_weights, start_run, stopped
+from hf_epimer.pipeline.plan import Plan
+from hf_epimer.tasks.images import Batch, ImageBatches
+from hf_epimer.types import Progress
+
+VIEWS = 4
+"""How often every image is seen: whole, and as random crops."""
+
+RHO = 0.1
+"""How strongly a layer is held at its merge, in units of the mean squared input."""
+
+SHARE = 0.8
+"""Of S_t in its mixture with the identity."""
+
+OnStep = Callable[[int, int], None]
+"""(steps done since the last call, steps in all)."""
+
+
+@dataclass(frozen=True)
+class CalibrationTask:
+    """What calibration reads of one task: its weights, the curvature of its outputs, and its images, read once."""
+
+    tuned: TensorSource
+    curvature: TensorSource
+    images: Iterable[Batch]
+
+
+@torch.no_grad()
+def calibrate(
+    tower: nn.Module,
+    tasks: Sequence[CalibrationTask],
+    weights: Sequence[float],
+    architecture: Architecture,
+    workspace: Path,
+    *,
+    views: int = VIEWS,
+    rho: float = RHO,
+    share: float = SHARE,
+    on_step: OnStep = lambda done, total: None,
+) -> dict[str, dict[str, Any]]:
+    """Solve every linear layer of a merged tower again, in place.
+
+    Args:
+        tower: the merge, in evaluation mode, on the device where it is to be done.
+        tasks: one per merged checkpoint.
+        weights: l_t, summing to 1.
+        workspace: a folder for hidden states of both towers: 8 bytes times images, views, positions and width.
+        views: of every image, at least 1.
+        rho, share: as above; layers are solved in float32, so rho should stay well above 1e-4.
+        on_step: progress; a step is one task in one stage of one block.
+
+    Returns:
+        Canonical name of every solved weight -> solver steps, residual and the step's norm relative to the weight.
+
+    Raises:
+        DataError: a task has no images.
+        ArithmeticError: a solution is not finite.
+    """
+    other = copy.deepcopy(tower)  # takes the tuned weights of one task after the other
+    blocks, others = (list(own.get_submodule(architecture.blocks).children()) for own in (tower, other))
+    total = len(blocks) * len(architecture.stages) * len(tasks)
+    on_step(0, total)
+    pairs = (tower, blocks[0]), (other, others[0])
+    runs = [
+        start_run(pairs, task.tuned, task.images, views, architecture, workspace / str(number))
+        for number, task in enumerate(tasks)
+    ]
+    report: dict[str, dict[str, Any]] = {}
+    for index, (block, tuned) in enumerate(zip(blocks, others, strict=True)):
+        prefix = f"{architecture.prefix}{architecture.blocks}.{index}."
+        for stage in architecture.stages:
+            sums = []
+            for task, run in zip(tasks, runs, strict=True):
+                load_weights(tuned, task.tuned, prefix)
+                profiles = {name: _profile(task, prefix + name) for name in stage.modules}
+                sums.append(_moments(block, tuned, stage, run, profiles, is_last=stage is architecture.stages[-1]))
+                on_step(1, total)
+            for name in stage.modules:
+                curvature = [task.curvature.tensor(f"{prefix}{name}.weight.output_factor") for task in tasks]
+                moments = [own[name] for own in sums]
+                report[f"{prefix}{name}.weight"] = _solve(
+                    block.get_submodule(name), moments, curvature, weights, rho, share, prefix + name
+                )
+        for run in runs:
+            run.advance(block)
+    return report
+
+
+def calibrated_layers(
+    merged: Iterator[MergedLayer], plan: Plan, ingredients: Ingredients, folder: Path, progress: Progress
+) -> Iterator[MergedLayer]:
+    """A merge's layers, calibrated: all of them are taken before the first is given.
+
+    Args:
+        merged: every parameter of the tower.
+        plan: with a calibration.
+        folder: where hidden states can be kept meanwhile.
+
+    Raises:
+        DataError: what is wrong with the images of a task.
+        ArithmeticError: as in `calibrate`, or a value that does not fit into the merge's type.
+    """
+    layers = {layer.name: layer for layer in merged}
+    tower: nn.Module = load_vision(base_folder(plan.base))
+    parameters = {
+        CLIP_VISION.prefix + name.removeprefix(CLIP_VISION.prefix): own for name, own in tower.named_parameters()
+    }
+    for name, layer in layers.items():
+        parameters[name].data.copy_(layer.tensor)
+    pixels = partial(preprocess, load_processor(processor_folder(plan.base)))
+    images = [ImageBatches(samples_of(estimate), pixels, BATCH) for estimate in plan.images]
+    tasks = list(map(CalibrationTask, ingredients.models, ingredients.curvature, images))
+    workspace = folder / "hidden-states.tmp"
+    report = calibrate(
+        tower.to(plan.recipe.device),
+        tasks,
+        plan.weights,
+        plan.architecture,
+        workspace,
+        on_step=lambda done, total: progress("calibrating", done, total),
+    )
+    shutil.rmtree(workspace)
+    for seen in images:
+        seen.report_broken()
+    parameters = {
+        CLIP_VISION.prefix + name.removeprefix(CLIP_VISION.prefix): own for name, own in tower.cpu().named_parameters()
+    }
+    for name, layer in layers.items():
+        value = parameters[name].detach()
+        stored = value.to(layer.tensor.dtype)
+        if not is_finite(stored):
+            raise ArithmeticError(f"{name}: the calibrated values do not fit into {stored.dtype}: try another --dtype")
+        norm = float((value - ingredients.base.tensor(name).to(value)).norm())
+        yield MergedLayer(name, stored, layer.report | report.get(name, {}) | {"merged_norm": norm})
+
+
+# --- one stage ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Moments:
+    """G and C of one layer and one task, sums over images and positions; x has a 1 at its end."""
+
+    gram: Tensor
+    cross: Tensor
+
+
+def _moments(
+    block: nn.Module, tuned: nn.Module, stage: Stage, run: Run, profiles: Mapping[str, Tensor], *, is_last: bool
+) -> dict[str, _Moments]:
+    """The sums of every layer of a stage over one task's images; the last stage takes them through the tuned block."""
+    linears = {name: block.get_submodule(name) for name in stage.modules}
+    first = linears[stage.modules[0]]
+    inputs = {first: "in"}
+    outputs = {tuned.get_submodule(name): "out" for name in stage.modules}
+    if stage.residual:
+        inputs[block.get_submodule(stage.residual)] = "in"
+        outputs[tuned.get_submodule(stage.residual)] = "in"
+    found: dict[str, _Moments] = {}
+    for part, merged, own in run.batches():
+        with caught(inputs) as here, stopped():
+            block(merged, attention_mask=None)
+        with caught(outputs) as there, stopped():
+            tuned(own, attention_mask=None)
+        x = here[first]
+        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+        for name, linear in linears.items():
+            off = there[tuned.get_submodule(name)] - linear(here[first])
+            if stage.residual:
+                stream = there[tuned.get_submodule(stage.residual)]
+                off += stream - here[block.get_submodule(stage.residual)]
+                if is_last:
+                    run.tuned[part] = stream + there[tuned.get_submodule(name)]
+            heard = profiles[name].to(x.device)
+            kept = heard > 0
+            flat = x[:, kept].flatten(0, 1)
+            weighted = (x[:, kept] * heard[kept, None]).flatten(0, 1)
+            gram, cross = _precise(weighted.mT @ flat), _precise(off[:, kept].flatten(0, 1).mT @ weighted)
+            if name in found:
+                found[name].gram += gram
+                found[name].cross += cross
+            else:
+                found[name] = _Moments(gram, cross)
+    return found
+
+
+def _precise(sums: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none (Apple's)."""
+    return (sums.cpu() if sums.device.type == "mps" else sums).double()
+
+
+def _profile(task: CalibrationTask, layer: str) -> Tensor:
+    """pi_ts, length positions, of mean 1; flat where the loss does not hear of the layer at all."""
+    heard = task.curvature.tensor(f"{layer}.weight.positions").float()
+    return heard / heard.mean() if bool(heard.any()) else torch.ones_like(heard)
+
+
+def _solve(
+    linear: Any,
+    moments: Sequence[_Moments],
+    curvature: Sequence[Tensor],
+    weights: Sequence[float],
+    rho: float,
+    share: float,
+    name: str,
+) -> dict[str, Any]:
+    """One layer's step, added to it."""
+    # solved in float32: rho keeps the system far from singular, and most GPUs are slow at float64
+    grams, crosses = (torch.stack([vars(own)[part].float() for own in moments]) for part in ("gram", "cross"))
+    outputs = torch.stack(list(curvature)).to(grams)
+    found = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
+    if not is_finite(found.x):
+        raise ArithmeticError(f"{name}: calibration gave NaN or Inf")
+    step = found.x.to(linear.weight)
+    relative = float(step[:, :-1].norm() / linear.weight.norm())
+    linear.weight += step[:, :-1]
+    linear.bias += step[:, -1]
+    return {"calibration_steps": found.steps, "calibration_residual": found.residual, "calibration_size": relative}

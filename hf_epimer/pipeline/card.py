@@ -1,0 +1,150 @@
+"""The model card of a merge: metadata the Hub understands, and a body a person can check.
+
+The text is `card_template.md`; this module only fills it in. No local path gets into a card: a checkpoint that is a
+folder appears under the folder's name.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_epimer.hub.source import Source
+from hf_epimer.methods.base import Method
+from hf_epimer.pipeline.recipe import MergeRecipe
+
+if TYPE_CHECKING:
+    from hf_epimer.evaluation.results import Results
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+
+def merge_card(
+    recipe: MergeRecipe,
+    method: Method,
+    base: Source,
+    models: Sequence[Source],
+    weights: Sequence[float],
+    diagnostics: dict[str, str],
+    datasets: Sequence[str],
+    results: Results | None = None,
+    *,
+    as_adapter: bool = False,
+) -> str:
+    """The README.md of a merged folder.
+
+    Args:
+        recipe: pinned.
+        weights: l_t, summing to 1.
+        diagnostics: what to show of the report, label -> text.
+        datasets: Hub ids of the data sets the models were tuned on.
+        results: accuracies, where it was evaluated; of a part of the test images (`recipe.limit`) they are in the body
+            only, where their number stands beside them.
+        as_adapter: the result is an adapter of the base; a full checkpoint otherwise.
+    """
+    name = (
+        recipe.push_to.split("/")[1] if recipe.push_to else Path(recipe.out or f"merged-{method.name}").resolve().name
+    )
+    parents = [base] if as_adapter else models
+    on_hub = [source.ref.location for source in parents if not source.ref.is_local]
+    rank = {"out_rank": recipe.out_rank} if recipe.out_rank else {}
+    data = ModelCardData(
+        base_model=on_hub or None,
+        base_model_relation="adapter" if as_adapter else "merge",
+        library_name="peft" if as_adapter else "transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["merge", "hf-epimer", "clip", *(["lora"] if as_adapter else []), method.name],
+        datasets=list(datasets) or None,
+        model_name=name if results and not recipe.limit else None,
+        eval_results=_eval_results(results) if results and not recipe.limit else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=name,
+        count=len(models),
+        as_adapter=as_adapter,
+        method=method,
+        base=_row(base),
+        models=[_row(m) | {"weight": f"{w:.4g}"} for m, w in zip(models, weights, strict=True)],
+        calibrated_on=recipe.samples if recipe.calibrate else None,
+        results=_results_table(results) if results else None,
+        limit=recipe.limit,
+        options=asdict(recipe.options) | rank | {"seed": recipe.seed, "exact": recipe.exact},
+        diagnostics=diagnostics,
+        command=_command(recipe),
+        load_from=recipe.push_to or name,
+        citation=method.paper.bibtex(),
+    )
+    return str(card)
+
+
+def _row(source: Source) -> dict[str, str]:
+    ref = source.ref
+    if ref.is_local:
+        name = ref.name.replace("|", "\\|")
+        return {"label": source.label, "link": f"`{name}` (local folder)", "commit": "", "load": ref.name, "pin": ""}
+    link = f"[{ref.location}](https://huggingface.co/{ref.location})"
+    pin = f', revision="{ref.revision}"'
+    commit = f"`{(ref.revision or '')[:12]}`"
+    return {"label": source.label, "link": link, "commit": commit, "load": ref.location, "pin": pin}
+
+
+def _command(recipe: MergeRecipe) -> str:
+    """What was typed, with local folders by their names only."""
+    if not recipe.command:
+        return "hf-epimer merge --config merge_config.json"
+    return "hf-epimer " + shlex.join(_without_path(word) for word in recipe.command)
+
+
+def _without_path(word: str) -> str:
+    label, equals, rest = word.rpartition("=")
+    path = Path(rest).expanduser()
+    looks_local = path.is_absolute() or rest.startswith((".", "~")) or path.exists()
+    return f"{label}{equals}{path.name}" if looks_local and path.name else word
+
+
+def _eval_results(results: Results) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type=results.datasets[task],
+            dataset_name=task,
+            metric_type="accuracy",
+            metric_value=round(row.accuracy, 4),
+        )
+        for task, row in results.tasks.items()
+    ]
+
+
+def _results_table(results: Results) -> dict[str, Any]:
+    return {
+        "rows": [
+            {
+                "task": task,
+                "accuracy": f"{row.accuracy:.3f}",
+                "interval": "{:.3f} to {:.3f}".format(*row.interval),
+                "samples": row.samples,
+            }
+            for task, row in results.tasks.items()
+        ],
+        "average": f"{results.average:.3f}",
+        "worst_task": results.worst,
+        "worst": f"{results.tasks[results.worst].accuracy:.3f}",
+    }
+
+
+def with_results(card: str, results: Results, name: str) -> str:
+    """A card with the accuracies in its metadata (model-index), beside or instead of older ones of the same tasks."""
+    content = ModelCard(card, ignore_metadata_errors=True)
+    data: Any = content.data
+    new = _eval_results(results)
+    measured = {entry.dataset_name for entry in new}
+    data.model_name = data.model_name or name
+    data.eval_results = [*(old for old in data.eval_results or [] if old.dataset_name not in measured), *new]
+    return str(content)

@@ -1,0 +1,147 @@
+"""Everything that a plan reads: fetched, statistics estimated where there are none, opened and compared.
+
+Names, shapes and types are compared with the base's config before any weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_epimer.checkpoints.reader import Checkpoint, StateDict, TensorSource
+from hf_epimer.curvature.estimate import estimate_file, project_fisher
+from hf_epimer.curvature.files import NAMES, kind_of, open_statistics
+from hf_epimer.curvature.request import Estimate
+from hf_epimer.errors import MismatchError, UsageError
+from hf_epimer.hub import source as hub
+from hf_epimer.hub.source import Source
+from hf_epimer.lora import read_adapter
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.stream import tagged_bases
+from hf_epimer.methods.statistic import Statistic
+from hf_epimer.models.files import is_adapter, model_folder, weight_names
+from hf_epimer.pipeline.curvature_sources import statistics_name
+from hf_epimer.pipeline.plan import Plan, check_checkpoint
+from hf_epimer.types import Progress
+
+
+def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
+    """Bring weights and statistics that are on the Hub into the cache, and check them.
+
+    Args:
+        more: names of other files of the base, as far as it has them.
+    """
+    sources = [plan.base, *plan.models] if plan.reads_base else plan.models
+    files = [(source, name) for source in sources for name in weight_names(source)]
+    files += [(source, statistics_name(source, statistic)) for statistic, source in plan.measured]
+    files += [(plan.base, name) for name in more if name in plan.base.files]
+    remote = [(source, name) for source, name in files if not source.ref.is_local]
+    size = sum(source.sizes.get(name, 0) for source, name in remote)
+    progress("fetching", 0, size)
+    hub.fetch_all(remote, lambda done: progress("fetching", done, size))
+
+
+def gather(plan: Plan, progress: Progress) -> Ingredients:
+    """Open all weights and statistics; each task's estimate is kept in the cache as soon as it is done.
+
+    Raises:
+        MismatchError, CheckpointError, StatisticsError: something is damaged or does not fit.
+        UsageError: in several processes, of which only `hf-epimer fisher` knows what to do.
+    """
+    ingredients = _open_weights(plan)
+    if plan.to_estimate and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
+    if plan.curvature:
+        ingredients = replace(ingredients, curvature=gather_statistics(plan, "outputs", plan.curvature, progress))
+    if plan.statistic is None or not plan.statistics:
+        return ingredients
+    if plan.statistic == "projected":
+        step = _announced(plan.statistics, progress)
+        bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
+        projected = [
+            StateDict(f"{NAMES['projected']} of {entry.model.label}", project_fisher(entry, bases, on_samples=step))
+            for entry in plan.statistics
+            if isinstance(entry, Estimate)
+        ]
+        return replace(ingredients, statistics=projected, bases=bases)
+    return replace(ingredients, statistics=gather_statistics(plan, plan.statistic, plan.statistics, progress))
+
+
+def gather_statistics(
+    plan: Plan, statistic: Statistic, entries: Sequence[Source | Estimate], progress: Progress
+) -> list[TensorSource]:
+    """One file of statistics per model, opened; estimated now where there is none.
+
+    Raises:
+        MismatchError, CheckpointError, StatisticsError: one is damaged or does not fit.
+    """
+    step = _announced(entries, progress)
+    opened = []
+    for entry, model in zip(entries, plan.models, strict=True):
+        if isinstance(entry, Estimate):
+            path = estimate_file(entry, kind_of(statistic), on_samples=step)
+        else:
+            path = entry.fetch(statistics_name(entry, statistic))
+        label = f"{NAMES[statistic]} of {model.label} ({path.name})"
+        opened.append(open_statistics(path, label, statistic, plan.shapes, plan.architecture.canonical))
+    return opened
+
+
+def _announced(entries: Sequence[Source | Estimate], progress: Progress) -> Callable[[int], None]:
+    """A stage of its own for what is to be estimated: takes the number of samples done."""
+    total = sum(entry.sampling.samples or 0 for entry in entries if isinstance(entry, Estimate))
+    progress("estimating curvature", 0, total)
+    return lambda count: progress("estimating curvature", count, total)
+
+
+def _open_weights(plan: Plan) -> Ingredients:
+    base: TensorSource = _open_base(plan) if plan.reads_base else _BaseOnDemand(plan)
+    models: list[TensorSource] = []
+    for source in plan.models:
+        if is_adapter(source):
+            models.append(read_adapter(model_folder(source), base, plan.architecture.canonical, source.label))
+        else:
+            models.append(_open_checkpoint(plan, source))
+            _check_not_the_base(base, models[-1])
+    return Ingredients(base, models, plan.weights)
+
+
+def _open_base(plan: Plan) -> Checkpoint:
+    base = _open_checkpoint(plan, plan.base)
+    base.label = str(replace(plan.base.pinned, label=None))
+    base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
+    return base
+
+
+class _BaseOnDemand:
+    """A `TensorSource` over the base that is fetched and opened with its first tensor, if ever: its config has told the
+    shapes, and only parameters that an adapter replaces are read."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.label = str(replace(plan.base.pinned, label=None))
+        self.shapes = plan.shapes
+        self._opened = cache(lambda: _open_base(plan))
+
+    def tensor(self, name: str) -> Tensor:
+        return self._opened().tensor(name)
+
+    def copy_to(self, name: str, out: Tensor) -> None:
+        self._opened().copy_to(name, out)
+
+
+def _open_checkpoint(plan: Plan, source: Source) -> Checkpoint:
+    paths = [source.fetch(name) for name in weight_names(source)]
+    checkpoint = Checkpoint(source.label, paths, plan.architecture.canonical)
+    check_checkpoint(plan.shapes, checkpoint)
+    return checkpoint
+
+
+def _check_not_the_base(base: TensorSource, model: TensorSource) -> None:
+    """A copy of the base under another name; any real fine-tuned model differs in the first tensor compared."""
+    if all(torch.equal(model.tensor(name).float(), base.tensor(name).float()) for name in base.shapes):
+        raise MismatchError(f"{model.label}: every tensor equals the base's; a model cannot be its own base")

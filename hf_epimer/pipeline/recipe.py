@@ -1,0 +1,164 @@
+"""What a merge is asked to do: model references and the recipe, as words and as JSON.
+
+`MergeRecipe` is what the command line, `merge_config.json` and Python callers have in common. It names things and
+validates what can be validated without reading anything; `pipeline.merge` carries it out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hf_epimer.errors import UsageError
+from hf_epimer.hub.refs import ModelRef, is_repo_id
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """Everything that decides the result of one merge, and where it goes.
+
+    Attributes:
+        models: what to merge.
+        base: theta_0; None to infer it from cards or config.
+        method: a name from METHODS.
+        options: an instance of that method's config; its defaults for None.
+        weights: one per model, normalised to sum to 1; None for equal weights.
+        fisher: statistics, by label or one per model in order; folders, files or repos with fisher.safetensors.
+        samples: per task, where curvature has to be estimated.
+        calibrate: solve the merge's linear layers again in forward order, on `samples` images of every task; None for
+            what the method does by itself: `epimer-core` where there are images, no other.
+        tune_alpha: choose alpha by how near the predictions come to the fine-tuned models' on those images.
+        evaluate: measure the result on every model's task.
+        limit: of `evaluate`: the first so many test images per task; None for all.
+        tasks: task files.
+        out: folder to write; `./merged-<method>` when neither it nor `push_to` is given.
+        overwrite: replace a non-empty `out`.
+        push_to: `org/name` to push to.
+        private: create that repo private.
+        create_pr: open a pull request instead of committing.
+        device: where layers are solved.
+        dtype: of the written weights; None for that of the base.
+        seed: of everything random.
+        exact: float64, full decompositions and dense solves.
+        out_rank: of adapters alone: the largest rank of the merged adapter's layers; None for what they need.
+        dense: of adapters alone: fold the merged adapter into the base and write a full checkpoint.
+    """
+
+    models: tuple[ModelRef, ...]
+    base: ModelRef | None = None
+    method: str = "epimer"
+    options: Any = None
+    weights: tuple[float, ...] | None = None
+    fisher: tuple[ModelRef, ...] = ()
+    samples: int = 256
+    calibrate: bool | None = None
+    tune_alpha: bool = False
+    evaluate: bool = False
+    limit: int | None = None
+    tasks: tuple[str, ...] = ()
+    out: str | None = None
+    overwrite: bool = False
+    push_to: str | None = None
+    private: bool = False
+    create_pr: bool = False
+    device: str = "cpu"
+    dtype: str | None = None
+    seed: int = 0
+    exact: bool = False
+    out_rank: int | None = None
+    dense: bool = False
+    command: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UsageError("give at least one checkpoint to merge")
+        if not all(isinstance(ref, ModelRef) for ref in self.models):
+            raise UsageError("models are ModelRef objects: ModelRef.parse('org/name')")
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise UsageError(f"--samples must be a whole number of at least 1, not {self.samples!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
+        if self.out_rank is not None and (not isinstance(self.out_rank, int) or self.out_rank < 1):
+            raise UsageError(f"--out-rank must be a whole number of at least 1, not {self.out_rank!r}")
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise UsageError(f"--limit must be a whole number of at least 1, not {self.limit!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.push_to is not None and not is_repo_id(self.push_to):
+            raise UsageError(f"--push-to {self.push_to!r} is not of the form org/name")
+        for flag in ("create_pr", "private"):
+            if getattr(self, flag) and self.push_to is None:
+                raise UsageError(f"--{flag.replace('_', '-')} needs --push-to")
+
+    def looked_into(self, out: str) -> MergeRecipe:
+        """For a command that writes about merges into `out`, layer by layer: nothing is calibrated or pushed."""
+        unpushed = replace(self, push_to=None, private=False, create_pr=False)
+        return replace(unpushed, out=out, calibrate=False, tune_alpha=False)
+
+
+_DECIDES = (
+    "weights",
+    "samples",
+    "calibrate",
+    "evaluate",
+    "limit",
+    "tasks",
+    "device",
+    "dtype",
+    "seed",
+    "exact",
+    "out_rank",
+    "dense",
+)
+"""Fields of a recipe that go into merge_config.json as they are; destinations do not."""
+
+
+def recipe_to_json(recipe: MergeRecipe) -> dict[str, Any]:
+    """The part of a (pinned, resolved) recipe that decides the result."""
+    return {
+        "method": recipe.method,
+        "options": asdict(recipe.options),
+        "base": str(recipe.base),
+        "models": [str(ref) for ref in recipe.models],
+        "fisher": [str(ref) for ref in recipe.fisher],
+        **{name: getattr(recipe, name) for name in _DECIDES},
+    }
+
+
+def recipe_from_json(file: Path) -> dict[str, Any]:
+    """Keyword arguments for `MergeRecipe` from a merge_config.json.
+
+    Raises:
+        UsageError: the file is missing, no JSON, or lacks what a recipe needs.
+    """
+    from hf_epimer.methods import find_method
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        method = find_method(content["method"])
+        known = {item.name for item in fields(method.config)}
+        unknown = set(content["options"]) - known
+        if unknown:
+            raise UsageError(f"--config {file}: {method.name} has no option {sorted(unknown)[0]!r}")
+        arguments = {name: content[name] for name in _DECIDES if name in content}
+        for name in ("weights", "tasks"):
+            if arguments.get(name) is not None:
+                arguments[name] = tuple(arguments[name])
+        return {
+            **arguments,
+            "method": method.name,
+            "options": method.config(**content["options"]),
+            "base": ModelRef.parse(content["base"]),
+            "models": tuple(ModelRef.parse(text) for text in content["models"]),
+            "fisher": tuple(ModelRef.parse(text) for text in content.get("fisher", ())),
+        }
+    except OSError as error:
+        raise UsageError(f"--config {file}: {error.strerror}") from error
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(f"--config {file} is not a merge_config.json of hf-epimer ({error})") from error

@@ -1,0 +1,1 @@
+"""Tasks (data set, classes, templates) and their images."""

@@ -1,0 +1,286 @@
+"""A task's samples: from `datasets` to pictures and labels, with everything that can be wrong with data said plainly.
+
+Pictures are decoded one by one here, not by `datasets`, so that a broken one can be named and left out: up to 1% of
+the samples asked for, then it is an error. Shuffling is seeded; row i of a split is the same picture on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hf_epimer.errors import DataError
+from hf_epimer.hub import source as hub
+from hf_epimer.tasks.task import Task
+
+logger = logging.getLogger(__name__)
+
+BROKEN_SHARE = 0.01
+"""Of the samples asked for: so many pictures may be broken."""
+
+SHUFFLE_BUFFER = 10_000
+"""Rows that a stream is shuffled among; many data sets are sorted by class, so few would be a biased choice."""
+
+LARGE = 2 * 10**9
+"""Bytes of a data set from which on a few samples are streamed rather than all of it downloaded."""
+
+
+class Batch(NamedTuple):
+    """Samples as a model takes them: `inputs` [n, ...], `labels` [n], and which samples of all they are."""
+
+    inputs: Any
+    labels: Tensor
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of a split, chosen but not decoded.
+
+    Attributes:
+        task: whose they are.
+        rows: mappings with the task's image column (undecoded) and label column.
+        numbers: which rows of the split they are, for messages.
+        class_names: in the order of the labels.
+    """
+
+    task: Task
+    rows: Any
+    numbers: Sequence[int]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass
+class ImageBatches:
+    """Samples in batches, ready for a model; may be read again from the start.
+
+    Attributes:
+        samples: all of them; a process reads its `share` = (its number, number of processes).
+        pixels: pictures -> the model's input.
+        size: of a batch.
+        broken: what was left out in the last reading, named.
+    """
+
+    samples: Samples
+    pixels: Callable[[list[Image.Image]], Tensor]
+    size: int
+    share: tuple[int, int] = (0, 1)
+    broken: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.broken = []
+        rank, processes = self.share
+        decoded = self._decoded(range(rank, len(self.samples), processes))
+        while chunk := list(islice(decoded, self.size)):
+            positions, images, labels = zip(*chunk, strict=True)
+            yield Batch(self.pixels(list(images)), torch.tensor(labels), positions)
+
+    def _decoded(self, positions: Sequence[int]) -> Iterator[tuple[int, Image.Image, int]]:
+        samples, task = self.samples, self.samples.task
+        for position in positions:
+            row = samples.rows[position]
+            label = _checked_label(row[task.label_column], samples, position)
+            try:
+                image = decode(row[task.image_column])
+            except _UNDECODABLE as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.broken.append(f"row {samples.numbers[position]} ({reason})")
+                self.check_broken(len(self.broken))
+            else:
+                yield position, image, label
+
+    def check_broken(self, count: int) -> None:
+        """Refuse to go on with too many broken pictures.
+
+        Args:
+            count: how many there are so far, on all processes.
+
+        Raises:
+            DataError: more than `BROKEN_SHARE` of the samples, naming the first.
+        """
+        if count > math.floor(BROKEN_SHARE * len(self.samples)):
+            task = self.samples.task
+            raise DataError(
+                f"{task.dataset}: {count} of {len(self.samples)} images of task {task.name!r} cannot be decoded, more "
+                f"than 1%: {'; '.join(self.broken[:3])}"
+            )
+
+    def report_broken(self) -> None:
+        """A warning that names what was left out."""
+        if self.broken:
+            task = self.samples.task
+            logger.warning(
+                "%s: %d images of task %r cannot be decoded and were left out: %s",
+                task.dataset, len(self.broken), task.name, "; ".join(self.broken[:10]),
+            )  # fmt: skip
+
+
+_UNDECODABLE = (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError)
+
+
+def decode(value: Any) -> Image.Image:
+    """An undecoded image value of `datasets` as an RGB picture, turned as its EXIF data say."""
+    from datasets import Image as ImageFeature
+
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    if value is None:
+        raise ValueError("there is no image")
+    return ImageFeature(mode="RGB").decode_example(value)
+
+
+def read_samples(
+    task: Task,
+    split: str,
+    *,
+    limit: int | None = None,
+    fraction: float | None = None,
+    seed: int | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+) -> Samples:
+    """Choose rows of a split of the task's data set.
+
+    Args:
+        limit: at most so many rows; None for all.
+        fraction: this share of the rows instead, in (0, 1].
+        seed: shuffles first; None keeps the order.
+        revision: a commit of the data set; None for the newest.
+        streaming: fetch only what is needed; shuffles among `SHUFFLE_BUFFER` rows. Needs `limit`.
+
+    Raises:
+        DataError: the data set cannot be read, has no such split or column, no rows, or class names that disagree.
+    """
+    if streaming and limit is None:
+        raise DataError(f"{task.dataset}: a stream needs a number of samples (--samples), not a share of them all")
+    data = _load(task, split, revision, streaming)
+    columns = list(data.column_names or [])
+    for column in (task.image_column, task.label_column):
+        if column not in columns:
+            raise DataError(f"{task.dataset}: no column {column!r} for task {task.name!r}; it has {columns}")
+    names = class_names_of(task, data.features)
+    with _explained(task, split):
+        data = _undecoded(task, data.select_columns([task.image_column, task.label_column]))
+        if streaming:
+            shuffled = data if seed is None else data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+            rows: Any = list(shuffled.take(limit))
+            numbers: Sequence[int] = range(len(rows))
+        else:
+            count = len(data) if fraction is None else max(1, round(fraction * len(data)))
+            count = min(len(data), count if limit is None else limit)
+            order = np.arange(len(data)) if seed is None else np.random.default_rng(seed).permutation(len(data))
+            numbers = order[:count].tolist()
+            rows = data.select(numbers)
+    if not len(rows):
+        raise DataError(f"{task.dataset}: split {split!r} of task {task.name!r} has no samples to use")
+    return Samples(task, rows, numbers, names)
+
+
+def class_names_of(task: Task, features: Any) -> tuple[str, ...]:
+    """The task's class names, by default those stored with the labels.
+
+    Raises:
+        DataError: there are none, or the task's and the stored ones differ in number or in order.
+    """
+    stored = getattr((features or {}).get(task.label_column), "names", None)
+    if task.class_names is None and stored is None:
+        raise DataError(f"{task.dataset}: the labels carry no names; give class_names for task {task.name!r}")
+    names = tuple(task.class_names or stored or ())
+    if stored is not None and len(stored) != len(names):
+        raise DataError(f"task {task.name!r} names {len(names)} classes, the labels of {task.dataset} {len(stored)}")
+    if stored is not None:
+        ours, theirs = [_plain(name) for name in names], [_plain(name) for name in stored]
+        if ours != theirs and sorted(ours) == sorted(theirs):
+            place = next(index for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+            raise DataError(
+                f"task {task.name!r} and {task.dataset} list the same classes in another order: label {place} is "
+                f"{names[place]!r} in the task and {stored[place]!r} in the data"
+            )
+    return names
+
+
+def is_large(task: Task) -> bool:
+    """Whether a task's data set is on the Hub and larger than `LARGE`: a few samples of it are better streamed."""
+    return not Path(task.dataset).is_absolute() and hub.dataset_bytes(task.dataset) > LARGE
+
+
+def data_revision(task: Task) -> str:
+    """What pins the task's data: the commit of its data set, or a digest of the files of a local folder.
+
+    Raises:
+        HubError: it cannot be reached.
+        DataError: there is no such folder.
+    """
+    folder = Path(task.dataset)
+    if not folder.is_absolute():
+        return hub.dataset_commit(task.dataset)
+    if not folder.exists():
+        raise DataError(f"{folder}: the data set of task {task.name!r} is not there")
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        status = path.stat()
+        found.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return found.hexdigest()[:40]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ").strip()
+
+
+def _checked_label(label: Any, samples: Samples, position: int) -> int:
+    task, classes = samples.task, len(samples.class_names)
+    where = f"{task.dataset}: row {samples.numbers[position]} has the label {label!r}"
+    if not isinstance(label, int):
+        raise DataError(f"{where}; column {task.label_column!r} of task {task.name!r} must hold class numbers")
+    if not 0 <= label < classes:
+        raise DataError(f"{where}, but task {task.name!r} has {classes} classes")
+    return label
+
+
+def _undecoded(task: Task, data: Any) -> Any:
+    from datasets import Image as ImageFeature
+
+    return data.cast_column(task.image_column, ImageFeature(decode=False))
+
+
+def _load(task: Task, split: str, revision: str | None, streaming: bool) -> Any:
+    from datasets import load_dataset
+
+    is_local = Path(task.dataset).is_absolute()
+    with _explained(task, split):
+        return load_dataset(
+            task.dataset, task.config, split=split, revision=None if is_local else revision, streaming=streaming
+        )
+
+
+@contextmanager
+def _explained(task: Task, split: str) -> Iterator[None]:
+    """What `datasets` raises as one line that names the data set, the split and the task."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        if "scripts are no longer supported" in reason:
+            reason = (
+                "it is a loading script, which `datasets` no longer runs; convert it to parquet, or name a copy "
+                "in parquet in a task file"
+            )
+        raise DataError(f"{task.dataset}, split {split!r} of task {task.name!r}: {reason}") from error
