@@ -535,5 +535,5 @@ def test_without_matplotlib_the_report_is_there_and_the_error_says_what_to_insta
 
 
 def test_the_package_does_without_matplotlib_until_it_draws() -> None:
-    code = "import sys, hf_epimer.diagnosis, hf_epimer.plots; assert 'matplotlib' not in sys.modules"
+    code = "import sys, hf_epimer.analysis.diagnosis, hf_epimer.analysis.plots; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

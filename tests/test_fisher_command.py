@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_epimer import MergeRecipe, ModelRef
+from hf_epimer.curvature import estimate as estimation
 from hf_epimer.curvature.comparison import compare_with_hessian
 from hf_epimer.curvature.data_pass import estimate_fisher
 from hf_epimer.curvature.hessian import projected_hessian
@@ -30,7 +31,6 @@ from hf_epimer.models.classifier import load_classifier
 from hf_epimer.models.head import task_head
 from hf_epimer.numerics.subspace import tagged_basis
 from hf_epimer.pipeline.plan import make_plan
-from hf_epimer.statistics import estimation
 from hf_epimer.tasks.images import ImageBatches, read_samples
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
 from hf_epimer.tasks.task import images as data

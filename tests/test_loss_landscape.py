@@ -225,5 +225,5 @@ def test_what_cannot_be_drawn_is_refused(clip_zoo: Path, tmp_path: Path) -> None
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
-    code = "import sys, hf_epimer.loss_landscape; assert 'matplotlib' not in sys.modules"
+    code = "import sys, hf_epimer.analysis.landscape; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
