@@ -1,4 +1,4 @@
-"""What all tests share: a tiny CLIP vision tower as tensors and as folders, and a Hub that is nowhere to be reached."""
+"""Fixtures for every room: small checkpoints and data, the command, the page, a Hub of its own; `helpers` make them."""
 
 from __future__ import annotations
 
@@ -19,74 +19,39 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from hub_server import StandInHub
 from huggingface_hub import constants
-from PIL import Image
 from safetensors.torch import save_file
-from space_app import SpaceApp
-from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+pytest.register_assert_rewrite("helpers")
+
+from helpers.checkpoints import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
+from helpers.data import write_data
+from helpers.hub_server import WRITER, StandInHub
+from helpers.space_app import SpaceApp
+from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.hub import source as hub
 from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.models.loading import ImageProcessor, load_vision
-from hf_epimer.tasks.task import Task
-
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_channels": 3,
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-
-StateDict = dict[str, Tensor]
-
-
-def tiny_state(seed: int, like: StateDict | None = None, scale: float = 0.1) -> StateDict:
-    """A random tower; with `like`, a fine-tuned version of it."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {name: torch.randn(shape, generator=generator) for name, shape in CLIP_VISION.shapes(TINY).items()}
-    return state if like is None else {name: like[name] + scale * value.to(like[name]) for name, value in state.items()}
-
-
-def tiny_fisher(seed: int) -> StateDict:
-    """Positive values over several orders of magnitude, as Fisher diagonals are."""
-    return {name: (2 * value).exp() * 1e-7 for name, value in tiny_state(seed).items()}
-
-
-def write_checkpoint(
-    folder: Path,
-    state: StateDict,
-    *,
-    config: dict[str, object] | None = None,
-    fisher: StateDict | None = None,
-    card: str | None = None,
-) -> Path:
-    """A CLIPVisionModel folder as it would lie on the Hub."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "projection_dim": 24, **TINY}
-    (folder / "config.json").write_text(json.dumps({**content, **(config or {})}))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor"}))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    if fisher is not None:
-        save_file(fisher, folder / "fisher.safetensors", metadata={"format": "hf-epimer.fisher/1"})
-    if card is not None:
-        (folder / "README.md").write_text(card)
-    return folder
 
 
 @pytest.fixture
 def base_state() -> StateDict:
     return tiny_state(0)
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "base", tiny_state(0))
+
+
+@pytest.fixture
+def base(base_folder: Path) -> Checkpoint:
+    source = Checkpoint("base", [base_folder / "model.safetensors"], CLIP_VISION.canonical)
+    source.shapes = {name: source.shapes[name] for name in CLIP_VISION.shapes(TINY)}
+    return source
 
 
 @pytest.fixture
@@ -136,45 +101,6 @@ def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-CLASSES = ("a", "b", "ab")
-
-
-def write_data(folder: Path, rows: int = 40, seed: int = 0, names: tuple[str, ...] = CLASSES) -> Path:
-    """A data set in parquet as on the Hub: noise whose brightness gives the class away, `train` and `test`."""
-    rng = np.random.default_rng(seed)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-    for split in ("train", "test"):
-        labels = rng.integers(0, len(names), rows).tolist()
-        noise = [rng.integers(0, 120, (9, 8, 3)) + 120 * label // len(names) for label in labels]
-        images = [Image.fromarray(pixels.astype(np.uint8)) for pixels in noise]
-        data = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return folder
-
-
-def write_benchmark(folder: Path, task: Task, rows: int = 12) -> Path:
-    """A data set of a benchmark's schema: splits, columns, config and number of classes, with noise for pictures."""
-    names = tuple(f"class {index}" for index in range(len(task.class_names or ())))
-    write_data(folder, rows, names=names)
-    splits = {"train": task.train_split, "test": task.test_split}
-    where = task.config or "data"
-    (folder / where).mkdir(exist_ok=True)
-    listed = ""
-    for written, split in splits.items():
-        file = folder / "data" / f"{written}-00000-of-00001.parquet"
-        data = datasets.Dataset.from_parquet(str(file), cache_dir=str(folder / ".cache"))
-        columns = {"image": task.image_column, "label": task.label_column}
-        data = data.rename_columns({old: new for old, new in columns.items() if old != new})
-        file.unlink()
-        data.to_parquet(folder / where / f"{split}-00000-of-00001.parquet")
-        listed += f"  - split: {split}\n    path: {where}/{split}-*\n"
-    shutil.rmtree(folder / ".cache")
-    config = task.config or "default"
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{listed}---\n")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def clip_zoo(clip_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/, two fine-tuned towers a/ and b/ without statistics, data/ and task files a.yaml and b.yaml. Read only."""
@@ -214,9 +140,6 @@ def page_at_home(space_home: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         yield app
     assert app.process.returncode == 0
     assert not list(app.temp.glob("hf-epimer-web-*"))  # closed, it leaves nothing
-
-
-WRITER = "hf_writer_secret"
 
 
 @pytest.fixture

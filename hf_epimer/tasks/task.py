@@ -44,7 +44,7 @@ _OPTIONAL = {"config", "class_names", "head"}
 
 def benchmark_tasks() -> dict[str, Task]:
     """The eight benchmarks of the CLIP merging literature, by name."""
-    file = resources.files("hf_epimer") / "benchmarks.json"
+    file = resources.files("hf_epimer.tasks") / "benchmarks.json"
     described = json.loads(file.read_text(encoding="utf-8"))
     return {name: _task({"name": name, **values}, "benchmarks.json") for name, values in described.items()}
 

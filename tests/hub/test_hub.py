@@ -9,15 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import WRITER, StateDict, tiny_fisher, tiny_state, write_checkpoint
-from hub_server import Fault, StandInHub
 from safetensors.torch import load_file
 
-Run = Callable[..., tuple[int, str, str]]
+from helpers.checkpoints import StateDict, tiny_fisher, tiny_state, write_checkpoint
+from helpers.command import Run
+from helpers.hub_server import WRITER, Fault, StandInHub
 
 READER, STRANGER = "hf_reader_secret", "hf_stranger_secret"
 TOKENS = (WRITER, READER, STRANGER)

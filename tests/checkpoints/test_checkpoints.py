@@ -13,21 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from helpers.checkpoints import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
+from helpers.command import Run
 from hf_epimer import merge_state_dicts
+from hf_epimer.checkpoints import reader as checkpoints
 from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.checkpoints.reader import Checkpoint
-from hf_epimer.checkpoints.reader import reader as checkpoints
 from hf_epimer.checkpoints.writer import write_tensors
 from hf_epimer.errors import CheckpointError, OutputError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import resolve
 from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.pipeline.plan import weight_names
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from helpers.command import Run
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError
 from hf_epimer.models.clip import CLIP_VISION
@@ -23,7 +23,6 @@ from hf_epimer.pipeline.calibration.states import SMALLEST, crops
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.tasks.images import Batch
 
-Run = Callable[..., tuple[int, str, str]]
 POSITIONS = 5
 LAYERS = [f"encoder.layers.{i}.{name}" for i in range(2) for stage in CLIP_VISION.stages for name in stage.modules]
 

@@ -15,14 +15,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import StateDict as Tensors
-from conftest import tiny_state
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from test_merge_command import contents, fails
-from test_methods import statistics
 from torch import Tensor
 
+from helpers.checkpoints import StateDict as Tensors
+from helpers.checkpoints import tiny_state
+from helpers.command import Run, contents, fails
+from helpers.statistics import statistics
 from hf_epimer import Grid, MergeRecipe, ModelRef, merge_state_dicts, sweep
 from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.sweep import sweep as sweeping
@@ -40,7 +40,6 @@ from hf_epimer.methods import METHODS
 from hf_epimer.tasks.images import read_samples
 from hf_epimer.tasks.task import load_task_file
 
-Run = Callable[..., tuple[int, str, str]]
 ALL = list(METHODS)
 FREE = [name for name, method in METHODS.items() if method.needs is None]
 

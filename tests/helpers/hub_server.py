@@ -34,6 +34,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".png")
 LFS_THRESHOLD = 10 * 1024 * 1024
 LOGGED_HEADERS = ("Range", "User-Agent", "Content-Length", "Content-Type")
 CHUNK = 1 << 20
+WRITER = "hf_writer_secret"  # the token of ann in the fixture `empty_hub`
 Files = Mapping[str, "bytes | Path | None"]
 
 API_PATH = re.compile(r"/api/(model|dataset|space)s/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?(?:/(.+))?")

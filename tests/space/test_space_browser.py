@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from space_app import SpaceApp
+
+from helpers.space_app import SpaceApp
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

@@ -11,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, write_data
 from PIL import Image
 from torch import Tensor
 
+from helpers.data import CLASSES, write_data
 from hf_epimer.errors import DataError
 from hf_epimer.tasks.images import ImageBatches, Samples, data_revision, decode, read_samples
 from hf_epimer.tasks.task import Task

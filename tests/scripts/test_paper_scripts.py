@@ -14,7 +14,7 @@ from PIL import Image
 
 from hf_epimer.analysis import plots as plots
 
-SCRIPTS = Path(__file__).parent.parent / "scripts" / "paper"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "paper"
 sys.path.insert(0, str(SCRIPTS))
 
 import benchmark  # noqa: E402

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
 
+from helpers import reference
 from hf_epimer.numerics.frechet import frechet_mean
 from hf_epimer.numerics.metric import DenseMetrics, DiagonalMetrics, ProjectedMetrics, kronecker_metrics, shrunk
 from hf_epimer.numerics.subspace import (

@@ -9,17 +9,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, write_benchmark
-from hub_server import StandInHub
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from helpers.command import Run
+from helpers.data import CLASSES, write_benchmark
+from helpers.hub_server import StandInHub
 from hf_epimer import ModelRef, evaluate
 from hf_epimer.evaluation.accuracy import TopOne, evaluate_folder
 from hf_epimer.evaluation.results import TaskResult, wilson
@@ -29,8 +29,6 @@ from hf_epimer.models.classifier import load_classifier
 from hf_epimer.models.head import zero_shot_head
 from hf_epimer.tasks.images import read_samples
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)

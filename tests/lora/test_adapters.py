@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.adapters import FC1, LAYER, QUERY, folded, make, rewrite_config, rewrite_weights
+from helpers.checkpoints import TINY, StateDict, tiny_fisher, tiny_state
 from hf_epimer.checkpoints.reader import Checkpoint, TaskVectorSource
 from hf_epimer.checkpoints.reader import StateDict as InMemory
 from hf_epimer.errors import CheckpointError, EpimerError, MismatchError, OutputError, StatisticsError, UsageError
@@ -33,51 +34,6 @@ from hf_epimer.numerics.lowrank import LowRank
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-LAYER = "vision_model.encoder.layers.0."
-QUERY, FC1 = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}mlp.fc1.weight"
-EVERYWHERE = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-
-
-@pytest.fixture
-def base_folder(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "base", tiny_state(0))
-
-
-@pytest.fixture
-def base(base_folder: Path) -> Checkpoint:
-    source = Checkpoint("base", [base_folder / "model.safetensors"], CLIP_VISION.canonical)
-    source.shapes = {name: source.shapes[name] for name in CLIP_VISION.shapes(TINY)}
-    return source
-
-
-def vision(folder: Path) -> Any:
-    from transformers import CLIPVisionModel
-
-    return CLIPVisionModel.from_pretrained(folder)
-
-
-def make(base_folder: Path, name: str, seed: int, **settings: Any) -> Path:
-    """An adapter as PEFT saves it, its parameters random."""
-    torch.manual_seed(seed)
-    options = {"r": 4, "lora_alpha": 6, "target_modules": EVERYWHERE} | settings
-    model = peft.get_peft_model(vision(base_folder), peft.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    folder = base_folder.parent / name
-    model.save_pretrained(folder)
-    return folder
-
-
-def folded(folder: Path, base_folder: Path) -> StateDict:
-    """What PEFT makes of an adapter: base + B A under canonical names. Any warning means that keys did not fit."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*adapter keys.*")
-        model = peft.PeftModel.from_pretrained(vision(base_folder), folder).merge_and_unload()
-    return {str(CLIP_VISION.canonical(name)): value.detach() for name, value in model.state_dict().items()}
 
 
 def read(folder: Path, base: Checkpoint) -> Adapter:
@@ -440,18 +396,6 @@ def test_a_streamed_adapter_has_exactly_its_rank(base_folder: Path, base: Checkp
 
 
 # --- what is refused ---
-
-
-def rewrite_config(folder: Path, **entries: Any) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
-
-
-def rewrite_weights(folder: Path, change: Callable[[StateDict], Any]) -> None:
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_state
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from helpers.checkpoints import tiny_state
 from hf_epimer import MergeRecipe, ModelRef, landscape, merge
 from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.landscape import Landscape, Plane, Tower, fit_plane, grid, plane_of

@@ -5,33 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from helpers.checkpoints import TINY, StateDict, rewrite, tiny_fisher, tiny_state, write_checkpoint
+from helpers.command import Run, contents, fails
 from hf_epimer import MergeRecipe, ModelRef, merge
 from hf_epimer.methods import METHODS
 from hf_epimer.models.clip import CLIP_VISION
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-def fails(result: tuple[int, str, str], pattern: str, code: int = 1) -> None:
-    found, output, complaint = result
-    errors = [line for line in complaint.splitlines() if not line.startswith("warning: ")]
-    assert found == code, (found, complaint)
-    assert output == ""
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
-    assert re.search(pattern, errors[0]), errors[0]
-
-
-def contents(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_merged_folder_is_complete(tiny_zoo: Path, run: Run) -> None:
@@ -274,12 +258,6 @@ def test_unlike_architectures_are_listed_side_by_side(field: str, value: object,
     config = json.loads((tiny_zoo / "b" / "config.json").read_text()) | {field: value}
     (tiny_zoo / "b" / "config.json").write_text(json.dumps(config))
     refuse(tiny_zoo, run, rf"b is another architecture than the base base \({field}: {TINY[field]} \| {value}\)")
-
-
-def rewrite(folder: Path, change: Callable[[StateDict], object], file: str = "model.safetensors") -> None:
-    state = load_file(folder / file)
-    change(state)
-    save_file(state, folder / file, metadata={"format": "hf-epimer.fisher/1"})
 
 
 NAME = "vision_model.encoder.layers.1.mlp.fc2.weight"

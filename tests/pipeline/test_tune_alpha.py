@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.command import Run
 from hf_epimer import ModelRef
 from hf_epimer.hub import source as hub
 from hf_epimer.models.classifier import Classifier
@@ -18,8 +18,6 @@ from hf_epimer.models.loading import load_vision
 from hf_epimer.pipeline.tune_alpha import ALPHAS, nearest
 from hf_epimer.tasks.images import ImageBatches, read_samples
 from hf_epimer.tasks.task import load_task_file
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import write_checkpoint
-from hub_server import StandInHub
 from huggingface_hub import constants
 from PIL import Image
-from space_app import AS_ON_A_SPACE, SpaceApp, signed_in
 from transformers import CLIPVisionModel
 
 import hf_epimer
+from helpers.checkpoints import write_checkpoint
+from helpers.hub_server import StandInHub
+from helpers.space_app import AS_ON_A_SPACE, SpaceApp, signed_in
 from hf_epimer import METHODS, ZOO_TASKS, EpimerError, ModelRef, predict
 from hf_epimer.demo.captions import FAMILIES
 from hf_epimer.demo.zoo import ZooSize, make_zoo

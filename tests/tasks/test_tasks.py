@@ -120,6 +120,6 @@ def test_reading_tasks_does_not_load_heavy_libraries() -> None:
     heavy = ["torch", "transformers", "datasets"]
     code = "import importlib.util, sys; sys.path.insert(0, '.'); import hf_epimer.tasks.task as t; t.benchmark_tasks();"
     code += f"print([name for name in {heavy} if name in sys.modules])"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from hub_server import Fault, StandInHub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -20,6 +19,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from helpers.hub_server import Fault, StandInHub
 
 WEIGHTS = os.urandom(300_000)
 FILES = {"config.json": b'{"a": 1}', "sub/model.safetensors": WEIGHTS, "README.md": b"---\nlicense: mit\n---\n# x\n"}

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WRITER, StateDict, tiny_fisher, tiny_state, write_checkpoint
-from hub_server import StandInHub
 from safetensors.torch import load_file, save_file
-from test_lora_adapters import FC1, QUERY, base, base_folder, folded, make, rewrite_config, rewrite_weights
-from test_merge_command import contents, fails
 
+from helpers.adapters import FC1, QUERY, folded, make, rewrite_config, rewrite_weights
+from helpers.checkpoints import StateDict, tiny_fisher, tiny_state, write_checkpoint
+from helpers.command import Run, contents, fails
+from helpers.hub_server import WRITER, StandInHub
 from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.lora import merge_adapters, read_adapter
 from hf_epimer.lora.core_space import IN_THE_CORE
@@ -31,9 +31,6 @@ from hf_epimer.pipeline import inputs as gathering
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-__all__ = ["base", "base_folder"]  # fixtures
-
-Run = Callable[..., tuple[int, str, str]]
 
 ADAPTER_FILES = [
     "README.md",

@@ -7,18 +7,17 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from conftest import TINY, write_checkpoint
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from test_merge_command import contents, fails, rewrite
 from torch import Tensor
 
+from helpers import reference
+from helpers.checkpoints import TINY, rewrite, write_checkpoint
+from helpers.command import Run, contents, fails
 from hf_epimer import EpiMerConfig, MergeRecipe, ModelRef, diagnose, merge_state_dicts
 from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.diagnosis import LayerDiagnosis, diagnose_layers, rank_totals
@@ -30,7 +29,6 @@ from hf_epimer.numerics.diagnostics import CurvatureDiagnosis, cosines, kept_ene
 from hf_epimer.numerics.linalg import extreme_eigenvalues
 from hf_epimer.numerics.subspace import projected_coordinates, tagged_basis, task_triples, whitened_basis
 
-Run = Callable[..., tuple[int, str, str]]
 TASKS, M, N = 3, 40, 30
 WEIGHTS = [0.2, 0.3, 0.5]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from helpers.checkpoints import TINY
 from hf_epimer import estimate_fisher
 from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
 from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep

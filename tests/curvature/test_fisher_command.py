@@ -9,18 +9,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import WRITER, write_benchmark
-from hub_server import StandInHub
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from helpers.command import Run
+from helpers.data import write_benchmark
+from helpers.hub_server import WRITER, StandInHub
 from hf_epimer import MergeRecipe, ModelRef
 from hf_epimer.curvature import estimate as estimation
 from hf_epimer.curvature.comparison import compare_with_hessian
@@ -31,11 +31,9 @@ from hf_epimer.models.classifier import load_classifier
 from hf_epimer.models.head import task_head
 from hf_epimer.numerics.subspace import tagged_basis
 from hf_epimer.pipeline.plan import make_plan
+from hf_epimer.tasks import images as data
 from hf_epimer.tasks.images import ImageBatches, read_samples
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
-from hf_epimer.tasks.task import images as data
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)

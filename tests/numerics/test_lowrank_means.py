@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import reference
 import torch
 from torch import Tensor
 
+from helpers import reference
 from hf_epimer.numerics.lowrank import MEANS, LowRank, factorize, low_rank, low_rank_mean, union_core
 from hf_epimer.numerics.lowrank.polar import affine_invariant_mean, log_euclidean_mean
 from hf_epimer.numerics.lowrank.sylvester import kronecker_mean

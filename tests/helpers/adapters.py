@@ -1,0 +1,63 @@
+"""Adapters of the tiny tower, made and folded by PEFT itself."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.checkpoints import StateDict
+from hf_epimer.models.clip import CLIP_VISION
+
+peft = pytest.importorskip("peft")
+
+LAYER = "vision_model.encoder.layers.0."
+QUERY, FC1 = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}mlp.fc1.weight"
+EVERYWHERE = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+def vision(folder: Path) -> Any:
+    from transformers import CLIPVisionModel
+
+    return CLIPVisionModel.from_pretrained(folder)
+
+
+def make(base_folder: Path, name: str, seed: int, **settings: Any) -> Path:
+    """An adapter as PEFT saves it, its parameters random."""
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": EVERYWHERE} | settings
+    model = peft.get_peft_model(vision(base_folder), peft.LoraConfig(**options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    folder = base_folder.parent / name
+    model.save_pretrained(folder)
+    return folder
+
+
+def folded(folder: Path, base_folder: Path) -> StateDict:
+    """What PEFT makes of an adapter: base + B A under canonical names. Any warning means that keys did not fit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter keys.*")
+        model = peft.PeftModel.from_pretrained(vision(base_folder), folder).merge_and_unload()
+    return {str(CLIP_VISION.canonical(name)): value.detach() for name, value in model.state_dict().items()}
+
+
+def rewrite_config(folder: Path, **entries: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def rewrite_weights(folder: Path, change: Callable[[StateDict], Any]) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
