@@ -214,7 +214,7 @@ def _loss(
     outside = batch.labels[(batch.labels < 0) | (batch.labels >= logits.shape[1])]
     if len(outside):
         raise DataError(f"label {int(outside[0])} is outside the {logits.shape[1]} classes of the head")
-    targets = batch.labels.to(device) if labels == "true" else _drawn(logits.detach(), batch.positions, seed)
+    targets = batch.labels.to(device) if labels == "true" else _drawn(logits.detach(), batch.indices, seed)
     return cross_entropy(logits, targets, reduction="sum")
 
 
@@ -224,9 +224,9 @@ def _moved(inputs: Any, device: torch.device) -> Any:
     return inputs.to(device)
 
 
-def _drawn(logits: Tensor, positions: Sequence[int], seed: int) -> Tensor:
+def _drawn(logits: Tensor, indices: Sequence[int], seed: int) -> Tensor:
     """One label per sample from the model's own distribution, by a random number that belongs to the sample."""
-    numbers = [np.random.Generator(np.random.Philox(key=seed, counter=position)).random() for position in positions]
+    numbers = [np.random.Generator(np.random.Philox(key=seed, counter=index)).random() for index in indices]
     cumulated = logits.double().softmax(-1).cumsum(-1)
     thresholds = torch.tensor(numbers, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, thresholds, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)

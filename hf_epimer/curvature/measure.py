@@ -29,7 +29,7 @@ from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.base import base_of
 from hf_epimer.models.files import weight_names
 from hf_epimer.models.head import check_head
-from hf_epimer.tasks.images import is_large
+from hf_epimer.tasks.dataset import is_large
 from hf_epimer.tasks.task import find_task
 from hf_epimer.types import Progress
 

@@ -16,7 +16,7 @@ from hf_epimer.curvature.files import FORMATS
 from hf_epimer.hub.source import Source
 from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.files import content_sha
-from hf_epimer.tasks.images import data_revision
+from hf_epimer.tasks.dataset import data_revision
 from hf_epimer.tasks.task import Task
 
 Kind = Literal["per-sample", "squared-mean"]

@@ -145,7 +145,7 @@ class _LoaderBatches:
     def __iter__(self) -> Iterator[Batch]:
         accelerator = Accelerator()
         mine = list(range(accelerator.process_index, len(self.chosen), accelerator.num_processes))
-        subset = Subset(self.dataset, [self.chosen[position] for position in mine])
+        subset = Subset(self.dataset, [self.chosen[index] for index in mine])
         loader = DataLoader(subset, self.size, collate_fn=self.collate)
         for start, values in zip(range(0, len(mine), self.size), loader, strict=True):
             labels = values.pop("labels", None)

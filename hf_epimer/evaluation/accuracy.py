@@ -30,7 +30,8 @@ from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.files import model_folder
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
-from hf_epimer.tasks.images import ImageBatches, Samples, is_large, read_samples
+from hf_epimer.tasks.dataset import is_large
+from hf_epimer.tasks.images import ImageBatches, Samples, read_samples
 from hf_epimer.tasks.task import Task, find_task
 from hf_epimer.types import Progress
 

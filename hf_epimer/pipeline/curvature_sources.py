@@ -20,7 +20,7 @@ from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.files import has_text_tower
 from hf_epimer.models.head import check_head
 from hf_epimer.pipeline.recipe import MergeRecipe
-from hf_epimer.tasks.images import data_revision, is_large
+from hf_epimer.tasks.dataset import data_revision, is_large
 from hf_epimer.tasks.task import Task
 
 

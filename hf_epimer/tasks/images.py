@@ -6,7 +6,6 @@ the samples asked for, then it is an error. Shuffling is seeded; row i of a spli
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hf_epimer.errors import DataError
-from hf_epimer.hub import source as hub
 from hf_epimer.tasks.task import Task
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +33,13 @@ BROKEN_SHARE = 0.01
 SHUFFLE_BUFFER = 10_000
 """Rows that a stream is shuffled among; many data sets are sorted by class, so few would be a biased choice."""
 
-LARGE = 2 * 10**9
-"""Bytes of a data set from which on a few samples are streamed rather than all of it downloaded."""
-
 
 class Batch(NamedTuple):
     """Samples as a model takes them: `inputs` [n, ...], `labels` [n], and which samples of all they are."""
 
     inputs: Any
     labels: Tensor
-    positions: Sequence[int]
+    indices: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -87,22 +84,24 @@ class ImageBatches:
         rank, processes = self.share
         decoded = self._decoded(range(rank, len(self.samples), processes))
         while chunk := list(islice(decoded, self.size)):
-            positions, images, labels = zip(*chunk, strict=True)
-            yield Batch(self.pixels(list(images)), torch.tensor(labels), positions)
+            indices, images, labels = zip(*chunk, strict=True)
+            yield Batch(self.pixels(list(images)), torch.tensor(labels), indices)
 
-    def _decoded(self, positions: Sequence[int]) -> Iterator[tuple[int, Image.Image, int]]:
+    def _decoded(self, indices: Sequence[int]) -> Iterator[tuple[int, Image.Image, int]]:
+        from PIL.Image import DecompressionBombError
+
         samples, task = self.samples, self.samples.task
-        for position in positions:
-            row = samples.rows[position]
-            label = _checked_label(row[task.label_column], samples, position)
+        for index in indices:
+            row = samples.rows[index]
+            label = _checked_label(row[task.label_column], samples, index)
             try:
                 image = decode(row[task.image_column])
-            except _UNDECODABLE as error:
+            except (OSError, SyntaxError, ValueError, TypeError, DecompressionBombError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.broken.append(f"row {samples.numbers[position]} ({reason})")
+                self.broken.append(f"row {samples.numbers[index]} ({reason})")
                 self.check_broken(len(self.broken))
             else:
-                yield position, image, label
+                yield index, image, label
 
     def check_broken(self, count: int) -> None:
         """Refuse to go on with too many broken pictures.
@@ -130,12 +129,10 @@ class ImageBatches:
             )  # fmt: skip
 
 
-_UNDECODABLE = (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError)
-
-
 def decode(value: Any) -> Image.Image:
     """An undecoded image value of `datasets` as an RGB picture, turned as its EXIF data say."""
     from datasets import Image as ImageFeature
+    from PIL import Image
 
     if isinstance(value, Image.Image):
         return value.convert("RGB")
@@ -214,37 +211,13 @@ def class_names_of(task: Task, features: Any) -> tuple[str, ...]:
     return names
 
 
-def is_large(task: Task) -> bool:
-    """Whether a task's data set is on the Hub and larger than `LARGE`: a few samples of it are better streamed."""
-    return not Path(task.dataset).is_absolute() and hub.dataset_bytes(task.dataset) > LARGE
-
-
-def data_revision(task: Task) -> str:
-    """What pins the task's data: the commit of its data set, or a digest of the files of a local folder.
-
-    Raises:
-        HubError: it cannot be reached.
-        DataError: there is no such folder.
-    """
-    folder = Path(task.dataset)
-    if not folder.is_absolute():
-        return hub.dataset_commit(task.dataset)
-    if not folder.exists():
-        raise DataError(f"{folder}: the data set of task {task.name!r} is not there")
-    found = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        status = path.stat()
-        found.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return found.hexdigest()[:40]
-
-
 def _plain(name: str) -> str:
     return name.lower().replace("_", " ").replace("-", " ").strip()
 
 
-def _checked_label(label: Any, samples: Samples, position: int) -> int:
+def _checked_label(label: Any, samples: Samples, index: int) -> int:
     task, classes = samples.task, len(samples.class_names)
-    where = f"{task.dataset}: row {samples.numbers[position]} has the label {label!r}"
+    where = f"{task.dataset}: row {samples.numbers[index]} has the label {label!r}"
     if not isinstance(label, int):
         raise DataError(f"{where}; column {task.label_column!r} of task {task.name!r} must hold class numbers")
     if not 0 <= label < classes:

@@ -246,7 +246,7 @@ def test_views_are_images_more(clip_base: Path, tmp_path: Path) -> None:
     start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
     task = task_of(tuned, 1)
     twice, _ = calibrated(start, [task], tmp_path / "a", views=2)
-    more = [Batch(crops(batch.inputs, batch.positions, 1), batch.labels, batch.positions) for batch in task.images]
+    more = [Batch(crops(batch.inputs, batch.indices, 1), batch.labels, batch.indices) for batch in task.images]
     listed = CalibrationTask(task.tuned, task.curvature, [*task.images, *more])
     explicit, _ = calibrated(start, [listed], tmp_path / "b", views=1)
     assert difference(twice, explicit, start) < 0.01

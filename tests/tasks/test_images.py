@@ -16,7 +16,8 @@ from torch import Tensor
 
 from helpers.data import CLASSES, write_data
 from hf_epimer.errors import DataError
-from hf_epimer.tasks.images import ImageBatches, Samples, data_revision, decode, read_samples
+from hf_epimer.tasks.dataset import data_revision
+from hf_epimer.tasks.images import ImageBatches, Samples, decode, read_samples
 from hf_epimer.tasks.task import Task
 
 
@@ -34,13 +35,13 @@ def mean_colour(images: list[Image.Image]) -> Tensor:
 
 
 def rows(samples: Samples, size: int = 7, share: tuple[int, int] = (0, 1)) -> dict[int, tuple[float, int]]:
-    """Position -> (mean colour, label)."""
+    """Index -> (mean colour, label)."""
     found = {}
     for batch in ImageBatches(samples, mean_colour, size, share):
-        assert len(batch.inputs) == len(batch.labels) == len(batch.positions) <= size
-        for position, colour, label in zip(batch.positions, batch.inputs.tolist(), batch.labels.tolist(), strict=True):
-            assert position not in found
-            found[position] = (colour, label)
+        assert len(batch.inputs) == len(batch.labels) == len(batch.indices) <= size
+        for index, colour, label in zip(batch.indices, batch.inputs.tolist(), batch.labels.tolist(), strict=True):
+            assert index not in found
+            found[index] = (colour, label)
     return found
 
 

@@ -25,7 +25,8 @@ from hf_epimer.hub.source import Source
 from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.pipeline.curvature_sources import statistics_name
-from hf_epimer.tasks.images import Batch, ImageBatches, Samples, data_revision, read_samples
+from hf_epimer.tasks.dataset import data_revision
+from hf_epimer.tasks.images import Batch, ImageBatches, Samples, read_samples
 from hf_epimer.tasks.task import Task
 
 VALIDATION_SHARE = 0.1

@@ -72,7 +72,7 @@ def start_run(
     states: tuple[list[Tensor], list[Tensor]] = [], []
     for batch in images:
         for view in range(views):
-            pixels = crops(batch.inputs, batch.positions, view) if view else batch.inputs
+            pixels = crops(batch.inputs, batch.indices, view) if view else batch.inputs
             for (tower, first), found in zip(towers, states, strict=True):
                 with caught({first: "in"}) as seen, stopped():
                     tower(pixel_values=pixels.to(device))
@@ -84,15 +84,15 @@ def start_run(
     return Run(merged, tuned, device)
 
 
-def crops(pixels: Tensor, positions: Sequence[int], view: int) -> Tensor:
+def crops(pixels: Tensor, indices: Sequence[int], view: int) -> Tensor:
     """A part of every picture, enlarged to the picture's size: `SMALLEST` to 1 of its area, from anywhere.
 
     Args:
         pixels: N x channels x height x width.
-        positions: which pictures these are; one has the same crop in every batch.
+        indices: which pictures these are; one has the same crop in every batch.
         view: another number, other crops.
     """
-    rows = [np.random.Generator(np.random.Philox(key=view, counter=position)).random(3) for position in positions]
+    rows = [np.random.Generator(np.random.Philox(key=view, counter=index)).random(3) for index in indices]
     area, across, down = torch.from_numpy(np.stack(rows)).to(pixels).unbind(1)
     side = (SMALLEST + (1 - SMALLEST) * area).sqrt()
     zero = torch.zeros_like(side)
