@@ -7,8 +7,11 @@ import os
 import shutil
 import tempfile
 
-# before torch and huggingface_hub are imported: no network, no spinning threads, plain HTTP uploads
+from hf_epimer.cli.terminal import silence_libraries
+
+# before torch and the libraries are imported: no network, no spinning threads, plain HTTP uploads, no progress bars
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+silence_libraries()
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-epimer-tests-")  # also for the processes that tests start

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_epimer.analysis import RANKS
 from hf_epimer.analysis.verdict import RankTotals, verdict
 from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.curvature.comparison import Agreement, compare_with_hessian
@@ -44,7 +45,6 @@ from hf_epimer.pipeline.inputs import fetch, gather
 from hf_epimer.pipeline.plan import Plan, make_plan
 from hf_epimer.pipeline.recipe import MergeRecipe
 
-RANKS = (4, 8, 16, 32)
 REPORT = "diagnosis.json"
 FORMAT = "hf-epimer.diagnosis/1"
 

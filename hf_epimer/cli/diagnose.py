@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from hf_epimer.cli.arguments import recipe_of
-from hf_epimer.cli.terminal import Command, add_output_arguments, progress_bar, silence_libraries, without_layers
+from hf_epimer.analysis import RANKS
+from hf_epimer.cli.arguments import add_output_arguments, recipe_of
+from hf_epimer.cli.terminal import Command, progress_bar, without_layers
 from hf_epimer.errors import OutputError
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    from hf_epimer.analysis.diagnosis import RANKS
-
     ranks = " ".join(map(str, RANKS))
     parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help="checkpoints: folders or org/name[@revision]")
     parser.add_argument("--base", metavar="REF", help="the common base; default: from the cards")
@@ -32,11 +31,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(namespace: argparse.Namespace) -> None:
+    recipe = recipe_of(namespace, "diagnose", **({} if namespace.samples is None else {"samples": namespace.samples}))
     from hf_epimer.analysis.diagnosis import REPORT, diagnose
     from hf_epimer.analysis.plots import MISSING
 
-    recipe = recipe_of(namespace, "diagnose", **({} if namespace.samples is None else {"samples": namespace.samples}))
-    silence_libraries()
     with progress_bar(namespace.quiet or namespace.json) as progress:
         found = diagnose(
             recipe,

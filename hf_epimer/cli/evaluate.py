@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.analysis import plots as plots
-from hf_epimer.cli.terminal import Command, add_output_arguments, progress_bar, silence_libraries
+from hf_epimer.cli.arguments import add_output_arguments
+from hf_epimer.cli.terminal import Command, progress_bar
 from hf_epimer.errors import OutputError, UsageError
+from hf_epimer.hub.refs import ModelRef
 
 if TYPE_CHECKING:
     from hf_epimer.evaluation.results import Results
@@ -33,8 +34,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(namespace: argparse.Namespace) -> None:
-    from hf_epimer.hub.refs import ModelRef
-
     model = ModelRef.parse(namespace.model)
     if namespace.update_card and not model.is_local:
         raise UsageError(f"--update-card writes into a local folder, and {model} is on the Hub")
@@ -42,12 +41,13 @@ def _run(namespace: argparse.Namespace) -> None:
         raise OutputError(f"--out {namespace.out} is a folder, not a file")
     fine_tuned = _fine_tuned(namespace.fine_tuned)
     if namespace.confusion:
+        from hf_epimer.analysis import plots
+
         plots.require()
     from accelerate import PartialState
 
     from hf_epimer.evaluation.accuracy import evaluate
 
-    silence_libraries()
     with progress_bar(namespace.quiet or namespace.json) as progress:
         results = evaluate(
             model,
@@ -77,6 +77,8 @@ def _deliver(results: Results, namespace: argparse.Namespace, folder: str) -> No
         old = card.read_text(encoding="utf-8") if card.is_file() else ""
         write_text(card, with_results(old, results, Path(folder).name))
     if namespace.confusion:
+        from hf_epimer.analysis import plots
+
         namespace.confusion.mkdir(parents=True, exist_ok=True)
         figures = {
             f"{task}.png": plots.confusion_matrix(task, row.class_names, row.confusion)

@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hf_epimer.cli.terminal import Command, add_output_arguments, progress_bar, silence_libraries
+from hf_epimer.cli.arguments import add_output_arguments
+from hf_epimer.cli.terminal import Command, progress_bar
+from hf_epimer.hub.refs import ModelRef
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +41,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(namespace: argparse.Namespace) -> None:
-    from hf_epimer.hub.refs import ModelRef
-
     model = ModelRef.parse(namespace.model)
     base = ModelRef.parse(namespace.base) if namespace.base else None
     from hf_epimer.curvature.measure import StatisticsRecipe, measure
     from hf_epimer.curvature.request import Sampling
 
-    silence_libraries()
     samples = namespace.samples if namespace.samples is not None or namespace.fraction is not None else 256
     # `accelerate launch --mixed_precision` says it in the environment
     precision: Any = namespace.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

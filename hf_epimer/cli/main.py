@@ -1,7 +1,7 @@
 """The command line: words in, results on stdout, progress and complaints on stderr.
 
-The commands are this room's other files; only the parser of the chosen one is built, so that `hf-epimer --help` imports
-nothing heavy. Every error is one line starting `error:`; HF_EPIMER_DEBUG=1 shows the traceback too.
+The commands are this room's other files; each imports what is heavy (torch, the Hub's client) when it is run, so that
+help and wrong words cost nothing. Every error is one line starting `error:`; HF_EPIMER_DEBUG=1 shows the traceback too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from types import FrameType
 from typing import NoReturn
 
 from hf_epimer import __version__
-from hf_epimer.cli import other
+from hf_epimer.cli.demo import DEMO
 from hf_epimer.cli.diagnose import DIAGNOSE
 from hf_epimer.cli.evaluate import EVALUATE
 from hf_epimer.cli.fisher import FISHER
 from hf_epimer.cli.merge import MERGE
+from hf_epimer.cli.methods import METHODS
+from hf_epimer.cli.push import PUSH
 from hf_epimer.cli.sweep import SWEEP
+from hf_epimer.cli.tasks import TASKS
+from hf_epimer.cli.terminal import silence_libraries
 from hf_epimer.errors import EpimerError, UsageError
 
 
@@ -37,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # torch's threads spin while they wait; beside another busy program that makes small decompositions 30x slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    silence_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Complaints()], force=True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -130,8 +135,8 @@ COMMANDS = {
     "evaluate": EVALUATE,
     "diagnose": DIAGNOSE,
     "sweep": SWEEP,
-    "push": other.PUSH,
-    "methods": other.METHODS,
-    "tasks": other.TASKS,
-    "demo": other.DEMO,
+    "push": PUSH,
+    "methods": METHODS,
+    "tasks": TASKS,
+    "demo": DEMO,
 }

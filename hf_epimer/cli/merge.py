@@ -1,4 +1,4 @@
-"""`hf-epimer merge`. Method options become flags from the fields of the methods' config dataclasses."""
+"""`hf-epimer merge`: from words to a recipe, and from its report to a few lines."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.cli.terminal import Command, add_output_arguments, progress_bar, silence_libraries, without_layers
+from hf_epimer.cli.arguments import add_method_arguments, add_output_arguments, check_options, given_options
+from hf_epimer.cli.terminal import Command, progress_bar, without_layers
 from hf_epimer.errors import UsageError
+from hf_epimer.hub.refs import ModelRef
+from hf_epimer.methods import find_method
+from hf_epimer.pipeline.recipe import MergeRecipe, recipe_from_json
 
 if TYPE_CHECKING:
-    from hf_epimer.methods.base import Method
     from hf_epimer.pipeline.plan import Plan
-    from hf_epimer.pipeline.recipe import MergeRecipe
 
 
-def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults()
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     absent = argparse.SUPPRESS
     what = "checkpoints or LoRA adapters: folders or org/name[@revision]"
     parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help=what)
@@ -50,32 +51,11 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", action="store_true", default=absent, help="of adapters: write a full checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="resolve, check, print the plan; write nothing")
     add_output_arguments(parser)
-    group = parser.add_argument_group("method options")
-    for name, (text, kind, methods) in sorted(method_options().items()):
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, dest=name, type=kind, default=absent, help=f"{text} [{', '.join(methods)}]")
-
-
-def method_options() -> dict[str, tuple[str, type, list[str]]]:
-    """Option name -> (help, type, methods that have it)."""
-    from hf_epimer.methods import METHODS
-
-    options: dict[str, tuple[str, type, list[str]]] = {}
-    for method in METHODS.values():
-        for item in fields(method.config):
-            annotation = str(item.type)
-            kind = int if annotation.startswith("int") else float if annotation.startswith("float") else str
-            _, _, methods = options.setdefault(item.name, (item.metadata["help"], kind, []))
-            methods.append(method.name)
-    return options
+    add_method_arguments(parser.add_argument_group("method options"))
 
 
 def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     """The recipe that the words ask for; a --config file fills in what they leave out."""
-    from hf_epimer.hub.refs import ModelRef
-    from hf_epimer.methods import find_method
-    from hf_epimer.pipeline.recipe import MergeRecipe, recipe_from_json
-
     given = vars(namespace)
     arguments: dict[str, Any] = recipe_from_json(Path(namespace.config)) if namespace.config else {}
     if namespace.config and namespace.models:
@@ -92,7 +72,10 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     if arguments.get("method", method.name) != method.name:
         arguments.pop("options")
         arguments.pop("calibrate", None)  # what the other method did by itself
-    arguments |= {"method": method.name, "options": _options(given, method, arguments.get("options"))}
+    options = given_options(namespace)
+    check_options(method, options)
+    of_file = arguments.get("options")
+    arguments |= {"method": method.name, "options": method.config(**(vars(of_file) if of_file else {}) | options)}
     plain = {item.name for item in fields(MergeRecipe)} - {"models", "base", "method", "weights", "fisher", "tasks"}
     arguments |= {name: given[name] for name in plain if name in given}
     if "base" in given:
@@ -106,30 +89,11 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     return MergeRecipe(**arguments, command=tuple(namespace.words))
 
 
-def _options(given: dict[str, Any], method: Method, options: Any) -> Any:
-    """The method's config from the flags.
-
-    Raises:
-        UsageError: a flag that this method does not have, naming the methods that have it.
-    """
-    own = {item.name for item in fields(method.config)}
-    chosen = {}
-    for name, (_, _, methods) in method_options().items():
-        if name not in given:
-            continue
-        if name not in own:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{method.name} has no option {flag}; {', '.join(methods)} have it")
-        chosen[name] = given[name]
-    return method.config(**({**vars(options), **chosen} if options is not None else chosen))
-
-
-def _run_merge(namespace: argparse.Namespace) -> None:
+def _run(namespace: argparse.Namespace) -> None:
     recipe = _recipe(namespace)
     from hf_epimer.pipeline.merge import merge
     from hf_epimer.pipeline.plan import make_plan
 
-    silence_libraries()
     if namespace.dry_run:
         _print_plan(make_plan(recipe), namespace.json)
         return
@@ -189,4 +153,4 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
     Console(highlight=False, soft_wrap=True).print(table)
 
 
-MERGE = Command("merge fine-tuned checkpoints into one", _merge_arguments, _run_merge)
+MERGE = Command("merge fine-tuned checkpoints into one", _add_arguments, _run)

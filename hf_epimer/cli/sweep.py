@@ -6,18 +6,20 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.cli.arguments import recipe_of
-from hf_epimer.cli.merge import method_options
-from hf_epimer.cli.terminal import Command, add_output_arguments, progress_bar, silence_libraries
+from hf_epimer.analysis.sweep.grid import ALPHAS, RANKS, Grid
+from hf_epimer.cli.arguments import add_method_arguments, add_output_arguments, given_options, recipe_of
+from hf_epimer.cli.terminal import Command, progress_bar
 from hf_epimer.errors import OutputError
 
 if TYPE_CHECKING:
     from hf_epimer.analysis.sweep.report import SweepReport
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    from hf_epimer.analysis.sweep.grid import ALPHAS, RANKS
+_AXES = ("rank", "alpha")
+"""Options that are axes of the grid, with flags of their own."""
 
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     absent = argparse.SUPPRESS
     ranks, alphas = " ".join(map(str, RANKS)), " ".join(f"{alpha:g}" for alpha in ALPHAS)
     parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help="checkpoints: folders or org/name[@revision]")
@@ -42,11 +44,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=absent, help="of the samples and everything random; default 0")
     parser.add_argument("--exact", action="store_true", default=absent, help="float64, full SVDs, dense solves")
     add_output_arguments(parser)
-    group = parser.add_argument_group("method options, for the methods that have them")
-    for name, (text, kind, methods) in sorted(method_options().items()):
-        if name not in ("rank", "alpha"):
-            flag = "--" + name.replace("_", "-")
-            group.add_argument(flag, dest=name, type=kind, default=absent, help=f"{text} [{', '.join(methods)}]")
+    add_method_arguments(parser.add_argument_group("method options, for the methods that have them"), _AXES)
 
 
 def _rank(word: str) -> Any:
@@ -54,17 +52,15 @@ def _rank(word: str) -> Any:
 
 
 def _run(namespace: argparse.Namespace) -> None:
+    given = vars(namespace)
+    more = {name: given[name] for name in ("samples", "device", "dtype", "seed", "exact") if name in given}
+    recipe = recipe_of(namespace, "sweep", **more)
+    options = given_options(namespace, _AXES)
+    grid = Grid(tuple(namespace.method), tuple(namespace.rank), tuple(namespace.alpha), options)
     from hf_epimer.analysis.plots import MISSING
-    from hf_epimer.analysis.sweep.grid import Grid
     from hf_epimer.analysis.sweep.report import REPORT
     from hf_epimer.analysis.sweep.sweep import sweep
 
-    given = vars(namespace)
-    options = {name: given[name] for name in method_options() if name in given and name not in ("rank", "alpha")}
-    more = {name: given[name] for name in ("samples", "device", "dtype", "seed", "exact") if name in given}
-    recipe = recipe_of(namespace, "sweep", **more)
-    grid = Grid(tuple(namespace.method), tuple(namespace.rank), tuple(namespace.alpha), options)
-    silence_libraries()
     with progress_bar(namespace.quiet or namespace.json) as progress:
         found = sweep(recipe, grid, namespace.out, progress, limit=namespace.limit, test=namespace.test)
     if namespace.json:

@@ -1,17 +1,16 @@
-"""What the commands share at the terminal: output flags, the progress bar, the shape of a command."""
+"""What the commands share at the terminal: the shape of a command, the progress bar, silence from the libraries."""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hf_epimer.types import Progress
+from hf_epimer.types import Progress
 
 
 @dataclass(frozen=True)
@@ -23,23 +22,22 @@ class Command:
     run: Callable[[argparse.Namespace], None]
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that prints something."""
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers takes this one for its own, too
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What the libraries are told in the environment, which each of them reads when it is imported."""
 
 
 def silence_libraries() -> None:
-    """No progress bars but ours; what goes wrong is said in our own words."""
-    import datasets
-    import transformers
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    """No progress bars but ours; what goes wrong is said in our own words.
 
-    disable_progress_bars()
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    Libraries that are imported already go on as they are. What is set in the environment stays as it is.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def without_layers(report: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_epimer.cli.terminal import silence_libraries
 from hf_epimer.demo import zoo_folder
 from hf_epimer.demo.zoo import make_zoo
 from hf_epimer.evaluation.accuracy import evaluate_folder
@@ -33,7 +32,6 @@ def run_demo(out: Path, *, quiet: bool = False, as_json: bool = False) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    silence_libraries()
     log = Console(stderr=True, quiet=quiet or as_json)
     columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bars:

@@ -1,7 +1,8 @@
 """The merge methods: one file per paper, one visible table.
 
 Adding a method: write one file (a config dataclass, a function of one layer, a `Method`) and add its line here. Flags,
-`hf-epimer methods`, the model card and the invariant tests follow.
+`hf-epimer methods`, the model card and the invariant tests follow. A method file imports torch and the numerics where
+it computes, not at its top, so that the table is read, and wrong words are found, before torch is loaded.
 """
 
 from __future__ import annotations

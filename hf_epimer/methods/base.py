@@ -8,18 +8,19 @@ number from the whole model first (TIES' threshold, NAN's norms) declares a `sur
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
-from numbers import Integral, Real
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor
-
-from hf_epimer.errors import StatisticsError, UsageError
+from hf_epimer.errors import StatisticsError
+from hf_epimer.methods.options import options_of
 from hf_epimer.methods.statistic import Statistic
-from hf_epimer.numerics.lowrank.factors import LowRank
-from hf_epimer.numerics.subspace import TaggedBasis
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_epimer.numerics.lowrank.factors import LowRank
+    from hf_epimer.numerics.subspace import TaggedBasis
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class MethodConfig:
     """
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            _check_option(item, getattr(self, item.name))
+        for name, option in options_of(type(self)).items():
+            option.check(getattr(self, name))
 
     def merge(self, base: Any, tuned: Sequence[Any], statistics: Sequence[Any] | None = None) -> dict[str, Tensor]:
         """Merge models in memory with these options.
@@ -117,7 +118,7 @@ class MethodConfig:
         return merge_models(base, tuned, self, statistics)
 
 
-OverLayers = Callable[[Callable[[Layer], Tensor]], Iterable[Tensor]]
+OverLayers: TypeAlias = "Callable[[Callable[[Layer], Tensor]], Iterable[Tensor]]"
 
 
 @dataclass(frozen=True)
@@ -170,36 +171,3 @@ class Method:
     def statistic(self, config: Any) -> Statistic | None:
         """What it needs with these options."""
         return self.needs_with(config) if self.needs_with else self.needs
-
-
-def option(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field that is also a command-line flag: `text` is its help, `low` and `high` its closed range."""
-    return field(default=default, metadata={"help": text, "low": low, "high": high})
-
-
-def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The values of a `Literal[...]` annotation, which dataclasses hold as text; empty for other types."""
-    text = str(annotation)
-    if not text.startswith("Literal["):
-        return ()
-    return tuple(part.strip().strip("'\"") for part in text[len("Literal[") : -1].split(","))
-
-
-def _check_option(item: Field[Any], value: Any) -> None:
-    flag = "--" + item.name.replace("_", "-")
-    choices = choices_of(item.type)
-    if choices:
-        if value not in choices:
-            raise UsageError(f"{flag} {value!r} is not one of {', '.join(choices)}")
-        return
-    if value is None and "None" in str(item.type):
-        return
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise UsageError(f"{flag} must be a finite number, not {value!r}")
-    if str(item.type).startswith("int") and not isinstance(value, Integral):
-        raise UsageError(f"{flag} must be a whole number, not {value!r}")
-    low, high = item.metadata.get("low"), item.metadata.get("high")
-    if low is not None and value < low:
-        raise UsageError(f"{flag} must be at least {low}, not {value}")
-    if high is not None and value > high:
-        raise UsageError(f"{flag} must be at most {high}, not {value}")

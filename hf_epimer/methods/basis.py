@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_epimer.methods.base import Layer
-from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, tagged_basis
+
+if TYPE_CHECKING:
+    from hf_epimer.numerics.subspace import TaggedBasis
 
 
 def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dict[str, Any]]:
@@ -14,6 +16,8 @@ def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dic
     None for parameters that are not matrices, matrices with fewer rows or columns than there are tasks, and layers
     that no task has changed.
     """
+    from hf_epimer.numerics.subspace import capped_rank, tagged_basis
+
     if not layer.is_matrix:
         return None, {}
     shape = (int(layer.base.shape[0]), int(layer.base.shape[1]))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option, weighted_sum
-from hf_epimer.methods.ties import elect_and_average
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, weighted_sum
+from hf_epimer.methods.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class DAREConfig(MethodConfig):
 
 def merge_dare(layer: Layer, config: DAREConfig, survey: None = None) -> LayerMerge:
     """Drop, rescale, combine."""
+    import torch
+
+    from hf_epimer.numerics.trimming import elect_and_average
+
     thinned = (
         torch.where(_mask(layer, label, config.drop), d, 0) / (1 - config.drop)
         for label, d in zip(layer.labels, layer.task_vectors, strict=True)
@@ -46,6 +50,8 @@ def merge_dare(layer: Layer, config: DAREConfig, survey: None = None) -> LayerMe
 
 def _mask(layer: Layer, label: str, drop: float) -> Tensor:
     """True where an entry is kept; drawn on the CPU so that every device sees the same mask."""
+    import torch
+
     key = hashlib.sha256(f"{layer.seed}\0{layer.name}\0{label}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
     return (torch.rand(layer.base.shape, generator=generator) >= drop).to(layer.base.device)

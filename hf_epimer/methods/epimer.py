@@ -18,18 +18,20 @@ away before projecting) and Kronecker factors (`metric="kronecker"`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
 from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.fisher_averaging import FisherConfig, merge_fisher
+from hf_epimer.methods.options import option
 from hf_epimer.methods.statistic import Statistic
-from hf_epimer.numerics.frechet import frechet_mean
-from hf_epimer.numerics.metric import DenseMetrics, DiagonalMetrics, ProjectedMetrics, kronecker_metrics, shrunk
-from hf_epimer.numerics.subspace import TaggedBasis, projected_coordinates, tagged_coordinates
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_epimer.numerics.metric import ProjectedMetrics
+    from hf_epimer.numerics.subspace import TaggedBasis
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class EpiMerConfig(MethodConfig):
 
 def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> LayerMerge:
     """Solve one layer: basis, metrics, coordinates, one linear system."""
+    from hf_epimer.numerics.frechet import frechet_mean
+
     basis, report = layer_basis(layer, config.rank)
     if basis is None:
         if config.vectors == "fisher" and not layer.is_matrix:
@@ -89,6 +93,8 @@ def layer_metrics(layer: Layer, basis: TaggedBasis, config: EpiMerConfig) -> Pro
     Raises:
         StatisticsError: the layer has no statistics of that kind.
     """
+    from hf_epimer.numerics.metric import DenseMetrics, DiagonalMetrics, kronecker_metrics, shrunk
+
     if config.metric == "diagonal":
         v = layer.measured("fisher")
         return DiagonalMetrics(basis, v, layer.weights, damping=config.damping, normalize=config.normalize)
@@ -105,6 +111,8 @@ def _shrinkage(layer: Layer, config: EpiMerConfig) -> Tensor:
 
 
 def _coordinates(basis: TaggedBasis, layer: Layer, config: EpiMerConfig) -> Tensor:
+    from hf_epimer.numerics.subspace import projected_coordinates, tagged_coordinates
+
     if config.coordinates == "tagged":
         return tagged_coordinates(basis, layer.tasks)
     return projected_coordinates(basis, layer.task_vectors)

@@ -21,17 +21,18 @@ mended by calibration, which `hf-epimer merge` does by itself after this method 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
 from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.iso import IsoCConfig, merge_iso_c
+from hf_epimer.methods.options import option
 from hf_epimer.methods.statistic import Statistic
-from hf_epimer.numerics.core import full_core
-from hf_epimer.numerics.subspace import TaggedBasis
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_epimer.numerics.subspace import TaggedBasis
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class EpiMerCoreConfig(MethodConfig):
 
 def merge_epimer_core(layer: Layer, config: EpiMerCoreConfig, survey: None = None) -> LayerMerge:
     """Solve one layer: basis, projected factors, scaffold, one generalised Sylvester equation."""
+    from hf_epimer.numerics.core import full_core
+
     basis, report = layer_basis(layer, config.rank)
     if basis is None:
         return LayerMerge(layer.mean() * config.alpha, report)
@@ -73,7 +76,7 @@ def _inputs(layer: Layer, metric: str) -> list[Tensor] | None:
 def _scaffold(layer: Layer, basis: TaggedBasis, name: str) -> Tensor:
     """M_0: the other method's merge in the basis."""
     if name == "tsv-m":
-        return torch.diag(basis.s * layer.weights[basis.tags] * layer.tasks)
+        return (basis.s * layer.weights[basis.tags] * layer.tasks).diag()
     return basis.u.mT @ merge_iso_c(layer, IsoCConfig()).task_vector @ basis.v
 
 

@@ -9,11 +9,13 @@ Both are the Fréchet mean with S = I and a diagonal metric (EpiMer, Proposition
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, weighted_sum
+from hf_epimer.methods.options import option
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option, weighted_sum
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ def curvature_weighted_mean(layer: Layer, curvature: Tensor) -> Tensor:
     Args:
         curvature: h_t >= 0, T x the shape of W_0.
     """
+    import torch
+
     total = weighted_sum(layer.weights, curvature)
     weighted = weighted_sum(layer.weights, curvature * layer.task_vectors)
     tiny = torch.finfo(total.dtype).tiny
@@ -63,7 +67,7 @@ def _scaled(layer: Layer) -> Tensor:
     """v_t over the layer's mean, so that nothing is denormal."""
     v = layer.measured("fisher")
     mean = weighted_sum(layer.weights, v).mean()
-    return v / mean if bool(mean > 0) else torch.zeros_like(v)
+    return v / mean if bool(mean > 0) else v.new_zeros(v.shape)
 
 
 FISHER = Method(

@@ -16,14 +16,16 @@ not matrices take the mean of the task vectors, times alpha.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
-from hf_epimer.numerics.lowrank import LowRank, factorize, low_rank_mean
-from hf_epimer.numerics.lowrank.sylvester import kronecker_mean
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
+from hf_epimer.methods.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_epimer.numerics.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class FrechetLoraConfig(MethodConfig):
 
 def merge_frechet_lora(layer: Layer, config: FrechetLoraConfig, survey: None = None) -> LayerMerge:
     """alpha times the mean of one layer."""
+    from hf_epimer.numerics.lowrank import low_rank_mean
+
     mean = layer.mean()
     if not layer.is_matrix or not bool(layer.task_vectors.any()):
         return LayerMerge(mean * config.alpha)
@@ -68,13 +72,18 @@ def merge_frechet_lora(layer: Layer, config: FrechetLoraConfig, survey: None = N
     return LayerMerge(value * config.alpha, report | ({"note": found.note} if found.note else {}))
 
 
-def _factorized(task_vector: torch.Tensor) -> LowRank:
+def _factorized(task_vector: Tensor) -> LowRank:
     """Thin SVD in float64, cut where the rounding of the task vector's own precision begins."""
+    from hf_epimer.numerics.lowrank import LowRank, factorize
+
     found = factorize(task_vector)
     return LowRank(found.u.double(), found.s.double(), found.v.double())
 
 
 def _merge_curved(layer: Layer, config: FrechetLoraConfig) -> LayerMerge:
+    from hf_epimer.numerics.lowrank import factorize
+    from hf_epimer.numerics.lowrank.sylvester import kronecker_mean
+
     found = kronecker_mean(
         layer.task_vectors.double(),
         layer.measured("output").double(),

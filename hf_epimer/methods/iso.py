@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
-from hf_epimer.numerics.linalg import polar_factor, truncated_svd
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
+from hf_epimer.methods.options import option
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,8 @@ class IsoCTSConfig(MethodConfig):
 
 def merge_iso_c(layer: Layer, config: IsoCConfig, survey: None = None) -> LayerMerge:
     """alpha mean(s) U V^T over the directions that the sum really has."""
+    import torch
+
     mean = layer.mean()
     if not layer.is_matrix or not bool(mean.any()):
         return LayerMerge(mean * config.alpha)
@@ -44,6 +44,10 @@ def merge_iso_c(layer: Layer, config: IsoCConfig, survey: None = None) -> LayerM
 
 def merge_iso_cts(layer: Layer, config: IsoCTSConfig, survey: None = None) -> LayerMerge:
     """Common and task-specific directions with one flat spectrum."""
+    import torch
+
+    from hf_epimer.numerics.linalg import polar_factor, truncated_svd
+
     total = layer.mean() * layer.tasks
     if not layer.is_matrix or not bool(total.any()):
         return LayerMerge(layer.mean() * config.alpha)

@@ -8,13 +8,14 @@ nan                 W_0 + alpha sum q_t D_t,  q_t ~ l_t / ||theta_t||,  sum q_t 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, OverLayers, Paper, option, weighted_sum
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, OverLayers, Paper, weighted_sum
+from hf_epimer.methods.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def merge_task_arithmetic(layer: Layer, config: TaskArithmeticConfig, survey: No
 
 def survey_norms(config: NANConfig, over_layers: OverLayers) -> Tensor:
     """Global norm of every model (or task vector), length T, float64."""
+    import torch
 
     def squares(layer: Layer) -> Tensor:
         values = layer.task_vectors if config.norm == "task-vector" else layer.task_vectors + layer.base

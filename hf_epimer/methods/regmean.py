@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option, weighted_sum
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, weighted_sum
+from hf_epimer.methods.options import option
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class RegMeanConfig(MethodConfig):
 
 def merge_regmean(layer: Layer, config: RegMeanConfig, survey: None = None) -> LayerMerge:
     """Solve the regression of one linear layer in float64."""
+    import torch
+
     if "input" not in layer.statistics or not layer.is_matrix:
         return LayerMerge(layer.mean())
     grams = layer.statistics["input"].double()

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
 from hf_epimer.methods.basis import layer_basis
+from hf_epimer.methods.options import option
 
 
 @dataclass(frozen=True)

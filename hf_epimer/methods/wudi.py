@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, option, weighted_sum
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, weighted_sum
+from hf_epimer.methods.options import option
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class WUDIConfig(MethodConfig):
 
 def merge_wudi(layer: Layer, config: WUDIConfig, survey: None = None) -> LayerMerge:
     """Solve one layer in float64."""
+    import torch
+
     if not layer.is_matrix or not bool(layer.task_vectors.any()):
         return LayerMerge(layer.mean() * config.alpha)
     deltas = layer.task_vectors.double()

@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_epimer import METHODS, MergeRecipe, ModelRef, Task, merge
-from hf_epimer.cli.terminal import silence_libraries
 from hf_epimer.curvature.files import Compression
 from hf_epimer.curvature.measure import StatisticsRecipe, measure
 from hf_epimer.curvature.request import Sampling
@@ -217,7 +216,6 @@ def parser(text: str, *, ranks: Sequence[int] = (32,)) -> argparse.ArgumentParse
 
 def benchmark_of(options: argparse.Namespace) -> Benchmark:
     """The checkpoints that the flags name."""
-    silence_libraries()
     if options.hub:
         name = HUB[options.hub]
         names = options.tasks or list(TASKS)

@@ -22,8 +22,6 @@ import variants
 from bench import USUAL, Bench, Hits, Look, Tensors, average, difference, worst
 from rich.console import Console
 
-from hf_epimer.cli.terminal import silence_libraries
-
 LOG = Path(__file__).with_name("core.jsonl")
 ALPHAS = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -236,7 +234,6 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    silence_libraries()
     for tasks in options.sets:
         run(options.zoo, tasks, options.rows, options.limit)
     if options.report:

@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_epimer import ModelRef, Task, accuracy
-from hf_epimer.cli.terminal import silence_libraries
 from hf_epimer.hub import source as hub
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.head import classifier_for
@@ -71,7 +70,6 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
-    silence_libraries()
     shutil.copytree(options.zoo / "base", options.out / "base")
     home = hub.resolve(ModelRef(str((options.out / "base").absolute()), label="base"))
     for number, file in enumerate(sorted((options.zoo / "task_files").glob("*.yaml"))):

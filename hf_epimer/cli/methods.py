@@ -1,0 +1,44 @@
+"""`hf-epimer methods`: the merge methods, what each needs, its options and its paper."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from hf_epimer.cli.arguments import add_output_arguments
+from hf_epimer.cli.terminal import Command
+from hf_epimer.methods import METHODS as TABLE
+from hf_epimer.methods.base import Method
+from hf_epimer.methods.options import options_of
+
+
+def _run(namespace: argparse.Namespace) -> None:
+    if namespace.json:
+        print(json.dumps({name: _described(method) for name, method in TABLE.items()}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="merge methods", title_justify="left")
+    for column in ("method", "what it does", "needs", "options (default)", "source"):
+        table.add_column(column, overflow="fold")
+    for name, method in TABLE.items():
+        options = ", ".join(f"{option.flag} ({option.default})" for option in options_of(method.config).values())
+        source = f"{method.paper.authors.split(',')[0]}, {method.paper.venue} {method.paper.year}"
+        table.add_row(f"[bold]{name}", method.summary, method.needs or "", options, source)
+    Console().print(table)
+
+
+def _described(method: Method) -> dict[str, Any]:
+    return {
+        "summary": method.summary,
+        "formula": method.formula,
+        "needs": method.needs,
+        "options": {name: option.default for name, option in options_of(method.config).items()},
+        "paper": method.paper.title,
+        "url": method.paper.url,
+    }
+
+
+METHODS = Command("list the merge methods", add_output_arguments, _run)
