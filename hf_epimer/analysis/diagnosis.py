@@ -24,7 +24,7 @@ from hf_epimer.analysis import RANKS
 from hf_epimer.analysis.verdict import RankTotals, verdict
 from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.curvature.comparison import Agreement, compare_with_hessian
-from hf_epimer.curvature.request import Estimate, Sampling
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import StatisticsError, UsageError
 from hf_epimer.hub.source import Source
 from hf_epimer.merging.inputs import Ingredients
@@ -44,6 +44,7 @@ from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, task
 from hf_epimer.pipeline.inputs import fetch, gather
 from hf_epimer.pipeline.plan import Plan, make_plan
 from hf_epimer.pipeline.recipe import MergeRecipe
+from hf_epimer.tasks.dataset import Sampling, TaskImages
 
 REPORT = "diagnosis.json"
 FORMAT = "hf-epimer.diagnosis/1"
@@ -224,8 +225,8 @@ def _against_hessian(
     for model, task in zip(plan.models, plan.tasks, strict=True):
         if task is None:
             raise StatisticsError(f"{model}: --exact needs its task; label it (dtd=REF) or add --task FILE")
-        estimate = Estimate(model, plan.base, task, Sampling(plan.recipe.samples, seed=plan.recipe.seed))
-        found[model.label] = compare_with_hessian(estimate, few)
+        images = TaskImages(task, Sampling(plan.recipe.samples, seed=plan.recipe.seed))
+        found[model.label] = compare_with_hessian(CurvatureRequest(model, plan.base, images), few)
         progress("exact Hessians", 1, len(plan.models))
     return found
 

@@ -44,7 +44,8 @@ def _run(namespace: argparse.Namespace) -> None:
     model = ModelRef.parse(namespace.model)
     base = ModelRef.parse(namespace.base) if namespace.base else None
     from hf_epimer.curvature.measure import StatisticsRecipe, measure
-    from hf_epimer.curvature.request import Sampling
+    from hf_epimer.curvature.request import Gradients
+    from hf_epimer.tasks.dataset import Sampling
 
     samples = namespace.samples if namespace.samples is not None or namespace.fraction is not None else 256
     # `accelerate launch --mixed_precision` says it in the environment
@@ -53,17 +54,16 @@ def _run(namespace: argparse.Namespace) -> None:
         samples,
         namespace.fraction,
         namespace.split,
-        namespace.labels,
         namespace.seed,
-        "squared-mean" if namespace.squared_mean else "per-sample",
         namespace.streaming,
-        precision,
     )
+    gradients = Gradients(namespace.labels, "squared-mean" if namespace.squared_mean else "per-sample", precision)
     recipe = StatisticsRecipe(
         model,
         namespace.task,
         base,
         sampling,
+        gradients,
         namespace.kronecker,
         namespace.compress,
         namespace.batch_size,

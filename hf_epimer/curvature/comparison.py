@@ -20,7 +20,7 @@ from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal, Kronec
 from hf_epimer.curvature.data_pass import sweep
 from hf_epimer.curvature.estimate import load_subject
 from hf_epimer.curvature.hessian import projected_hessian
-from hf_epimer.curvature.request import Estimate
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.numerics.metric import DiagonalMetrics, kronecker_metrics
 from hf_epimer.numerics.subspace import TaggedBasis
 
@@ -34,14 +34,14 @@ class Agreement:
 
 
 def compare_with_hessian(
-    estimate: Estimate, bases: Mapping[str, TaggedBasis], batch_size: int = 16
+    request: CurvatureRequest, bases: Mapping[str, TaggedBasis], batch_size: int = 16
 ) -> dict[str, Agreement]:
     """The `diagonal`, `projected` and `kronecker` metrics of one checkpoint on its task, from the same samples.
 
     Args:
         bases: parameter -> basis; a few of a model's matrices do.
     """
-    subject, batches = load_subject(estimate, batch_size, Accelerator())
+    subject, batches = load_subject(request, batch_size, Accelerator())
     exact = projected_hessian(subject, batches, bases)
     makers: dict[str, Accumulator] = {
         "diagonal": FisherDiagonal(subject.shapes),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,9 @@ from torch.nn.functional import cross_entropy
 
 from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal
 from hf_epimer.curvature.per_sample import Gradient, gradient_taps
+from hf_epimer.curvature.request import Labels, Precision
 from hf_epimer.errors import DataError, StatisticsError, UsageError
 from hf_epimer.tasks.images import Batch
-
-Labels = Literal["true", "sampled"]
-Precision = Literal["no", "bf16"]
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from torch import Tensor
 from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
 from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
-from hf_epimer.curvature.request import Estimate
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.files import model_folder
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
 from hf_epimer.numerics.subspace import TaggedBasis
-from hf_epimer.tasks.images import ImageBatches, Samples, read_samples
+from hf_epimer.tasks.images import ImageBatches, read_images
 
 OnSamples = Callable[[int], None]
 
 
 def estimate_file(
-    estimate: Estimate,
+    request: CurvatureRequest,
     statistic: Statistic,
     *,
     batch_size: int = 32,
@@ -43,7 +43,7 @@ def estimate_file(
     Raises:
         EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
     """
-    path = estimate.cached(statistic)
+    path = request.cached(statistic)
     if path.is_file():
         return path
     kinds: dict[Any, Callable[[Mapping[str, torch.Size]], Accumulator]] = {
@@ -51,17 +51,17 @@ def estimate_file(
         ("fisher", "squared-mean"): SquaredMean,
         ("kronecker", "per-sample"): KroneckerFactors,
     }
-    make = kinds[statistic, estimate.sampling.kind]
+    make = kinds[statistic, request.gradients.kind]
     accelerator = accelerator or Accelerator()
-    tensors, samples = _measure(estimate, lambda s, d: make(s.shapes), batch_size, probe, accelerator, on_samples)
+    tensors, samples = _measure(request, lambda s, d: make(s.shapes), batch_size, probe, accelerator, on_samples)
     if accelerator.is_main_process:
-        save_statistics(path, tensors, _metadata(estimate, samples), statistic)
+        save_statistics(path, tensors, _metadata(request, samples), statistic)
     accelerator.wait_for_everyone()
     return path
 
 
 def project_fisher(
-    estimate: Estimate,
+    request: CurvatureRequest,
     bases: Mapping[str, TaggedBasis],
     *,
     batch_size: int = 32,
@@ -74,11 +74,11 @@ def project_fisher(
     def make(subject: Subject, device: torch.device) -> Accumulator:
         return ProjectedFisher(bases, device)
 
-    return _measure(estimate, make, batch_size, probe, Accelerator(), on_samples)[0]
+    return _measure(request, make, batch_size, probe, Accelerator(), on_samples)[0]
 
 
 def _measure(
-    estimate: Estimate,
+    request: CurvatureRequest,
     make: Callable[[Subject, torch.device], Accumulator],
     batch_size: int,
     probe: bool,
@@ -86,17 +86,17 @@ def _measure(
     on_samples: OnSamples,
 ) -> tuple[dict[str, Tensor], int]:
     """Load model and data, and sweep over them. All processes take part."""
-    sampling = estimate.sampling
-    subject, batches = load_subject(estimate, batch_size, accelerator)
+    gradients = request.gradients
+    subject, batches = load_subject(request, batch_size, accelerator)
     if probe:
         probe_determinism(subject, batches, accelerator)
     found, count = sweep(
         subject,
         batches,
         make(subject, accelerator.device),
-        labels=sampling.labels,
-        seed=sampling.seed,
-        precision=sampling.precision,
+        labels=gradients.labels,
+        seed=request.images.sampling.seed,
+        precision=gradients.precision,
         accelerator=accelerator,
         on_samples=on_samples,
     )
@@ -105,51 +105,33 @@ def _measure(
     return found, count
 
 
-def load_subject(estimate: Estimate, batch_size: int, accelerator: Accelerator) -> tuple[Subject, ImageBatches]:
+def load_subject(request: CurvatureRequest, batch_size: int, accelerator: Accelerator) -> tuple[Subject, ImageBatches]:
     """The checkpoint behind its task's head, and this process's share of the samples.
 
     Raises:
         EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
     """
-    task = estimate.task
+    task = request.images.task
     with accelerator.main_process_first():  # one process fetches, the others find everything in place
-        vision = model_folder(estimate.model)
-        samples = samples_of(estimate)
-        model = classifier_for(load_tower(vision, estimate.base), estimate.base, task, samples.class_names)
+        vision = model_folder(request.model)
+        samples = read_images(request.images)
+        model = classifier_for(load_tower(vision, request.base), request.base, task, samples.class_names)
     subject = Subject(model, model.vision_names())
     share = (accelerator.process_index, accelerator.num_processes)
     return subject, ImageBatches(samples, model.pixels, batch_size, share)
 
 
-def samples_of(estimate: Estimate) -> Samples:
-    """The samples that it is taken on.
-
-    Raises:
-        DataError: they cannot be read.
-    """
-    sampling = estimate.sampling
-    return read_samples(
-        estimate.task,
-        estimate.split,
-        limit=sampling.samples,
-        fraction=sampling.fraction,
-        seed=sampling.seed,
-        revision=None if Path(estimate.task.dataset).is_absolute() else estimate.revision,
-        streaming=bool(sampling.streaming),
-    )
-
-
-def _metadata(estimate: Estimate, samples: int) -> StatisticsMetadata:
+def _metadata(request: CurvatureRequest, samples: int) -> StatisticsMetadata:
     """Hub ids and commits; of local folders their names only."""
-    task = estimate.task
+    task = request.images.task
     return StatisticsMetadata(
         samples=samples,
         task=task.name,
         dataset=Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset,
-        dataset_revision=estimate.revision,
-        model=estimate.model.title,
-        model_sha=estimate.model_sha,
-        labels=estimate.sampling.labels,
-        seed=estimate.sampling.seed,
-        kind=estimate.sampling.kind,
+        dataset_revision=request.images.revision,
+        model=request.model.title,
+        model_sha=request.model_sha,
+        labels=request.gradients.labels,
+        seed=request.images.sampling.seed,
+        kind=request.gradients.kind,
     )

@@ -19,7 +19,7 @@ from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.curvature.card import statistics_section
 from hf_epimer.curvature.estimate import estimate_file
 from hf_epimer.curvature.files import FILE_OF, FORMATS, Compression, StatisticsMetadata, save_statistics
-from hf_epimer.curvature.request import Estimate, Sampling
+from hf_epimer.curvature.request import CurvatureRequest, Gradients
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.hub import push as pushing
 from hf_epimer.hub import source as hub
@@ -29,7 +29,7 @@ from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.base import base_of
 from hf_epimer.models.files import weight_names
 from hf_epimer.models.head import check_head
-from hf_epimer.tasks.dataset import is_large
+from hf_epimer.tasks.dataset import Sampling, TaskImages, is_large
 from hf_epimer.tasks.task import find_task
 from hf_epimer.types import Progress
 
@@ -43,6 +43,7 @@ class StatisticsRecipe:
         task: a built-in task's name, or a task file.
         base: whose head and image processor are used; None to infer it as in a merge.
         sampling: which samples.
+        gradients: which of their gradients.
         kronecker: Kronecker factors (for `--metric kronecker` and RegMean) instead of the Fisher diagonal.
         compress: `bf16` or `rank1`; None for fp32.
         batch_size: per process; changes nothing but speed and memory.
@@ -55,6 +56,7 @@ class StatisticsRecipe:
     task: str
     base: ModelRef | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    gradients: Gradients = field(default_factory=Gradients)
     kronecker: bool = False
     compress: Compression | None = None
     batch_size: int = 32
@@ -76,11 +78,11 @@ class StatisticsRecipe:
             raise UsageError("--streaming needs --samples: the length of a stream is not known")
         if not 0 <= sampling.seed < 2**63:
             raise UsageError(f"--seed must be a whole number from 0 to 2^63 - 1, not {sampling.seed}")
-        if sampling.precision not in ("no", "bf16"):
-            raise UsageError(f"--mixed-precision {sampling.precision} would lose small gradients: use bf16 or no")
+        if self.gradients.precision not in ("no", "bf16"):
+            raise UsageError(f"--mixed-precision {self.gradients.precision} would lose small gradients: use bf16 or no")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
-        if self.kronecker and (self.compress or sampling.kind != "per-sample"):
+        if self.kronecker and (self.compress or self.gradients.kind != "per-sample"):
             raise UsageError("--kronecker goes with neither --compress nor --squared-mean")
 
 
@@ -115,12 +117,12 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     sampling = recipe.sampling
     if sampling.streaming is None:
         sampling = replace(sampling, streaming=sampling.samples is not None and is_large(task))
-    estimate = Estimate(model, base, task, sampling)
+    request = CurvatureRequest(model, base, TaskImages(task, sampling), recipe.gradients)
     accelerator = Accelerator()
     total = recipe.sampling.samples or 0
     progress("measuring", 0, total)
     cached = estimate_file(
-        estimate,
+        request,
         statistic,
         batch_size=recipe.batch_size,
         probe=recipe.probe,

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, TrainerCallback
 
 from hf_epimer.curvature.accumulators import FisherDiagonal
-from hf_epimer.curvature.data_pass import Labels, Subject, probe_determinism, sweep
+from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
 from hf_epimer.curvature.files import FILE_OF, StatisticsMetadata, save_statistics
+from hf_epimer.curvature.request import Labels
 from hf_epimer.errors import DataError, StatisticsError
 from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.tasks.images import Batch

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_epimer.curvature.files import FILE_OF, NAMES, kind_of
-from hf_epimer.curvature.request import Estimate, Sampling
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import DataError, HubError, NotFoundError, StatisticsError, UsageError
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
@@ -20,7 +20,7 @@ from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.files import has_text_tower
 from hf_epimer.models.head import check_head
 from hf_epimer.pipeline.recipe import MergeRecipe
-from hf_epimer.tasks.dataset import data_revision, is_large
+from hf_epimer.tasks.dataset import Sampling, TaskImages, data_revision, is_large
 from hf_epimer.tasks.task import Task
 
 
@@ -32,7 +32,7 @@ def find_statistics(
     models: Sequence[Source],
     tasks: Sequence[Task | None],
     optional: bool,
-) -> tuple[Source | Estimate, ...]:
+) -> tuple[Source | CurvatureRequest, ...]:
     """Where each model's statistics come from; empty when the method needs none.
 
     Args:
@@ -51,7 +51,7 @@ def find_statistics(
             raise UsageError(f"--fisher: {asked_by} uses no Fisher information; {users} do")
         return ()
     given = _given_statistics(recipe, models, needs)
-    found: list[Source | Estimate] = []
+    found: list[Source | CurvatureRequest] = []
     lacking, reasons = [], []
     for model, task in zip(models, tasks, strict=True):
         if model.label in given:
@@ -66,7 +66,7 @@ def find_statistics(
             except (HubError, DataError) as error:  # its data cannot be reached; there are other ways
                 lacking.append(str(model))
                 reasons.append(f" (not on {task.dataset} now: {error})")
-    if optional and not recipe.fisher and (lacking or any(isinstance(entry, Estimate) for entry in found)):
+    if optional and not recipe.fisher and (lacking or any(isinstance(entry, CurvatureRequest) for entry in found)):
         return ()
     if lacking:
         free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
@@ -85,7 +85,7 @@ def find_statistics(
 
 def find_images(
     recipe: MergeRecipe, purpose: str, base: Source, models: Sequence[Source], tasks: Sequence[Task | None]
-) -> tuple[Estimate, ...]:
+) -> tuple[TaskImages, ...]:
     """The images of every model's task, those that curvature is estimated on, for another `purpose`.
 
     Raises:
@@ -101,22 +101,22 @@ def find_images(
             )
         check_head(base, task)
         data_revision(task)  # whether it can be reached is found out now
-        found.append(_estimate(recipe, base, model, task))
+        found.append(_images(recipe, task))
     return tuple(found)
 
 
-def _estimate(recipe: MergeRecipe, base: Source, model: Source, task: Task) -> Estimate:
-    return Estimate(model, base, task, Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task)))
+def _images(recipe: MergeRecipe, task: Task) -> TaskImages:
+    return TaskImages(task, Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task)))
 
 
 def _cached_or_estimate(
     recipe: MergeRecipe, needs: Statistic, base: Source, model: Source, task: Task
-) -> Source | Estimate:
-    estimate = _estimate(recipe, base, model, task)
+) -> Source | CurvatureRequest:
+    request = CurvatureRequest(model, base, _images(recipe, task))
     if needs == "projected":
-        return estimate
-    path = estimate.cached(kind_of(needs))
-    return _statistics_source(ModelRef(str(path), label=model.label), needs) if path.is_file() else estimate
+        return request
+    path = request.cached(kind_of(needs))
+    return _statistics_source(ModelRef(str(path), label=model.label), needs) if path.is_file() else request
 
 
 def _given_statistics(recipe: MergeRecipe, models: Sequence[Source], needs: Statistic) -> dict[str, Source]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_epimer.checkpoints.reader import Checkpoint, StateDict, TensorSource
 from hf_epimer.curvature.estimate import estimate_file, project_fisher
 from hf_epimer.curvature.files import NAMES, kind_of, open_statistics
-from hf_epimer.curvature.request import Estimate
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.source import Source
@@ -66,14 +66,14 @@ def gather(plan: Plan, progress: Progress) -> Ingredients:
         projected = [
             StateDict(f"{NAMES['projected']} of {entry.model.label}", project_fisher(entry, bases, on_samples=step))
             for entry in plan.statistics
-            if isinstance(entry, Estimate)
+            if isinstance(entry, CurvatureRequest)
         ]
         return replace(ingredients, statistics=projected, bases=bases)
     return replace(ingredients, statistics=gather_statistics(plan, plan.statistic, plan.statistics, progress))
 
 
 def gather_statistics(
-    plan: Plan, statistic: Statistic, entries: Sequence[Source | Estimate], progress: Progress
+    plan: Plan, statistic: Statistic, entries: Sequence[Source | CurvatureRequest], progress: Progress
 ) -> list[TensorSource]:
     """One file of statistics per model, opened; estimated now where there is none.
 
@@ -83,7 +83,7 @@ def gather_statistics(
     step = _announced(entries, progress)
     opened = []
     for entry, model in zip(entries, plan.models, strict=True):
-        if isinstance(entry, Estimate):
+        if isinstance(entry, CurvatureRequest):
             path = estimate_file(entry, kind_of(statistic), on_samples=step)
         else:
             path = entry.fetch(statistics_name(entry, statistic))
@@ -92,9 +92,9 @@ def gather_statistics(
     return opened
 
 
-def _announced(entries: Sequence[Source | Estimate], progress: Progress) -> Callable[[int], None]:
+def _announced(entries: Sequence[Source | CurvatureRequest], progress: Progress) -> Callable[[int], None]:
     """A stage of its own for what is to be estimated: takes the number of samples done."""
-    total = sum(entry.sampling.samples or 0 for entry in entries if isinstance(entry, Estimate))
+    total = sum(entry.images.sampling.samples or 0 for entry in entries if isinstance(entry, CurvatureRequest))
     progress("estimating curvature", 0, total)
     return lambda count: progress("estimating curvature", count, total)
 

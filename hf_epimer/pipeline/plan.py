@@ -18,7 +18,7 @@ import torch
 
 from hf_epimer.checkpoints.atomic import check_target
 from hf_epimer.checkpoints.reader import FORMATS, Checkpoint, StateDict
-from hf_epimer.curvature.request import Estimate
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import CheckpointError, DataError, HubError, MismatchError, StatisticsError, UsageError
 from hf_epimer.hub import push as pushing
 from hf_epimer.hub import source as hub
@@ -34,6 +34,7 @@ from hf_epimer.models.files import adapter_config, is_adapter, model_folder, tow
 from hf_epimer.numerics.subspace import capped_rank
 from hf_epimer.pipeline.curvature_sources import find_images, find_statistics, statistics_name
 from hf_epimer.pipeline.recipe import MergeRecipe
+from hf_epimer.tasks.dataset import TaskImages
 from hf_epimer.tasks.task import Task, benchmark_tasks, infer_task, load_task_file
 from hf_epimer.types import Shape
 
@@ -54,13 +55,13 @@ class Plan:
     method: Method
     base: Source
     models: tuple[Source, ...]
-    statistics: tuple[Source | Estimate, ...]
+    statistics: tuple[Source | CurvatureRequest, ...]
     tasks: tuple[Task | None, ...]
     weights: tuple[float, ...]
     tower: dict[str, Any]
     architecture: Architecture = CLIP_VISION
-    images: tuple[Estimate, ...] = ()
-    curvature: tuple[Source | Estimate, ...] = ()
+    images: tuple[TaskImages, ...] = ()
+    curvature: tuple[Source | CurvatureRequest, ...] = ()
 
     @property
     def statistic(self) -> Statistic | None:
@@ -85,9 +86,9 @@ class Plan:
         return not in_core or self.recipe.evaluate or bool(self.to_estimate)
 
     @property
-    def wanted(self) -> list[tuple[Statistic, Source | Estimate]]:
+    def wanted(self) -> list[tuple[Statistic, Source | CurvatureRequest]]:
         """All statistics that will be read: those of the method and those of a calibration."""
-        found: list[tuple[Statistic, Source | Estimate]] = [("outputs", entry) for entry in self.curvature]
+        found: list[tuple[Statistic, Source | CurvatureRequest]] = [("outputs", entry) for entry in self.curvature]
         return [*((self.statistic, entry) for entry in self.statistics if self.statistic), *found]
 
     @property
@@ -96,9 +97,9 @@ class Plan:
         return [(statistic, entry) for statistic, entry in self.wanted if isinstance(entry, Source)]
 
     @property
-    def to_estimate(self) -> list[tuple[Statistic, Estimate]]:
+    def to_estimate(self) -> list[tuple[Statistic, CurvatureRequest]]:
         """Statistics that are not."""
-        return [(statistic, entry) for statistic, entry in self.wanted if isinstance(entry, Estimate)]
+        return [(statistic, entry) for statistic, entry in self.wanted if isinstance(entry, CurvatureRequest)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -120,7 +121,7 @@ class Plan:
             if rank and capped_rank(rank, (shape[0], shape[1]), len(self.models)) < rank
         }
         sources = [self.base, *self.models] if self.reads_base else self.models
-        images = [f"{entry.model.label}: {_samples_of(entry)}" for entry in self.images]
+        images = [f"{model.label}: {entry}" for model, entry in zip(self.models, self.images, strict=False)]
         return {
             "base": str(self.base),
             "models": [str(model) for model in self.models],
@@ -131,7 +132,7 @@ class Plan:
             "weights": list(self.weights),
             "statistics": [str(source) for _, source in self.measured],
             "to_estimate": [
-                f"{statistic} of {entry.model.label}: {_samples_of(entry)}" for statistic, entry in self.to_estimate
+                f"{statistic} of {entry.model.label}: {entry.images}" for statistic, entry in self.to_estimate
             ],
             "calibrate_on": images if self.recipe.calibrate else [],
             "tune_alpha_on": images if self.recipe.tune_alpha else [],
@@ -143,10 +144,6 @@ class Plan:
             "out": str(target_folder(self.recipe)),
             "push_to": self.recipe.push_to,
         }
-
-
-def _samples_of(estimate: Estimate) -> str:
-    return f"{estimate.sampling.samples} samples of {estimate.task.dataset}, split {estimate.split}"
 
 
 def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan:
@@ -300,7 +297,7 @@ def _calibration(
     base: Source,
     models: Sequence[Source],
     tasks: Sequence[Task | None],
-) -> tuple[tuple[Estimate, ...], tuple[Source | Estimate, ...]]:
+) -> tuple[tuple[TaskImages, ...], tuple[Source | CurvatureRequest, ...]]:
     """The images of a calibration and the curvature that it needs; neither where there is to be none.
 
     Args:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from hf_epimer.curvature.estimate import samples_of
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.clip import CLIP_VISION
@@ -28,7 +27,7 @@ from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_vision
 from hf_epimer.pipeline.adapter_output import dense_layers
 from hf_epimer.pipeline.plan import Plan
-from hf_epimer.tasks.images import Batch, ImageBatches
+from hf_epimer.tasks.images import Batch, ImageBatches, read_images
 from hf_epimer.types import Progress
 
 logger = logging.getLogger(__name__)
@@ -57,9 +56,9 @@ def divergences(plan: Plan, ingredients: Ingredients, progress: Progress) -> dic
     tower: nn.Module = load_vision(base_folder(plan.base))
     tower.to(plan.recipe.device)
     found = dict.fromkeys(ALPHAS, 0.0)
-    for estimate, model, weight in zip(plan.images, ingredients.models, plan.weights, strict=True):
-        samples = samples_of(estimate)
-        classifier = classifier_for(tower, plan.base, estimate.task, samples.class_names).to(plan.recipe.device)
+    for images, model, weight in zip(plan.images, ingredients.models, plan.weights, strict=True):
+        samples = read_images(images)
+        classifier = classifier_for(tower, plan.base, images.task, samples.class_names).to(plan.recipe.device)
         pictures = ImageBatches(samples, classifier.pixels, BATCH)
         batches = list(pictures)
         pictures.report_broken()

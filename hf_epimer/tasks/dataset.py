@@ -1,8 +1,13 @@
-"""A task's data set from the outside: which version of it there is, and how large it is. No row is read."""
+"""A task's data set from the outside: which version of it there is, how large it is, and which of its images are meant.
+
+No row is read here.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from hf_epimer.errors import DataError
@@ -11,6 +16,51 @@ from hf_epimer.tasks.task import Task
 
 LARGE = 2 * 10**9
 """Bytes of a data set from which on a few samples are streamed rather than all of it downloaded."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which samples of a split.
+
+    Attributes:
+        samples: at most so many.
+        fraction: of the split, instead; in (0, 1].
+        split: of the data set; None for the task's training split.
+        seed: of the choice.
+        streaming: fetch only the samples that are used; None, in a recipe, to decide by the size of the data set.
+    """
+
+    samples: int | None = 256
+    fraction: float | None = None
+    split: str | None = None
+    seed: int = 0
+    streaming: bool | None = False
+
+
+@dataclass(frozen=True)
+class TaskImages:
+    """Some images of a task. `hf_epimer.tasks.images.read_images` reads them."""
+
+    task: Task
+    sampling: Sampling
+
+    @property
+    def split(self) -> str:
+        """The split that they are of."""
+        return self.sampling.split or self.task.train_split
+
+    @cached_property
+    def revision(self) -> str:
+        """The commit of the data set, or a digest of a local folder."""
+        return data_revision(self.task)
+
+    def __str__(self) -> str:
+        return f"{self.sampling.samples} samples of {self.task.dataset}, split {self.split}"
+
+
+def is_large(task: Task) -> bool:
+    """Whether a task's data set is on the Hub and larger than `LARGE`: a few samples of it are better streamed."""
+    return not Path(task.dataset).is_absolute() and hub.dataset_bytes(task.dataset) > LARGE
 
 
 def data_revision(task: Task) -> str:
@@ -30,8 +80,3 @@ def data_revision(task: Task) -> str:
         status = path.stat()
         digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:40]
-
-
-def is_large(task: Task) -> bool:
-    """Whether a task's data set is on the Hub and larger than `LARGE`: a few samples of it are better streamed."""
-    return not Path(task.dataset).is_absolute() and hub.dataset_bytes(task.dataset) > LARGE

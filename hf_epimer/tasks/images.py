@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_epimer.errors import DataError
+from hf_epimer.tasks.dataset import TaskImages
 from hf_epimer.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -139,6 +140,24 @@ def decode(value: Any) -> Image.Image:
     if value is None:
         raise ValueError("there is no image")
     return ImageFeature(mode="RGB").decode_example(value)
+
+
+def read_images(images: TaskImages) -> Samples:
+    """The rows of images that have been chosen.
+
+    Raises:
+        DataError: as in `read_samples`.
+    """
+    sampling = images.sampling
+    return read_samples(
+        images.task,
+        images.split,
+        limit=sampling.samples,
+        fraction=sampling.fraction,
+        seed=sampling.seed,
+        revision=None if Path(images.task.dataset).is_absolute() else images.revision,
+        streaming=bool(sampling.streaming),
+    )
 
 
 def read_samples(

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from benchmark import Benchmark, Comparison, Numbers, benchmark_of, parser, published
 
-from hf_epimer.curvature.request import Sampling
+from hf_epimer.curvature.request import Gradients
+from hf_epimer.tasks.dataset import Sampling
 
 LABELS = {
     "zero-shot": "base, zero-shot",
@@ -41,8 +42,8 @@ def accuracies(benchmark: Benchmark, row: str, rank: int) -> list[float]:
     if row == "ties":
         return benchmark.accuracies("ties", election="count")
     if row == "fisher, squared mean":
-        sampling = Sampling(benchmark.samples, seed=benchmark.seed, kind="squared-mean")
-        return benchmark.accuracies("fisher", sampling)
+        sampling = Sampling(benchmark.samples, seed=benchmark.seed)
+        return benchmark.accuracies("fisher", sampling, Gradients(kind="squared-mean"))
     if row in alphas:
         return benchmark.accuracies(row, rank=rank, alpha=alphas[row])
     return benchmark.accuracies(row)

@@ -26,10 +26,11 @@ from rich.table import Table
 from hf_epimer import METHODS, MergeRecipe, ModelRef, Task, merge
 from hf_epimer.curvature.files import Compression
 from hf_epimer.curvature.measure import StatisticsRecipe, measure
-from hf_epimer.curvature.request import Sampling
+from hf_epimer.curvature.request import Gradients
 from hf_epimer.evaluation.accuracy import evaluate_folder
 from hf_epimer.hub import source as hub
 from hf_epimer.models.files import base_folder, model_folder
+from hf_epimer.tasks.dataset import Sampling
 from hf_epimer.tasks.task import find_task
 
 HUB = {
@@ -117,6 +118,7 @@ class Benchmark:
         self,
         method: str,
         sampling: Sampling | None = None,
+        gradients: Gradients | None = None,
         compress: Compression | None = None,
         **options: Any,
     ) -> list[float]:
@@ -124,20 +126,22 @@ class Benchmark:
 
         Args:
             method: a name from METHODS.
-            sampling: how its Fisher information is measured; None for `samples` samples, as a merge does it itself.
+            sampling: what its Fisher information is measured on; None for `samples` samples, as a merge does it itself.
+            gradients: which of their gradients; None for those that a merge takes.
             compress: how that is stored.
             options: of the method.
         """
+        gradients = gradients or Gradients()
         identity = {
             "method": method,
             "options": options,
-            "sampling": asdict(sampling) if sampling else self.samples,
+            "sampling": asdict(sampling) | asdict(gradients) if sampling else self.samples,
             "compress": compress,
             "models": list(map(str, self.models)),
         }
 
         def compute() -> list[float]:
-            files = self._fisher_files(sampling, compress) if sampling else ()
+            files = self._fisher_files(sampling, gradients, compress) if sampling else ()
             return self._measure(merge(self.recipe(method, options, str(self.out / "merged"), files)).out)
 
         return self.kept(identity, compute)
@@ -178,11 +182,11 @@ class Benchmark:
         found = evaluate_folder(folder, self.base_folder, tasks, name="", limit=self.limit)
         return [found.tasks[task.name].accuracy for task in tasks]
 
-    def _fisher_files(self, sampling: Sampling, compress: Compression | None) -> list[ModelRef]:
+    def _fisher_files(self, sampling: Sampling, gradients: Gradients, compress: Compression | None) -> list[ModelRef]:
         files = []
         for model, task in zip(self.models, self.task_files):
             file = self.out / "fisher" / f"{model.label}.safetensors"
-            measure(StatisticsRecipe(model, task, self.base, sampling, compress=compress, out=file))
+            measure(StatisticsRecipe(model, task, self.base, sampling, gradients, compress=compress, out=file))
             files.append(ModelRef.parse(f"{model.label}={file}"))
         return files
 

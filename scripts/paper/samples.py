@@ -15,7 +15,7 @@ from benchmark import Comparison, benchmark_of, parser, published
 from pictures import accuracy_by_share, write
 
 from hf_epimer.curvature.files import Compression
-from hf_epimer.curvature.request import Sampling
+from hf_epimer.tasks.dataset import Sampling
 
 
 def main() -> None:
@@ -40,7 +40,11 @@ def main() -> None:
         seeds = options.seeds[:1] if fraction == 1 else options.seeds
         rows = [
             benchmark.accuracies(
-                "epimer", Sampling(samples, fraction, seed=seed), compress, rank=options.rank, alpha=printed["alpha"]
+                "epimer",
+                Sampling(samples, fraction, seed=seed),
+                compress=compress,
+                rank=options.rank,
+                alpha=printed["alpha"],
             )
             for seed in seeds
         ]

@@ -312,7 +312,7 @@ def test_accuracies_are_those_of_the_merged_folders(clip_zoo: Path, run: Run, tm
 
 
 def test_pictures_are_decoded_once_in_bounded_memory(clip_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_epimer.tasks.task import images as data
+    from hf_epimer.tasks import images as data
 
     decoded: list[int] = []
     original = data.decode

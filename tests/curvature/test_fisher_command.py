@@ -26,12 +26,14 @@ from hf_epimer.curvature import estimate as estimation
 from hf_epimer.curvature.comparison import compare_with_hessian
 from hf_epimer.curvature.data_pass import estimate_fisher
 from hf_epimer.curvature.hessian import projected_hessian
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.hub import source as our_hub
 from hf_epimer.models.classifier import load_classifier
 from hf_epimer.models.head import task_head
 from hf_epimer.numerics.subspace import tagged_basis
 from hf_epimer.pipeline.plan import make_plan
 from hf_epimer.tasks import dataset as data
+from hf_epimer.tasks.dataset import Sampling, TaskImages
 from hf_epimer.tasks.images import ImageBatches, read_samples
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
 
@@ -145,7 +147,7 @@ def test_a_merge_without_files_is_the_merge_with_them(
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("given", "estimated"))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
     # and from the cache, bit for bit, without looking at the data again
-    monkeypatch.setattr(estimation, "read_samples", None)
+    monkeypatch.setattr(estimation, "read_images", None)
     assert run(*merge_words(clip_zoo), "--samples", 30, "--out", "cached")[0] == 0
     assert load_file(tmp_path / "cached" / "model.safetensors").keys() == two.keys()
     assert all(torch.equal(v, two[n]) for n, v in load_file(tmp_path / "cached" / "model.safetensors").items())
@@ -167,11 +169,11 @@ def test_an_interrupted_merge_repeats_only_what_is_missing(
 ) -> None:
     original, measured = estimation._measure, []
 
-    def interrupted(estimate: estimation.Estimate, *rest: object) -> object:
-        measured.append(estimate.task.name)
+    def interrupted(request: CurvatureRequest, *rest: object) -> object:
+        measured.append(request.images.task.name)
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return original(estimate, *rest)  # type: ignore[arg-type]
+        return original(request, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(estimation, "_measure", interrupted)
     code, _, complaint = run(*merge_words(clip_zoo), "--out", "out")
@@ -317,7 +319,7 @@ def test_large_data_sets_are_streamed(
     monkeypatch.setattr(data, "LARGE", 100)
     assert data.is_large(task) and not data.is_large(load_task_file(clip_zoo / "a.json"))
     plan = make_plan(MergeRecipe((ModelRef("org/vit-b32-dtd"), ModelRef("org/vit-b32-svhn"))))
-    assert all(estimate.sampling.streaming for _, estimate in plan.to_estimate) and len(plan.to_estimate) == 2
+    assert all(request.images.sampling.streaming for _, request in plan.to_estimate) and len(plan.to_estimate) == 2
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
     words = ["fisher", "org/vit-b32-dtd", "--task", "dtd", "--streaming", "--samples", "6", "--out", "f.safetensors"]
     done = subprocess.run(
@@ -409,13 +411,13 @@ def test_agreement_is_that_of_the_dense_matrices(clip_zoo: Path) -> None:
     task = load_task_file(clip_zoo / "a.json")
     source = our_hub.resolve(ModelRef(str(clip_zoo / "a")))
     base = our_hub.resolve(ModelRef(str(clip_zoo / "base")))
-    estimate = estimation.Estimate(source, base, task, estimation.Sampling(10))
+    request = CurvatureRequest(source, base, TaskImages(task, Sampling(10)))
     name = "vision_model.encoder.layers.1.mlp.fc2.weight"
     generator = torch.Generator().manual_seed(0)
     basis = tagged_basis(torch.randn(2, 16, 24, generator=generator), 3, exact=True)
     assert basis is not None
-    found = compare_with_hessian(estimate, {name: basis}, batch_size=4)
-    subject, batches = estimation.load_subject(estimate, 10, Accelerator())
+    found = compare_with_hessian(request, {name: basis}, batch_size=4)
+    subject, batches = estimation.load_subject(request, 10, Accelerator())
     exact = projected_hessian(subject, batches, {name: basis})[name]
     (batch,) = batches
     atoms = torch.stack([torch.outer(u, v) for u, v in zip(basis.u.mT, basis.v.mT, strict=True)])

@@ -32,7 +32,7 @@ from hf_epimer.analysis.sweep.report import Row, SweepReport, best_rows, merge_c
 from hf_epimer.analysis.sweep.validation import check_disjoint, measure, validation_samples
 from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.curvature.files import FILE_OF
-from hf_epimer.curvature.request import Estimate
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import UsageError
 from hf_epimer.evaluation.results import TaskResult
 from hf_epimer.hub.source import Source
@@ -236,10 +236,10 @@ class _Bench:
 # --- what is said of it ---------------------------------------------------------------------------------------------
 
 
-def _origin(statistics: Source | Estimate) -> str:
+def _origin(statistics: Source | CurvatureRequest) -> str:
     if isinstance(statistics, Source):
         return statistics.label
-    return f"{statistics.model.label}, estimated on {statistics.sampling.samples} samples"
+    return f"{statistics.model.label}, estimated on {statistics.images.sampling.samples} samples"
 
 
 def _options(candidates: Sequence[Candidate], name: str) -> dict[str, object]:

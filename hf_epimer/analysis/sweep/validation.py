@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_epimer.curvature.request import Estimate
+from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import DataError, TaskError, UsageError
 from hf_epimer.evaluation.results import TaskResult
 from hf_epimer.hub.source import Source
@@ -62,7 +62,9 @@ def validation_samples(task: Task, seed: int, limit: int | None = None) -> tuple
     return replace(everything, rows=rows, numbers=everything.numbers[before:]), before
 
 
-def check_disjoint(samples: Samples, before: int, statistics: Source | Estimate, statistic: Statistic) -> str | None:
+def check_disjoint(
+    samples: Samples, before: int, statistics: Source | CurvatureRequest, statistic: Statistic
+) -> str | None:
     """Compare the validation samples with those that statistics of the same task are, or will be, measured on.
 
     Args:
@@ -77,8 +79,8 @@ def check_disjoint(samples: Samples, before: int, statistics: Source | Estimate,
         UsageError: what is to be estimated would be.
     """
     task = samples.task
-    if isinstance(statistics, Estimate):
-        count = statistics.sampling.samples
+    if isinstance(statistics, CurvatureRequest):
+        count = statistics.images.sampling.samples
         if count is not None and count > before:
             raise UsageError(
                 f"--samples {count}: the training split of {task.name!r} has {before} samples beside the "

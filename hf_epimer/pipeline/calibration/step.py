@@ -32,7 +32,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_epimer.checkpoints.reader import TensorSource
-from hf_epimer.curvature.estimate import samples_of
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import MergedLayer, is_finite
 from hf_epimer.models.architecture import Architecture, Stage
@@ -42,7 +41,7 @@ from hf_epimer.models.loading import load_processor, load_vision, preprocess
 from hf_epimer.numerics.regression import anchored_step
 from hf_epimer.pipeline.calibration.states import BATCH, Run, caught, load_weights, start_run, stopped
 from hf_epimer.pipeline.plan import Plan
-from hf_epimer.tasks.images import Batch, ImageBatches
+from hf_epimer.tasks.images import Batch, ImageBatches, read_images
 from hf_epimer.types import Progress
 
 VIEWS = 4
@@ -150,7 +149,7 @@ def calibrated_layers(
     for name, layer in layers.items():
         parameters[name].data.copy_(layer.tensor)
     pixels = partial(preprocess, load_processor(processor_folder(plan.base)))
-    images = [ImageBatches(samples_of(estimate), pixels, BATCH) for estimate in plan.images]
+    images = [ImageBatches(read_images(chosen), pixels, BATCH) for chosen in plan.images]
     tasks = list(map(CalibrationTask, ingredients.models, ingredients.curvature, images))
     workspace = folder / "hidden-states.tmp"
     report = calibrate(
