@@ -109,7 +109,6 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
 
 def _about(name: str) -> str:
     method = METHODS[name]
-    source = f"{method.paper.authors.split(',')[0]}, {method.paper.venue} {method.paper.year}"
     needs = {
         "kronecker": " Needs Kronecker factors, which are estimated on training images.",
         "fisher": " Needs Fisher information, which is estimated where it is missing.",
@@ -118,7 +117,8 @@ def _about(name: str) -> str:
     return (
         f"<div class='ep-about'><p>{escape(method.summary[:1].upper() + method.summary[1:])}."
         f"{needs.get(method.needs or '', '')}</p><details><summary>Formula and source</summary>"
-        f"<code>{escape(method.formula)}</code><p>{escape(method.paper.title)} ({escape(source)})</p></details></div>"
+        f"<code>{escape(method.formula)}</code>"
+        f"<p>{escape(method.paper.title)} ({escape(method.paper.cited)})</p></details></div>"
     )
 
 

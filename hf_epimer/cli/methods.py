@@ -25,8 +25,7 @@ def _run(namespace: argparse.Namespace) -> None:
         table.add_column(column, overflow="fold")
     for name, method in TABLE.items():
         options = ", ".join(f"{option.flag} ({option.default})" for option in options_of(method.config).values())
-        source = f"{method.paper.authors.split(',')[0]}, {method.paper.venue} {method.paper.year}"
-        table.add_row(f"[bold]{name}", method.summary, method.needs or "", options, source)
+        table.add_row(f"[bold]{name}", method.summary, method.needs or "", options, method.paper.cited)
     Console().print(table)
 
 

@@ -123,7 +123,13 @@ OverLayers: TypeAlias = "Callable[[Callable[[Layer], Tensor]], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from."""
+    """Where a method comes from.
+
+    Attributes:
+        key: for BibTeX.
+        authors: as BibTeX has them, `Last, First and Last, First`; `others` for the rest.
+        extension: what is added to the paper here, for a method that goes beyond it.
+    """
 
     key: str
     authors: str
@@ -131,6 +137,18 @@ class Paper:
     venue: str
     year: int
     url: str = ""
+    extension: str = ""
+
+    @property
+    def names(self) -> str:
+        """The authors in a sentence: `First Last, First Last and First Last`."""
+        *most, last = (" ".join(reversed(name.split(", "))) for name in self.authors.split(" and "))
+        return f"{', '.join(most)} and {last}" if most else last
+
+    @property
+    def cited(self) -> str:
+        """In brackets: the first author's last name, the venue and the year."""
+        return f"{self.authors.split(',')[0]}, {self.venue} {self.year}"
 
     def bibtex(self) -> str:
         """One BibTeX entry."""

@@ -9,7 +9,7 @@
 
 alpha scales the merged task vector under both aggregators. Equal metrics give alpha sum c_t, TSV-M's aggregation.
 Parameters that are not matrices take the mean of the task vectors, or (`vectors="fisher"`) their Fisher average.
-"Model Merging on Loss Landscape: A Geometry Perspective".
+Lu, Bhaskar, Axelrod, Tolstaya and Emrich, "Model Merging on Loss Landscape: A Geometry Perspective", arXiv 2605.26693.
 
 Ours, beside the paper's diagonal: the projected Fisher itself (`metric="projected"`, no entry of the curvature thrown
 away before projecting) and Kronecker factors (`metric="kronecker"`).
@@ -125,11 +125,12 @@ EPIMER = Method(
     "Fréchet mean of the task vectors under their projected Fisher curvature",
     "W = W_0 + U diag(x) V^T,  x = alpha T (sum_t l_t H_t)^{-1} sum_t l_t H_t c_t,  H_t = S^T diag(v_t) S",
     Paper(
-        "epimer",
-        "The EpiMer authors",
+        "lu2026epimer",
+        "Lu, Juanwu and Bhaskar, Anand and Axelrod, Brian and Tolstaya, Ekaterina and Emrich, Tristan",
         "Model Merging on Loss Landscape: A Geometry Perspective",
-        "preprint",
+        "CVPR Findings",
         2026,
+        "https://arxiv.org/abs/2605.26693",
     ),
     EpiMerConfig,
     merge_epimer,

@@ -20,11 +20,12 @@ mended by calibration, which `hf-epimer merge` does by itself after this method 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig
 from hf_epimer.methods.basis import layer_basis
+from hf_epimer.methods.epimer import EPIMER
 from hf_epimer.methods.iso import IsoCConfig, merge_iso_c
 from hf_epimer.methods.options import option
 from hf_epimer.methods.statistic import Statistic
@@ -86,13 +87,7 @@ EPIMER_CORE = Method(
     "epimer-core",
     "EpiMer with a full core and Kronecker curvature (ours)",
     "W = W_0 + alpha U M V^T,  sum_t w_t U^T S_t U M V^T A_t V + rho M = sum_t w_t U^T S_t D_t A_t V + rho M_0",
-    Paper(
-        "epimer",
-        "The EpiMer authors",
-        "Model Merging on Loss Landscape: A Geometry Perspective",
-        "preprint; the full core is an extension of hf-epimer",
-        2026,
-    ),
+    replace(EPIMER.paper, extension="the full core is an extension by hf-epimer"),
     EpiMerCoreConfig,
     merge_epimer_core,
     needs="kronecker",

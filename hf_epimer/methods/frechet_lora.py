@@ -7,7 +7,8 @@
 
 The formulas are in `hf_epimer.numerics.lowrank`. With `metric="kronecker"` the chordal mean is weighted by curvature
 (Fisher merging on the adapters' common space): argmin sum l_t tr(S_t (M - M_t) A_t (M - M_t)^T), a generalised
-Sylvester equation. After "Model Merging as Fréchet Averaging on Manifolds", with its case of LoRA adapters.
+Sylvester equation. da Silva, Adnan, Dangel and Oore, "Generalizing the Geometry of Model Merging Through Fréchet
+Averages", arXiv 2604.27155, its case of LoRA adapters.
 
 Works on any layer; task vectors that are no adapters count as matrices of their numerical rank. Parameters that are
 not matrices take the mean of the task vectors, times alpha.
@@ -104,11 +105,12 @@ FRECHET_LORA = Method(
     "Fréchet mean of low-rank adapters on their quotient manifold",
     "W = W_0 + alpha Mean(B_1 A_1 .. B_T A_T; l_t), invariant under (B_t G, G^{-1} A_t)",
     Paper(
-        "frechet",
-        "The authors of Fréchet averaging for model merging",
-        "Model Merging as Fréchet Averaging on Manifolds, with an algorithm for LoRA adapters",
-        "preprint",
+        "dasilva2026geomerge",
+        "da Silva, Marvin F. and Adnan, Mohammed and Dangel, Felix and Oore, Sageev",
+        "Generalizing the Geometry of Model Merging Through Fréchet Averages",
+        "arXiv",
         2026,
+        "https://arxiv.org/abs/2604.27155",
     ),
     FrechetLoraConfig,
     merge_frechet_lora,

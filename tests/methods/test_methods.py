@@ -538,3 +538,12 @@ def test_options_that_belong_to_another_metric_are_refused() -> None:
         EpiMerConfig(shrinkage=0.5)
     assert METHODS["epimer"].statistic(EpiMerConfig(metric="projected")) == "projected"
     assert METHODS["epimer"].statistic(EpiMerConfig()) == METHODS["epimer"].needs == "fisher"
+
+
+def test_papers_are_cited_by_their_authors() -> None:
+    paper = METHODS["epimer"].paper
+    people = "Juanwu Lu, Anand Bhaskar, Brian Axelrod, Ekaterina Tolstaya and Tristan Emrich"
+    assert paper.names == METHODS["epimer-core"].paper.names == people
+    assert "author = {Lu, Juanwu and Bhaskar, Anand and " in paper.bibtex() and "2605.26693" in paper.bibtex()
+    assert METHODS["ties"].paper.names == "Prateek Yadav and others"
+    assert METHODS["frechet-lora"].paper.cited == "da Silva, arXiv 2026"

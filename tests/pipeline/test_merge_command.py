@@ -59,6 +59,7 @@ def test_the_card_says_what_was_done_and_keeps_paths_to_itself(tiny_zoo: Path, r
     out = tiny_zoo / "out"
     run("merge", f"dtd={tiny_zoo / 'a'}", tiny_zoo / "b", "--base", tiny_zoo / "base", "--alpha", 0.9, "--out", out)
     card = ModelCard.load(out / "README.md")
+    assert "from Juanwu Lu, Anand Bhaskar, Brian Axelrod, Ekaterina Tolstaya and Tristan Emrich, " in card.text
     assert card.data.library_name == "transformers"
     assert card.data.to_dict()["base_model_relation"] == "merge"
     assert {"merge", "hf-epimer", "clip"} <= set(card.data.tags or [])
@@ -68,7 +69,7 @@ def test_the_card_says_what_was_done_and_keeps_paths_to_itself(tiny_zoo: Path, r
     assert METHODS["epimer"].formula in text
     assert "| alpha | 0.9 |" in text
     assert "CLIPVisionModel.from_pretrained" in text
-    assert "@misc{epimer" in text
+    assert "@misc{lu2026epimer" in text
     assert "hf-epimer merge dtd=a b --base base --alpha 0.9" in text
 
 
