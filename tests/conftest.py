@@ -35,7 +35,7 @@ from helpers.data import write_data
 from helpers.hub_server import WRITER, StandInHub
 from helpers.space_app import SpaceApp
 from hf_epimer.checkpoints.reader import Checkpoint
-from hf_epimer.hub import source as hub
+from hf_epimer.hub import retry
 from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.models.loading import ImageProcessor, load_vision
 
@@ -155,6 +155,6 @@ def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", WRITER)
-        monkeypatch.setattr(hub, "BACKOFF", (0.01, 0.02))
+        monkeypatch.setattr(retry, "BACKOFF", (0.01, 0.02))
         monkeypatch.chdir(tmp_path)
         yield stand_in

@@ -182,13 +182,14 @@ def _readable(label: str, file: Path) -> Iterator[None]:
         ) from error
 
 
-def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], str]) -> list[str]:
+def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], str], elsewhere: str = "") -> list[str]:
     """Which files of a checkpoint hold its weights.
 
     Args:
         names: of all its files.
         label: how messages name it.
         read_index: gives the text of the index of a sharded checkpoint.
+        elsewhere: where safetensors may be found if there are pickled weights only, for the message.
 
     Raises:
         CheckpointError: there are only pickled weights, none at all, or a shard that the index names is missing.
@@ -208,8 +209,10 @@ def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], st
     pickled = sorted(name for name in names if name.endswith(PICKLED))
     if pickled:
         raise CheckpointError(
-            f"{label}: only pickled weights ({', '.join(pickled)}), which can run code and are never opened. Convert "
-            "them where you trust them: CLIPVisionModel.from_pretrained(...).save_pretrained(folder)"
+            f"{label}: only pickled weights ({', '.join(pickled)}), which can run code and are never opened{elsewhere}"
+            ". Convert them where you trust them, a full CLIP with its text tower, processor and tokenizer: "
+            "CLIPModel.from_pretrained(...).save_pretrained(folder) and CLIPProcessor.from_pretrained(...)"
+            ".save_pretrained(folder); CLIPVisionModel for a vision tower alone"
         )
     raise CheckpointError(f"{label}: no {WEIGHTS} (or {WEIGHTS_INDEX}) among its files")
 

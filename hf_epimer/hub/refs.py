@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from hf_epimer.errors import NotFoundError, UsageError
 
 _LABEL = re.compile(r"[A-Za-z0-9][\w.-]*")
-
 
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -17,6 +19,29 @@ _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 def is_repo_id(text: str) -> bool:
     """Whether `text` has the form org/name."""
     return _REPO.fullmatch(text) is not None
+
+
+def check_new_repo_id(text: str) -> None:
+    """Refuse what no repo can be called, before there is anything to push to it.
+
+    Raises:
+        UsageError: it is not of the form org/name, or the Hub allows no such name.
+    """
+    if not is_repo_id(text):
+        raise UsageError(f"{text!r} is not of the form org/name")
+    if not text.isascii():
+        raise UsageError(f"{text!r} cannot be a repo's name: only ASCII letters, digits, - _ and . are allowed")
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise UsageError(f"{text!r} cannot be a repo's name: {error}") from error
+
+
+def same_repo(one: str, other: str) -> bool:
+    """Whether two ids mean the same repo. The Hub's names ignore case, and one without an owner is the short name from
+    the time when some had none: `mnist` is `ylecun/mnist`."""
+    one, other = one.lower(), other.lower()
+    return one == other or other.rpartition("/")[2] == one or one.rpartition("/")[2] == other
 
 
 @dataclass(frozen=True)

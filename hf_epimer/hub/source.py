@@ -1,56 +1,33 @@
-"""The Hugging Face Hub: resolving references and fetching files. With `pushing`, the only module that talks to it.
+"""Resolving references and fetching the files behind them.
 
 A reference is resolved to a commit once; everything read later comes from that commit. Files go through
-huggingface_hub's cache; the client compares sizes only, so contents are checked here against the sha256 the Hub lists.
-Requests that fail for reasons that pass (5xx, 429, a broken connection) are repeated.
+huggingface_hub's cache; the client compares sizes only, so contents are checked here against what the Hub lists.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import yaml
-from huggingface_hub import (
-    HfApi,
-    ModelCard,
-    constants,
-    hf_hub_download,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.hf_api import ModelInfo
 
-from hf_epimer.errors import AccessError, CheckpointError, HubError, NotFoundError
+from hf_epimer.errors import CheckpointError, HubError, NotFoundError
+from hf_epimer.hub.card import card_metadata
+from hf_epimer.hub.conversion import BOT, Conversion, find_conversion, is_convertible
+from hf_epimer.hub.notes import cached_commit, read_note, write_note
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.retry import one_line, persist
 
 logger = logging.getLogger(__name__)
 
-BACKOFF = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between tries of a request that may work the next time."""
-
-# the HTTP library of huggingface_hub was renamed between releases; its base error is in every release's own error
-_HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
-    base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx")
-)
-
-Result = TypeVar("Result")
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -61,7 +38,11 @@ class Source:
         ref: the reference, its revision a commit.
         label: unique among the models of a merge.
         files: names at the top level.
-        sizes, sha256: by name, as far as they are known.
+        repo_id: what the Hub itself calls the repo, which may be reached by other names; "" for a folder.
+        sizes, sha256, blob_ids: by name, as far as they are known; a file has a sha256 or git's blob id.
+        conversion: where the weights were converted, and `ref` is the commit of that pull request.
+        unconverted: why there is no conversion although there are pickled weights only.
+        is_listed: whether all its files are known; offline, only those in the cache may be.
         intact: files whose content has been checked in this process, so that no file is hashed twice.
     """
 
@@ -70,7 +51,12 @@ class Source:
     files: frozenset[str]
     sizes: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
     sha256: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    blob_ids: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     intact: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
+    repo_id: str = ""
+    conversion: Conversion | None = None
+    unconverted: str = ""
+    is_listed: bool = True
 
     @property
     def pinned(self) -> ModelRef:
@@ -82,12 +68,12 @@ class Source:
         """What makes two references the same checkpoint."""
         if self.ref.is_local:
             return str(Path(self.ref.location).resolve())
-        return f"{self.ref.location.lower()}@{self.ref.revision}"
+        return f"{self.title.lower()}@{self.ref.revision}"
 
     @property
     def title(self) -> str:
         """For cards and tables: the Hub id, or the folder's name."""
-        return self.ref.name if self.ref.is_local else self.ref.location
+        return self.ref.name if self.ref.is_local else self.repo_id or self.ref.location
 
     def fetch(self, name: str) -> Path:
         """The local path of one of its files, downloaded and checked if need be."""
@@ -99,24 +85,48 @@ class Source:
         path = self._download(name)
         if self._is_intact(name, path):
             return self.intact.setdefault(name, path)
-        logger.warning("%s: the cached copy %s is damaged (its sha256 is not the Hub's); fetching it again", self, path)
+        logger.warning("%s: the cached copy %s is damaged (it is not what the Hub has); fetching it again", self, path)
         path = self._download(name, force=True)
         if not self._is_intact(name, path):
             raise CheckpointError(f"{self}: {name} arrives with another sha256 than the Hub lists; try again later")
         return self.intact.setdefault(name, path)
 
     def _download(self, name: str, force: bool = False) -> Path:
-        def download() -> Path:
-            return Path(hf_hub_download(self.ref.location, name, revision=self.ref.revision, force_download=force))
+        # a converted repo's card is that of the revision asked for
+        commit = self.conversion.asked if self.conversion and name == CARD else self.ref.revision
 
-        return persist(download, f"{self}: {name}")
+        def download() -> Path:
+            return Path(hf_hub_download(self.ref.location, name, revision=commit, force_download=force))
+
+        try:
+            return persist(download, str(self), name)
+        except OSError as error:
+            raise HubError(
+                f"{self}: {name} cannot be written to the cache {constants.HF_HUB_CACHE} ({one_line(error)}); set "
+                "HF_HOME to a folder with room that you may write to"
+            ) from error
 
     def _is_intact(self, name: str, path: Path) -> bool:
-        expected = self.sha256.get(name)
-        if expected is None:
-            return True
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == expected
+        sha256, blob_id = self.sha256.get(name), self.blob_ids.get(name)
+        if sha256 is not None:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        if blob_id is not None:
+            content = path.read_bytes()
+            return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == blob_id
+        return True
+
+    @property
+    def elsewhere(self) -> str:
+        """Where its safetensors may be found if it has none, for a message."""
+        if self.ref.is_local:
+            return ""
+        return f"{self.unconverted}; safetensors in a pull request are named {self.ref.location}@refs/pr/NUMBER"
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """What each file's content is known by, its sha256 or git's blob id."""
+        return self.sha256 | self.blob_ids
 
     def read_text(self, name: str) -> str:
         """A small text file."""
@@ -124,13 +134,11 @@ class Source:
 
     def card(self) -> dict[str, Any]:
         """The metadata of its model card, empty without one (or with one that cannot be read)."""
-        if "README.md" not in self.files:
+        if CARD not in self.files:
+            if not self.is_listed:
+                logger.warning("%s: %s is not in the cache, and HF_HUB_OFFLINE is set", self, CARD)
             return {}
-        try:
-            return dict(ModelCard(self.read_text("README.md"), ignore_metadata_errors=True).data.to_dict())
-        except (ValueError, yaml.YAMLError) as error:
-            logger.warning("%s: its README.md has no readable metadata (%s)", self, one_line(error))
-            return {}
+        return card_metadata(self.read_text(CARD), str(self))
 
     def __str__(self) -> str:
         return str(self.pinned)
@@ -138,6 +146,8 @@ class Source:
 
 def resolve(ref: ModelRef) -> Source:
     """Look a reference up: which commit, which files. Nothing is downloaded.
+
+    A repo with pickled weights only is replaced by its conversion where there is one.
 
     Raises:
         NotFoundError: no such folder, repo or revision, or private without a token that may read it.
@@ -151,37 +161,19 @@ def resolve(ref: ModelRef) -> Source:
             raise NotFoundError(f"{ref}: {folder} is not a folder")
         paths = [path for path in folder.iterdir() if path.is_file()]
         return Source(ref, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         return _resolve_offline(ref, label)
-    api = HfApi()
-    info = persist(lambda: api.model_info(ref.location, revision=ref.revision, files_metadata=True), str(ref))
-    with contextlib.suppress(RevisionResolutionError):
-        # notes in the cache which commit the revision was, so that the same command works offline later; the commit
-        # itself is not taken from here, because this call falls back to an old note when the Hub is in trouble
-        api.resolve_revision(ref.location, revision=ref.revision)
-    siblings = info.siblings or []
-    return Source(
-        ModelRef(ref.location, info.sha, ref.label),
-        label,
-        frozenset(sibling.rfilename for sibling in siblings),
-        {sibling.rfilename: sibling.size or 0 for sibling in siblings},
-        {sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs},
+    info = persist(
+        lambda: HfApi().model_info(ref.location, revision=ref.revision, files_metadata=True),
+        str(ref),
+        "its list of files",
     )
-
-
-def _resolve_offline(ref: ModelRef, label: str) -> Source:
-    """From the local cache alone: the commit it last saw for this revision, and the files it has of it."""
-    with translated(str(ref)):
-        commit = HfApi().resolve_revision(ref.location, revision=ref.revision, local_files_only=True).resolved
-    configs = ("config.json", "adapter_config.json")  # of a checkpoint, of an adapter
-    found = [try_to_load_from_cache(ref.location, name, revision=commit) for name in configs]
-    config = next((path for path in found if isinstance(path, str)), None)
-    if config is None:
-        raise HubError(f"{ref}: not in the local cache, and HF_HUB_OFFLINE is set")
-    folder = Path(config).parent
-    paths = [path for path in folder.iterdir() if path.is_file()]
-    pinned = ModelRef(ref.location, commit, ref.label)
-    return Source(pinned, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
+    source = _source(ref, info)
+    if is_convertible(source.files):
+        source = _converted(ref, source)
+    for revision in {ref.revision, source.ref.revision}:
+        write_note("model", ref.location, revision, _to_note(source))
+    return source
 
 
 def dataset_commit(repo_id: str) -> str:
@@ -190,14 +182,15 @@ def dataset_commit(repo_id: str) -> str:
     Raises:
         NotFoundError, AccessError, HubError: as in `resolve`.
     """
-    api = HfApi()
     where = f"data set {repo_id}"
-    if constants.is_offline_mode():
-        with translated(where):
-            return str(api.resolve_revision(repo_id, repo_type="dataset", local_files_only=True).resolved)
-    commit = persist(lambda: api.dataset_info(repo_id), where).sha
-    with contextlib.suppress(RevisionResolutionError):
-        api.resolve_revision(repo_id, repo_type="dataset")  # a note in the cache, for working offline later
+    if constants.HF_HUB_OFFLINE:
+        note = read_note("dataset", repo_id, None) or {}
+        commit = note.get("commit") or cached_commit("dataset", repo_id, None)
+        if commit is None:
+            raise HubError(f"{where}: not in the local cache, and HF_HUB_OFFLINE is set")
+        return str(commit)
+    commit = persist(lambda: HfApi().dataset_info(repo_id), where, "its commit").sha
+    write_note("dataset", repo_id, None, {"commit": commit})
     return str(commit)
 
 
@@ -207,9 +200,11 @@ def dataset_bytes(repo_id: str) -> int:
     Raises:
         NotFoundError, AccessError, HubError: as in `resolve`.
     """
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         return 0
-    info = persist(lambda: HfApi().dataset_info(repo_id, files_metadata=True), f"data set {repo_id}")
+    info = persist(
+        lambda: HfApi().dataset_info(repo_id, files_metadata=True), f"data set {repo_id}", "its list of files"
+    )
     return sum(sibling.size or 0 for sibling in info.siblings or [])
 
 
@@ -234,77 +229,116 @@ def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] =
         pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for what is under way
 
 
-def persist(request: Callable[[], Result], what: str) -> Result:
-    """Make a request, again where the failure may pass, and say plainly what went wrong in the end."""
-    for wait in (*BACKOFF, None):
-        try:
-            with translated(what):
-                return request()
-        except HubError as error:
-            pause = _retry_after(error.__cause__, wait)
-            if pause is None:
-                raise
-            log = logger.warning if pause > 10 else logger.info
-            log("%s; trying again in %.0f s", error, pause)
-            time.sleep(pause)
-    raise AssertionError("the last try either returns or raises")
+def _source(ref: ModelRef, info: ModelInfo) -> Source:
+    siblings = info.siblings or []
+    return Source(
+        ModelRef(ref.location, info.sha, ref.label),
+        ref.label or ref.name,
+        frozenset(sibling.rfilename for sibling in siblings),
+        {sibling.rfilename: sibling.size or 0 for sibling in siblings},
+        {sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs},
+        {sibling.rfilename: sibling.blob_id for sibling in siblings if sibling.blob_id and not sibling.lfs},
+        repo_id=info.id,
+    )
 
 
-def _retry_after(cause: BaseException | None, wait: float | None) -> float | None:
-    """Seconds to wait before the next try, None when there is no point in one."""
-    if wait is None or not isinstance(cause, _HTTP_ERRORS) or isinstance(cause, OfflineModeIsEnabled):
-        return None
-    response = getattr(cause, "response", None)
-    if response is None:
-        return wait  # the connection broke, or the answer was lost
-    if response.status_code != 429 and response.status_code < 500:
-        return None
-    asked = response.headers.get("Retry-After", "")
-    return max(wait, float(asked)) if asked.isdigit() else wait
-
-
-@contextlib.contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Turn the client's errors into ours: what was asked for, what went wrong, what to do."""
+def _converted(ref: ModelRef, asked: Source) -> Source:
+    """The same repo at the commit of the bot's pull request, or as it is with the reason why not."""
+    commit = str(asked.ref.revision)
     try:
-        yield
-    except LocalTokenNotFoundError:
-        raise
-    except RevisionResolutionError as error:
-        raise HubError(f"{what}: not in the local cache, and HF_HUB_OFFLINE is set") from error
-    except GatedRepoError as error:
-        raise AccessError(
-            f"{what} is gated: accept its terms on its page and set HF_TOKEN to a token that may read it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise NotFoundError(
-            f"{what}: there is no such repo, or it is private and the token in use (HF_TOKEN) may not see it"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise NotFoundError(f"{what}: the repo has no such revision") from error
-    except LocalEntryNotFoundError as error:
-        raise HubError(f"{what}: not in the local cache, and the Hub cannot be reached ({one_line(error)})") from error
-    except EntryNotFoundError as error:
-        raise NotFoundError(f"{what}: the repo has no such file") from error
-    except OfflineModeIsEnabled as error:
-        raise HubError(f"{what}: HF_HUB_OFFLINE is set") from error
-    except HfHubHTTPError as error:
-        raise _http_error(what, error) from error
-    except _HTTP_ERRORS as error:
-        raise HubError(f"{what}: the Hub at {constants.ENDPOINT} cannot be reached ({one_line(error)})") from error
+        found = find_conversion(ref.location, asked.contents)
+    except HubError as error:  # adapters need no weights of their base and go on; everybody else is told
+        return replace(asked, unconverted=f"; whether they have been converted could not be found out: {error}")
+    if found is None:
+        return replace(asked, unconverted=f"; {BOT} has no open pull request that converts them")
+    number, info = found
+    source = replace(_source(ref, info), conversion=Conversion(number, commit))
+    differing = [n for n, content in asked.contents.items() if n != CARD and content != source.contents.get(n)]
+    logger.warning(
+        "%s: only pickled weights at this revision; read instead are the safetensors that %s made of them, commit %s%s",
+        ref, source.conversion, source.ref.revision,
+        f" (there, {', '.join(sorted(differing)[:3])} differ)" if differing else "",
+    )  # fmt: skip
+    return _with_card_of(asked, source)
 
 
-def _http_error(what: str, error: HfHubHTTPError) -> HubError:
-    status = error.response.status_code if error.response is not None else 0
-    if status == 401:
-        return AccessError(f"{what}: the Hub does not accept the token in use (HF_TOKEN, or `hf auth login` again)")
-    if status == 403:
-        return AccessError(f"{what}: the token in use has no permission for this ({one_line(error)})")
-    if status == 429:
-        return HubError(f"{what}: the Hub asks for fewer requests (429), even after waiting; try again later")
-    return HubError(f"{what}: the Hub answered {status} ({one_line(error)})")
+def _with_card_of(asked: Source, source: Source) -> Source:
+    """A source that knows of the card at another commit instead of its own."""
+
+    def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in ours.items() if name != CARD}
+        return kept | ({CARD: theirs[CARD]} if CARD in theirs else {})
+
+    return replace(
+        source,
+        files=(source.files - {CARD}) | (asked.files & {CARD}),
+        sizes=merged(source.sizes, asked.sizes),
+        sha256=merged(source.sha256, asked.sha256),
+        blob_ids=merged(source.blob_ids, asked.blob_ids),
+    )
 
 
-def one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _to_note(source: Source) -> dict[str, Any]:
+    return {
+        "commit": source.ref.revision,
+        "files": sorted(source.files),
+        "sizes": source.sizes,
+        "sha256": source.sha256,
+        "blob_ids": source.blob_ids,
+        "repo_id": source.repo_id,
+        "conversion": asdict(source.conversion) if source.conversion else None,
+        "unconverted": source.unconverted,
+    }
+
+
+def _resolve_offline(ref: ModelRef, label: str) -> Source:
+    """As it was when it was last resolved, or else what the cache has of the commit that it last saw."""
+    note = read_note("model", ref.location, ref.revision)
+    try:
+        return _from_note(ref, label, note) if note else _resolve_from_cache(ref, label)
+    except (KeyError, TypeError):  # of another release
+        return _resolve_from_cache(ref, label)
+
+
+def _from_note(ref: ModelRef, label: str, note: dict[str, Any]) -> Source:
+    return Source(
+        ModelRef(ref.location, note["commit"], ref.label),
+        label,
+        frozenset(note["files"]),
+        note["sizes"],
+        note["sha256"],
+        note["blob_ids"],
+        repo_id=note["repo_id"],
+        conversion=Conversion(**note["conversion"]) if note["conversion"] else None,
+        unconverted=note["unconverted"],
+    )
+
+
+def _resolve_from_cache(ref: ModelRef, label: str) -> Source:
+    """The files that another program left in the cache, and those that a checkpoint or adapter has in any case."""
+    commit = cached_commit("model", ref.location, ref.revision)
+    configs = ("config.json", "adapter_config.json")  # of a checkpoint, of an adapter
+    found = [try_to_load_from_cache(ref.location, name, revision=commit) for name in configs if commit]
+    config = next((path for path in found if isinstance(path, str)), None)
+    if config is None:
+        raise HubError(f"{ref}: not in the local cache, and HF_HUB_OFFLINE is set")
+    paths = [path for path in Path(config).parent.iterdir() if path.is_file()]
+    names = {path.name for path in paths}
+    return Source(
+        ModelRef(ref.location, commit, ref.label),
+        label,
+        frozenset(names | _expected_beside(names, Path(config).parent)),
+        {path.name: path.stat().st_size for path in paths},
+        is_listed=False,
+    )
+
+
+def _expected_beside(names: set[str], folder: Path) -> set[str]:
+    if "adapter_config.json" in names:
+        return {"adapter_model.safetensors"}
+    if "model.safetensors.index.json" not in names:
+        return {"model.safetensors"}
+    try:
+        return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return set()  # whoever reads the index says what is wrong with it

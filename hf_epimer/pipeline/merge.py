@@ -14,7 +14,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,9 @@ import torch
 from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.checkpoints.reader import TensorSource, read_json
 from hf_epimer.checkpoints.writer import write_tensors
-from hf_epimer.errors import NotFoundError, UsageError
+from hf_epimer.errors import NotFoundError
 from hf_epimer.hub import push as pushing
-from hf_epimer.hub.refs import is_repo_id
+from hf_epimer.hub.refs import check_new_repo_id
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import far_apart
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
@@ -37,8 +37,7 @@ from hf_epimer.pipeline.adapter_output import dense_layers, write_merged_adapter
 from hf_epimer.pipeline.calibration.step import calibrated_layers
 from hf_epimer.pipeline.card import merge_card
 from hf_epimer.pipeline.inputs import fetch, gather
-from hf_epimer.pipeline.plan import Plan
-from hf_epimer.pipeline.planner import make_plan
+from hf_epimer.pipeline.plan import Plan, make_plan, target_folder
 from hf_epimer.pipeline.recipe import MergeRecipe, recipe_to_json
 from hf_epimer.pipeline.tune_alpha import divergences, nearest
 from hf_epimer.types import Progress
@@ -105,7 +104,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         tried = divergences(plan, ingredients, progress)
         plan = plan.at_alpha(nearest(tried))
         seconds["choosing alpha"] = time.monotonic() - started - sum(seconds.values())
-    out = recipe.target
+    out = target_folder(recipe)
     with atomic_folder(out, recipe.overwrite) as folder:
         report = _merge_into(folder, plan, ingredients, progress, seconds, tried)
     url = None
@@ -113,6 +112,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         progress("pushing", 0, 0)
         url = pushing.push_folder(
             out,
+            _files_of(out),
             recipe.push_to,
             private=recipe.private,
             create_pr=recipe.create_pr,
@@ -128,12 +128,11 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
         The address of the commit or pull request.
 
     Raises:
-        UsageError: `repo_id` is not of the form org/name.
+        UsageError: `repo_id` is no name for a repo.
         NotFoundError: it is no merged folder.
         AccessError, PushError: as in `merge`.
     """
-    if not is_repo_id(repo_id):
-        raise UsageError(f"{repo_id!r} is not of the form org/name")
+    check_new_repo_id(repo_id)
     if not (folder / "merge_config.json").is_file():
         raise NotFoundError(f"{folder} is no merged folder: there is no merge_config.json")
     content = read_json(folder / "merge_config.json", str(folder))
@@ -141,7 +140,11 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
         raise NotFoundError(f"{folder} is no merged folder: its merge_config.json names no models")
     pushing.check_push_access(repo_id, create_pr=create_pr, private=private)
     title = _commit_title(len(content["models"]), content["method"], (folder / ADAPTER_CONFIG).is_file())
-    return pushing.push_folder(folder, repo_id, private=private, create_pr=create_pr, title=title)
+    return pushing.push_folder(folder, _files_of(folder), repo_id, private=private, create_pr=create_pr, title=title)
+
+
+def _files_of(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()]
 
 
 def _merge_into(
@@ -198,13 +201,14 @@ def _merge_into(
         totals["alpha"] = recipe.options.alpha
         totals["divergence_at_alpha"] = {f"{alpha:g}": value for alpha, value in tried.items()}
     report = MergeReport(folder, None, method.name, totals, layers, seconds, memory, accuracies)
-    _write_json(folder / "merge_config.json", recipe_to_json(recipe) | {"versions": _versions()})
+    _write_json(folder / "merge_config.json", recipe_to_json(recipe) | _conversions(plan) | {"versions": _versions()})
     _write_json(folder / "merge_report.json", report.to_json())
     card = merge_card(
         recipe,
         method,
         plan.base,
         plan.models,
+        plan.weights,
         _diagnostics(report),
         _datasets(plan),
         results,
@@ -221,7 +225,7 @@ def _output_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": [plan.architecture.output_class],
         "model_type": plan.architecture.output_type,
-        **plan.vision_config,
+        **plan.tower,
         **_projection_dim(plan.base),
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 5
@@ -303,25 +307,36 @@ def _diagnostics(report: MergeReport) -> dict[str, str]:
 
 
 def _datasets(plan: Plan) -> list[str]:
-    return sorted({task.dataset for task in plan.tasks if not Path(task.dataset).is_absolute()})
+    return sorted({task.dataset for task in plan.tasks if task and not Path(task.dataset).is_absolute()})
 
 
 def _evaluate(folder: Path, plan: Plan, progress: Progress) -> Results:
     from hf_epimer.evaluation.accuracy import evaluate_folder
 
-    progress("evaluating", 0, len(plan.tasks))
+    tasks = [task for task in plan.tasks if task]
+    progress("evaluating", 0, len(tasks))
     return evaluate_folder(
         folder,
         plan.base,
-        plan.tasks,
-        name=plan.recipe.push_to or plan.recipe.target.name,
+        tasks,
+        name=plan.recipe.push_to or target_folder(plan.recipe).name,
         limit=plan.recipe.limit,
-        on_task=lambda: progress("evaluating", 1, len(plan.tasks)),
+        on_task=lambda: progress("evaluating", 1, len(tasks)),
     )
 
 
 def _commit_title(models: int, method: str, adapters: bool) -> str:
     return f"Merge {models} {'adapters' if adapters else 'checkpoints'} with {method} (hf-epimer)"
+
+
+def _conversions(plan: Plan) -> dict[str, Any]:
+    """For the record: which commits are those of a bot's pull request, and what was asked for instead."""
+    found = {
+        f"{source.title}@{source.ref.revision}": asdict(source.conversion)
+        for source in (plan.base, *plan.models)
+        if source.conversion
+    }
+    return {"conversions": found} if found else {}
 
 
 def _versions() -> dict[str, str]:

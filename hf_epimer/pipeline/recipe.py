@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_epimer.errors import UsageError
-from hf_epimer.hub.refs import ModelRef, is_repo_id
+from hf_epimer.hub.refs import ModelRef, check_new_repo_id
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -88,16 +88,11 @@ class MergeRecipe:
             raise UsageError(f"--limit must be a whole number of at least 1, not {self.limit!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.push_to is not None and not is_repo_id(self.push_to):
-            raise UsageError(f"--push-to {self.push_to!r} is not of the form org/name")
+        if self.push_to is not None:
+            check_new_repo_id(self.push_to)
         for flag in ("create_pr", "private"):
             if getattr(self, flag) and self.push_to is None:
                 raise UsageError(f"--{flag.replace('_', '-')} needs --push-to")
-
-    @property
-    def target(self) -> Path:
-        """The folder that is written."""
-        return Path(self.out or f"merged-{self.method}")
 
     def looked_into(self, out: str) -> MergeRecipe:
         """For a command that writes about merges into `out`, layer by layer: nothing is calibrated or pushed."""

@@ -15,6 +15,8 @@ import hashlib
 import json
 import re
 import shutil
+import socket
+import struct
 import tempfile
 import threading
 import time
@@ -34,10 +36,11 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".png")
 LFS_THRESHOLD = 10 * 1024 * 1024
 LOGGED_HEADERS = ("Range", "User-Agent", "Content-Length", "Content-Type")
 CHUNK = 1 << 20
-WRITER = "hf_writer_secret"  # the token of ann in the fixture `empty_hub`
+WRITER, READER, STRANGER = "hf_writer_secret", "hf_reader_secret", "hf_stranger_secret"
 Files = Mapping[str, "bytes | Path | None"]
 
 API_PATH = re.compile(r"/api/(model|dataset|space)s/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?(?:/(.+))?")
+LEGACY_PATH = re.compile(r"/api/(dataset)s/([^/]+)(?:/revision/.+)?")
 RESOLVE_PATH = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/(?:resolve|raw)/([^/]+)/(.+)")
 LFS_PATH = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)\.git/info/lfs/(.+)")
 
@@ -64,6 +67,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)  # also laid over the right answer when status is None
     body: bytes = b""
     cut_after: int | None = None  # send this many bytes of the body under its full Content-Length, then close
+    reset: bool = False  # break the connection before anything is done
     delay: float = 0.0
     drop_answer: bool = False  # perform the request, then close the connection without an answer
     corrupt: bool = False  # flip one byte in the middle of the served body
@@ -107,6 +111,7 @@ class PullRequest:
     url: str
     date: str
     status: str = "open"
+    description: str = ""
 
 
 @dataclass
@@ -204,6 +209,7 @@ class StandInHub:
         self.faults: list[Fault] = []
         self.users: dict[str, User] = {}
         self.repos: dict[tuple[str, str], Repo] = {}
+        self.moved: dict[tuple[str, str], str] = {}  # old id in small letters -> new id
         self.lock = threading.RLock()
         self.closed = False
         self._root = Path(tempfile.mkdtemp(prefix="stand-in-hub-"))
@@ -277,6 +283,33 @@ class StandInHub:
                 else:
                     tree[path] = self._blob(repo, path, self._store(content))
             return self._record(repo, ref, parent, tree, message, "", author).oid
+
+    def open_pull_request(
+        self,
+        repo_id: str,
+        files: Files,
+        *,
+        title: str,
+        author: str,
+        base: str = "main",
+        description: str = "",
+        repo_type: str = "model",
+    ) -> PullRequest:
+        """A pull request on a commit, with one commit of its own."""
+        with self.lock:
+            repo = self.repos[repo_type, repo_id]
+            head = self._commit_at(repo, base)
+            pull = self._new_pull_request(repo, title, author, f"refs/heads/{base}", description)
+            repo.refs[pull.revision] = head.oid
+            self.commit(repo_id, files, repo_type=repo_type, revision=pull.revision, message=title, author=author)
+        return pull
+
+    def rename(self, old: str, new: str, repo_type: str = "model") -> None:
+        """Move a repo; its old name goes on as a redirection."""
+        with self.lock:
+            repo = self.repos[repo_type, new] = self.repos.pop((repo_type, old))
+            repo.id = new
+            self.moved[repo_type, old.lower()] = new
 
     def commits(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> list[Commit]:
         """The history of a revision, newest first."""
@@ -414,6 +447,9 @@ class StandInHub:
         data = b"".join(body)
         with self.lock:
             user = self._user(headers)
+            if elsewhere := self._redirection(path):
+                target = f"{elsewhere}?{query_text}" if query_text else elsewhere
+                return Answer(307, {"Location": target})
             if match := API_PATH.fullmatch(path):
                 repo_type, repo_id, action, first, rest = match.groups()
                 handler: Callable[[Call], Answer] | None
@@ -433,6 +469,19 @@ class StandInHub:
             elif (method, path) in (("POST", "/api/repos/create"), ("DELETE", "/api/repos/delete")):
                 return self._create_or_delete(user, method, json.loads(data))
         raise HubError(404, f"Sorry, we can't find {method} {path}")
+
+    def _redirection(self, path: str) -> str | None:
+        """The same address under the name that a repo has now, if it was asked for by another: the Hub's names ignore
+        case, and a renamed repo goes on under its old name, as do data sets from the time when some had no owner."""
+        match = LEGACY_PATH.fullmatch(path) or API_PATH.fullmatch(path) or RESOLVE_PATH.fullmatch(path)
+        if match is None:
+            return None
+        repo_type, asked = match[1] or "model", match[2]
+        if (repo_type, asked) in self.repos:
+            return None
+        names = {name.lower(): name for kind, name in self.repos if kind == repo_type}
+        name = self.moved.get((repo_type, asked.lower())) or names.get(asked.lower())
+        return None if name is None else path.replace(asked, name, 1)
 
     def _web(self, repo: Repo) -> str:
         return f"{self.url}/{'' if repo.type == 'model' else repo.type + 's/'}{repo.id}"
@@ -607,10 +656,20 @@ class StandInHub:
             found = next((pull for pull in listed if str(pull["num"]) == call.first), None)
             if found is None:
                 raise HubError(404, "Discussion not found")
-            changes = {"base": call.repo.pulls[found["num"] - 1].base}
-            return Answer.json({**found, "changes": changes, "filesWithConflicts": [], "events": []})
-        if call.query.get("type") == ["discussion"] or call.query.get("status") == ["closed"]:
+            pull = call.repo.pulls[found["num"] - 1]
+            opening = {
+                "id": "1",
+                "type": "comment",
+                "createdAt": pull.date,
+                "author": {"name": pull.author},
+                "data": {"edited": False, "hidden": False, "latest": {"raw": pull.description, "html": ""}},
+            }
+            changes = {"base": pull.base}
+            return Answer.json({**found, "changes": changes, "filesWithConflicts": [], "events": [opening]})
+        if call.query.get("type") == ["discussion"]:
             listed = []
+        if status := call.query.get("status"):
+            listed = [pull for pull in listed if (pull["status"] == "open") == (status == ["open"])]
         if authors := call.query.get("author"):
             listed = [pull for pull in listed if pull["author"]["name"] in authors]
         return Answer.json({"discussions": listed, "count": len(listed), "start": 0})
@@ -665,16 +724,21 @@ class StandInHub:
             self._apply(call.repo, tree, line["key"], line["value"])
         ref = self._ref(call.repo, call.first)
         if create_pr:
-            num = len(call.repo.pulls) + 1
-            url = f"{self._web(call.repo)}/discussions/{num}"
-            pull = PullRequest(num, header["summary"], author, f"refs/pr/{num}", ref or call.first, url, _now())
-            call.repo.pulls.append(pull)
+            text = header.get("description", "")
+            pull = self._new_pull_request(call.repo, header["summary"], author, ref or call.first, text)
             ref = pull.revision
         if ref is None:
             raise HubError(404, f"Invalid rev id: {call.first}", "RevisionNotFound")
         commit = self._record(call.repo, ref, head.oid, tree, header["summary"], header.get("description", ""), author)
         answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{self._web(call.repo)}/commit/{commit.oid}"}
         return Answer.json({**answer, "hookOutput": "", **({"pullRequestUrl": pull.url} if create_pr else {})})
+
+    def _new_pull_request(self, repo: Repo, title: str, author: str, base: str, description: str) -> PullRequest:
+        num = len(repo.pulls) + 1
+        url = f"{self._web(repo)}/discussions/{num}"
+        pull = PullRequest(num, title, author, f"refs/pr/{num}", base, url, _now(), description=description)
+        repo.pulls.append(pull)
+        return pull
 
     def _apply(self, repo: Repo, tree: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
         path = value.get("path", "")
@@ -722,6 +786,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         fault = hub.take_fault(self.command, self.path) or Fault()
         time.sleep(fault.delay)
+        if fault.reset:
+            self._log(hub, 0)
+            self.close_connection = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            return
         body = self._body()
         if fault.status is not None and not fault.drop_answer:
             answer = Answer(fault.status, {}, fault.body, 0, len(fault.body))
@@ -734,10 +804,7 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = Answer.json({"error": traceback.format_exc()}, 500)
         for _ in body:  # what is left unread would be taken for the next request
             pass
-        kept = {name: self.headers[name] for name in LOGGED_HEADERS if name in self.headers}
-        with hub.lock:
-            has_token = "Authorization" in self.headers
-            hub.requests.append(Request(self.command, self.path, answer.status, has_token, kept))
+        self._log(hub, answer.status)
         if fault.drop_answer:
             self.close_connection = True
             return
@@ -746,6 +813,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(answer, fault)
         except ConnectionError:
             self.close_connection = True
+
+    def _log(self, hub: StandInHub, status: int) -> None:
+        kept = {name: self.headers[name] for name in LOGGED_HEADERS if name in self.headers}
+        with hub.lock:
+            hub.requests.append(Request(self.command, self.path, status, "Authorization" in self.headers, kept))
 
     def _send(self, answer: Answer, fault: Fault) -> None:
         self.send_response(answer.status)

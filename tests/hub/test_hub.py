@@ -14,50 +14,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from helpers.checkpoints import StateDict, tiny_fisher, tiny_state, write_checkpoint
 from helpers.command import Run
-from helpers.hub_server import WRITER, Fault, StandInHub
-
-READER, STRANGER = "hf_reader_secret", "hf_stranger_secret"
-TOKENS = (WRITER, READER, STRANGER)
-
-
-@pytest.fixture
-def hub(empty_hub: StandInHub, tmp_path: Path, base_state: StateDict) -> StandInHub:
-    """A Hub with org/base, org/vit-b32-dtd and org/vit-b32-svhn."""
-    empty_hub.add_user(READER, "ann", role="read", orgs=["org"])
-    empty_hub.add_user(STRANGER, "bob")
-    empty_hub.add_repo("org/base", write_checkpoint(tmp_path / "src" / "base", base_state))
-    for seed, task in enumerate(("dtd", "svhn"), start=1):
-        card = "---\nbase_model: org/base\n---\n"
-        folder = write_checkpoint(
-            tmp_path / "src" / task, tiny_state(seed, base_state), fisher=tiny_fisher(seed), card=card
-        )
-        empty_hub.add_repo(f"org/vit-b32-{task}", folder)
-    return empty_hub
-
-
-MISSION = ("merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--push-to", "org/merged")
-
-
-def fails(result: tuple[int, str, str], pattern: str, code: int = 1) -> None:
-    found, _, complaint = result
-    errors = [line for line in complaint.splitlines() if not line.startswith("warning: ")]
-    assert found == code, complaint
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
-    assert re.search(pattern, errors[0]), errors[0]
-    assert not any(token in complaint for token in TOKENS)
-
-
-def downloads(hub: StandInHub) -> list[str]:
-    return [r.path for r in hub.requests if r.method == "GET" and "/resolve/" in r.path]
-
-
-def writes(hub: StandInHub) -> list[str]:
-    return [
-        f"{r.method} {r.path}" for r in hub.requests if r.method in ("POST", "PUT") and "validate-yaml" not in r.path
-    ]
+from helpers.hub_cases import MISSION, TOKENS, downloads, fails, merges, writes
+from helpers.hub_server import READER, STRANGER, WRITER, Fault, StandInHub
 
 
 def test_the_mission_command(hub: StandInHub, tmp_path: Path) -> None:
@@ -280,10 +239,6 @@ def test_no_network(hub: StandInHub, run: Run, monkeypatch: pytest.MonkeyPatch) 
 
 
 # --- pushes that go wrong -------------------------------------------------------------------------------------------
-
-
-def merges(hub: StandInHub, repo: str = "org/merged") -> int:
-    return sum("Merge 2 checkpoints" in commit.title for commit in hub.commits(repo))
 
 
 def test_a_lost_answer_makes_no_second_commit(hub: StandInHub, run: Run) -> None:

@@ -1,0 +1,25 @@
+"""A Hub with a base and two fine-tuned checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers.checkpoints import StateDict, tiny_fisher, tiny_state, write_checkpoint
+from helpers.hub_server import READER, STRANGER, StandInHub
+
+
+@pytest.fixture
+def hub(empty_hub: StandInHub, tmp_path: Path, base_state: StateDict) -> StandInHub:
+    """A Hub with org/base, org/vit-b32-dtd and org/vit-b32-svhn."""
+    empty_hub.add_user(READER, "ann", role="read", orgs=["org"])
+    empty_hub.add_user(STRANGER, "bob")
+    empty_hub.add_repo("org/base", write_checkpoint(tmp_path / "src" / "base", base_state))
+    for seed, task in enumerate(("dtd", "svhn"), start=1):
+        card = "---\nbase_model: org/base\n---\n"
+        folder = write_checkpoint(
+            tmp_path / "src" / task, tiny_state(seed, base_state), fisher=tiny_fisher(seed), card=card
+        )
+        empty_hub.add_repo(f"org/vit-b32-{task}", folder)
+    return empty_hub
