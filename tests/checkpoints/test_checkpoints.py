@@ -263,16 +263,17 @@ def test_an_overwrite_killed_between_its_renames_is_undone(tmp_path: Path) -> No
 
 SLOW_MERGE = """
 import sys, time
-from hf_epimer import merging, cli
-original = merging.merge_layers
+from hf_epimer.cli.main import main
+from hf_epimer.merging import stream
+from hf_epimer.pipeline import merge as pipeline
+original = stream.merge_layers
 def slowly(*args, **kwargs):
     for layer in original(*args, **kwargs):
         time.sleep(0.02)
         yield layer
-import hf_epimer.pipeline.merge as pipeline
 pipeline.merge_layers = slowly
 print("ready", flush=True)
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -287,7 +288,7 @@ def test_an_interrupted_merge_leaves_the_target_complete_or_absent(
         [sys.executable, "-c", SLOW_MERGE, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    process.stdout.readline()
+    assert process.stdout.readline() == "ready\n"
     deadline = time.monotonic() + 20
     while not leftovers(tiny_zoo) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
