@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
     from hf_epimer.pipeline.merge import MergeReport, merge, push_merged
-    from hf_epimer.pipeline.plan import Plan, make_plan
+    from hf_epimer.pipeline.plan import Plan
+    from hf_epimer.pipeline.planner import make_plan
     from hf_epimer.pipeline.recipe import MergeRecipe
     from hf_epimer.tasks.task import Task
 
@@ -59,7 +60,7 @@ _HOMES = {
     "evaluate": "evaluation.accuracy",
     "fisher_from_adam": "curvature.trainer",
     "landscape": "analysis.landscape",
-    "make_plan": "pipeline.plan",
+    "make_plan": "pipeline.planner",
     "make_zoo": "demo.zoo",
     "merge": "pipeline.merge",
     "merge_state_dicts": "merging.state_dicts",

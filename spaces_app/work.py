@@ -212,7 +212,8 @@ def _checked_plan(wish: Wish, recipe: MergeRecipe, statistics_optional: bool = F
         EpimerError: what `make_plan` raises, or it is too large.
     """
     plan = make_plan(recipe, statistics_optional=statistics_optional)
-    remote = [source for source in (plan.base, *plan.models) if not source.ref.is_local]
+    sources = (plan.base, *(model.source for model in plan.models))
+    remote = [source for source in sources if not source.ref.is_local]
     size = plan.summary()["bytes_to_read"] if remote else 0
     if size > wish.largest:
         largest = max(remote, key=lambda source: sum(source.sizes.values()))
@@ -230,16 +231,16 @@ def _described(plan: Plan) -> dict[str, Any]:
         "base_commit": plan.base.ref.revision,
         "models": [
             {
-                "label": source.label,
-                "name": source.title,
-                "commit": source.ref.revision,
-                "task": task.name if task else None,
-                "classes": list(task.class_names or ()) if task else [],
+                "label": model.label,
+                "name": model.source.title,
+                "commit": model.source.ref.revision,
+                "task": model.task.name if model.task else None,
+                "classes": list(model.task.class_names or ()) if model.task else [],
             }
-            for source, task in zip(plan.models, plan.tasks, strict=True)
+            for model in plan.models
         ],
         "bytes": summary["bytes_to_read"],
-        "statistics": bool(plan.statistics),
+        "statistics": plan.statistic is not None,
     }
 
 
@@ -266,7 +267,7 @@ def _compared(report: Report, plan: Plan, images: int, home: Path, shared: Path)
         return rows
     base = plan.recipe.base
     assert base
-    specialists = {task.name: (model, task) for model, task in zip(plan.recipe.models, plan.tasks) if task}
+    specialists = {model.task.name: (model.source.pinned, model.task) for model in plan.models if model.task}
     tasks = [task for _, task in specialists.values()]
     report(0.5, "Measuring the base")
     rows = [{"name": "base", "tasks": _accuracies(evaluate(base, tasks, base, limit=images).to_json())}]
@@ -295,8 +296,8 @@ def _accuracies(results: dict[str, Any]) -> dict[str, float]:
 
 def _identity(plan: Plan, images: int | None) -> str:
     """What the accuracies of the comparison depend on: pinned references, and when local files were changed."""
-    stamps = [str(plan.base), *map(str, plan.models), *(str(task) for task in plan.tasks), str(images)]
-    for source in (plan.base, *plan.models):
+    stamps = [str(plan.base), *map(str, plan.models), *(str(model.task) for model in plan.models), str(images)]
+    for source in (plan.base, *(model.source for model in plan.models)):
         if source.ref.is_local:
             stamps += [str(Path(source.ref.location, name).stat().st_mtime_ns) for name in sorted(source.files)]
     return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:24]

@@ -26,7 +26,6 @@ from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.curvature.comparison import Agreement, compare_with_hessian
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import StatisticsError, UsageError
-from hf_epimer.hub.source import Source
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import stream_layers, tagged_bases
 from hf_epimer.methods import Layer
@@ -42,7 +41,8 @@ from hf_epimer.numerics.diagnostics import (
 from hf_epimer.numerics.linalg import SVD
 from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, task_triples, whitened_basis
 from hf_epimer.pipeline.inputs import fetch, gather
-from hf_epimer.pipeline.plan import Plan, make_plan
+from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.dataset import Sampling, TaskImages
 
@@ -212,7 +212,7 @@ def _against_hessian(
     plan: Plan, ingredients: Ingredients, rank: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, Agreement]]:
     """How good each approximation is, task by task, on a few layers."""
-    last = plan.tower["num_hidden_layers"] - 1
+    last = plan.vision_config["num_hidden_layers"] - 1
     chosen = [
         f"{plan.architecture.prefix}encoder.layers.{index}.{part}.weight"
         for index in sorted({0, last // 2, last})
@@ -222,11 +222,11 @@ def _against_hessian(
     few = {name: bases[name] for name in chosen if name in bases}
     progress("exact Hessians", 0, len(plan.models))
     found = {}
-    for model, task in zip(plan.models, plan.tasks, strict=True):
-        if task is None:
+    for model in plan.models:
+        if model.task is None:
             raise StatisticsError(f"{model}: --exact needs its task; label it (dtd=REF) or add --task FILE")
-        images = TaskImages(task, Sampling(plan.recipe.samples, seed=plan.recipe.seed))
-        found[model.label] = compare_with_hessian(CurvatureRequest(model, plan.base, images), few)
+        images = TaskImages(model.task, Sampling(plan.recipe.samples, seed=plan.recipe.seed))
+        found[model.label] = compare_with_hessian(CurvatureRequest(model.source, plan.base, images), few)
         progress("exact Hessians", 1, len(plan.models))
     return found
 
@@ -310,14 +310,14 @@ def _summary(plan: Plan, ranks: Sequence[int], layers: Sequence[LayerDiagnosis],
     return Diagnosis(
         base=str(plan.recipe.base),
         models=tuple(map(str, plan.recipe.models)),
-        statistics=tuple(entry.label if isinstance(entry, Source) else entry.model.label for entry in plan.statistics),
+        statistics=labels if plan.statistic else (),
         labels=labels,
         weights=plan.weights,
         layers=tuple(layers),
         totals=totals,
         gram=gram,
         verdict=verdict(labels, totals, gram),
-        note=None if plan.statistics else _NO_CURVATURE,
+        note=None if plan.statistic else _NO_CURVATURE,
         out=out,
     )
 

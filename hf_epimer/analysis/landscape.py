@@ -34,11 +34,12 @@ from hf_epimer.merging.stream import stream_layers
 from hf_epimer.methods import Layer
 from hf_epimer.models.base import check_towers
 from hf_epimer.models.classifier import Classifier, classifier_of
-from hf_epimer.models.files import base_folder, tower_of, weight_names
+from hf_epimer.models.files import base_folder, open_checkpoint, tower_of
 from hf_epimer.models.head import task_head
 from hf_epimer.models.loading import load_base, load_processor, load_vision
 from hf_epimer.pipeline.inputs import fetch, gather
-from hf_epimer.pipeline.plan import Plan, check_checkpoint, make_plan
+from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.images import Batch, ImageBatches, read_samples
 from hf_epimer.tasks.task import Task
@@ -154,9 +155,8 @@ def landscape(
     marked = [_open(plan, ref) for ref in merged]
     _check_names([*ingredients.models, *marked])
     plane = plane_of(ingredients, marked)
-    tasks = [task for task in plan.tasks if task]
     with atomic_folder(Path(out), recipe.overwrite) as folder:
-        tower = Tower(base_folder(plan.base), tasks, samples, seed=recipe.seed, device=recipe.device)
+        tower = Tower(base_folder(plan.base), plan.tasks, samples, seed=recipe.seed, device=recipe.device)
         models: dict[str, TensorSource] = {BASE: ingredients.base}
         models |= {model.label: model for model in (*ingredients.models, *marked)}
         first, second = grid(list(plane.positions.values()), steps, margin)
@@ -167,13 +167,13 @@ def landscape(
             itself[name] = tower.loss_of(model)
             progress("measuring losses", 1, total)
         tower.span(ingredients, plane)
-        losses: dict[str, list[list[float]]] = {task.name: [[] for _ in second] for task in tasks}
+        losses: dict[str, list[list[float]]] = {task.name: [[] for _ in second] for task in plan.tasks}
         for row, b in enumerate(second):
             for a in first:
                 for name, loss in tower.loss_at((a, b)).items():
                     losses[name][row].append(loss)
                 progress("measuring losses", 1, total)
-        tuned = {task.name: label for task, label in zip(tasks, plane.labels)}
+        tuned = {model.task.name: model.label for model in plan.models if model.task}
         found = Landscape(plane, tower.samples, first, second, losses, itself, tuned, Path(out))
         text = json.dumps(found.to_json(), indent=2, ensure_ascii=False)
         (folder / REPORT).write_text(text + "\n", encoding="utf-8")
@@ -357,11 +357,8 @@ def _open(plan: Plan, ref: ModelRef) -> Checkpoint:
     """A model to be marked, checked to be of the same architecture."""
     source = hub.resolve(ref)
     source = replace(source, label=ref.label or ref.name)
-    check_towers(plan.base, plan.tower, [source], [tower_of(source)])
-    paths = [source.fetch(name) for name in weight_names(source)]
-    checkpoint = Checkpoint(source.label, paths, plan.architecture.canonical)
-    check_checkpoint(plan.shapes, checkpoint)
-    return checkpoint
+    check_towers(plan.base, dict(plan.vision_config), [source], [tower_of(source)])
+    return open_checkpoint(source, plan.architecture, plan.shapes)
 
 
 def _check_names(models: Sequence[TensorSource]) -> None:

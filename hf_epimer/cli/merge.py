@@ -92,7 +92,7 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
 def _run(namespace: argparse.Namespace) -> None:
     recipe = _recipe(namespace)
     from hf_epimer.pipeline.merge import merge
-    from hf_epimer.pipeline.plan import make_plan
+    from hf_epimer.pipeline.planner import make_plan
 
     if namespace.dry_run:
         _print_plan(make_plan(recipe), namespace.json)

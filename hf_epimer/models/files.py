@@ -1,19 +1,23 @@
 """What merging, measuring and evaluating do alike with resolved references: files, base, architecture.
 
-Nothing here reads a weight.
+Nothing here reads a weight; `open_checkpoint` reads the headers of weight files.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_epimer.checkpoints.reader import WEIGHTS_INDEX, choose_weights, read_json
+from hf_epimer.checkpoints.reader import FORMATS, WEIGHTS_INDEX, Checkpoint, choose_weights, read_json
 from hf_epimer.errors import CheckpointError
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import adapter as adapters
+from hf_epimer.merging.inputs import check_shapes
+from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.types import Shape
 
 TEXT_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -85,6 +89,25 @@ def processor_folder(source: Source) -> Path:
     for name in {*PROCESSOR_FILES} & source.files:
         source.fetch(name)
     return source.fetch("config.json").parent
+
+
+def open_checkpoint(source: Source, architecture: Architecture, shapes: Mapping[str, Shape]) -> Checkpoint:
+    """A full checkpoint, fetched, its names, shapes and types compared with what the base's config promises.
+
+    Raises:
+        MismatchError: something is missing, extra or shaped differently.
+        CheckpointError: it is quantised, truncated or corrupt.
+    """
+    paths = [source.fetch(name) for name in weight_names(source)]
+    checkpoint = Checkpoint(source.label, paths, architecture.canonical)
+    check_shapes(shapes, checkpoint, "the checkpoint")
+    strange = {dtype for name, dtype in checkpoint.dtypes.items() if name in shapes} - set(FORMATS.values())
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.label}: its weights are stored as {', '.join(sorted(strange))}; only float32, float16 and "
+            "bfloat16 can be merged (dequantise it first)"
+        )
+    return checkpoint
 
 
 def content_sha(source: Source) -> str:

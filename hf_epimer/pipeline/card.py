@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_epimer.hub.source import Source
 from hf_epimer.methods.base import Method
+from hf_epimer.pipeline.plan import PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ def merge_card(
     recipe: MergeRecipe,
     method: Method,
     base: Source,
-    models: Sequence[Source],
-    weights: Sequence[float],
+    models: Sequence[PlannedModel],
     diagnostics: dict[str, str],
     datasets: Sequence[str],
     results: Results | None = None,
@@ -40,17 +40,14 @@ def merge_card(
 
     Args:
         recipe: pinned.
-        weights: l_t, summing to 1.
         diagnostics: what to show of the report, label -> text.
         datasets: Hub ids of the data sets the models were tuned on.
         results: accuracies, where it was evaluated; of a part of the test images (`recipe.limit`) they are in the body
             only, where their number stands beside them.
         as_adapter: the result is an adapter of the base; a full checkpoint otherwise.
     """
-    name = (
-        recipe.push_to.split("/")[1] if recipe.push_to else Path(recipe.out or f"merged-{method.name}").resolve().name
-    )
-    parents = [base] if as_adapter else models
+    name = recipe.push_to.split("/")[1] if recipe.push_to else recipe.target.resolve().name
+    parents = [base] if as_adapter else [model.source for model in models]
     on_hub = [source.title for source in parents if not source.ref.is_local]
     rank = {"out_rank": recipe.out_rank} if recipe.out_rank else {}
     data = ModelCardData(
@@ -71,7 +68,7 @@ def merge_card(
         as_adapter=as_adapter,
         method=method,
         base=_row(base),
-        models=[_row(m) | {"weight": f"{w:.4g}"} for m, w in zip(models, weights, strict=True)],
+        models=[_row(model.source) | {"weight": f"{model.weight:.4g}"} for model in models],
         calibrated_on=recipe.samples if recipe.calibrate else None,
         results=_results_table(results) if results else None,
         limit=recipe.limit,

@@ -1,4 +1,4 @@
-"""Where the statistics of a merge come from: --fisher, the checkpoint itself, the local cache, or else an estimate.
+"""Where the curvature of a merge comes from: --fisher, the checkpoint itself, the local cache, or else an estimate.
 
 Estimates are made when the merge begins, on the task's training data; here nothing is measured and no tensor read.
 """
@@ -19,108 +19,111 @@ from hf_epimer.methods import METHODS
 from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.files import has_text_tower
 from hf_epimer.models.head import check_head
+from hf_epimer.pipeline.plan import CurvatureFile, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.dataset import Sampling, TaskImages, data_revision, is_large
 from hf_epimer.tasks.task import Task
 
 
-def find_statistics(
+def with_curvature(
     recipe: MergeRecipe,
     needs: Statistic | None,
     asked_by: str,
     base: Source,
-    models: Sequence[Source],
-    tasks: Sequence[Task | None],
-    optional: bool,
-) -> tuple[Source | CurvatureRequest, ...]:
-    """Where each model's statistics come from; empty when the method needs none.
+    models: tuple[PlannedModel, ...],
+    *,
+    optional: bool = False,
+) -> tuple[PlannedModel, ...]:
+    """The models, each with where one of its statistics comes from.
 
     Args:
-        needs: which ones; None for none.
+        needs: which one; None for none, which leaves the models as they are.
         asked_by: the method, for messages.
-        optional: empty, too, when none are given and some would have to be estimated or cannot be had.
+        optional: leave them as they are, too, when no files are given and not every model has one of its own.
 
     Raises:
-        StatisticsError: there is no way to them, listing the ways and the methods that need none.
+        StatisticsError: there is no way to it, listing the ways and the methods that need none.
+        UsageError: --fisher is of no use here, or its labels are not those of the models.
     """
-    if recipe.fisher and needs == "projected":
-        raise UsageError("--fisher: the projected metric is measured anew for every merge, no file can hold it")
     if needs is None:
-        if recipe.fisher:
-            users = ", ".join(m.name for m in METHODS.values() if m.needs)
-            raise UsageError(f"--fisher: {asked_by} uses no Fisher information; {users} do")
-        return ()
-    given = _given_statistics(recipe, models, needs)
-    found: list[Source | CurvatureRequest] = []
-    lacking, reasons = [], []
-    for model, task in zip(models, tasks, strict=True):
-        if model.label in given:
-            found.append(given[model.label])
-        elif needs != "projected" and FILE_OF[needs] in model.files:
-            found.append(model)
-        elif task is None or not has_text_tower(base):
-            lacking.append(str(model))
-        else:
-            try:
-                found.append(_cached_or_estimate(recipe, needs, base, model, task))
-            except (HubError, DataError) as error:  # its data cannot be reached; there are other ways
-                lacking.append(str(model))
-                reasons.append(f" (not on {task.dataset} now: {error})")
-    if optional and not recipe.fisher and (lacking or any(isinstance(entry, CurvatureRequest) for entry in found)):
-        return ()
+        _refuse_unused(recipe, asked_by)
+        return models
+    given = _given_files(recipe, models, needs)
+    curvature: dict[str, CurvatureFile | CurvatureRequest] = {}
+    reasons = []
+    for model in models:
+        try:
+            entry = given.get(model.label) or _find_curvature(recipe, needs, base, model)
+        except (HubError, DataError) as error:  # its data cannot be reached; there are other ways
+            entry = None
+            reasons.append(f" (not on {model.task.dataset if model.task else model} now: {error})")
+        if entry:
+            curvature[model.label] = entry
+    lacking = [str(model) for model in models if model.label not in curvature]
+    if (
+        optional
+        and not recipe.fisher
+        and (lacking or any(isinstance(entry, CurvatureRequest) for entry in curvature.values()))
+    ):
+        return models
     if lacking:
-        free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
-        ways = [f"give it with --fisher, put {FILE_OF[needs]} beside the weights (hf-epimer fisher makes it)"]
-        if has_text_tower(base):
-            ways.append("label the checkpoint with its task (dtd=REF), or add --task FILE, so that it can be estimated")
-        else:
-            ways.append("name a full CLIP model with --base so that it can be estimated (this one has no text tower)")
-        raise StatisticsError(
-            f"{asked_by} needs the {NAMES[needs]} of {', '.join(lacking)}: "
-            f"{', '.join(ways[needs == 'projected' :])}{''.join(reasons[:1])}, or choose a method that needs no data: "
-            f"{free}"
-        )
-    return tuple(found)
+        raise StatisticsError(_no_way(needs, asked_by, base, lacking, "".join(reasons[:1])))
+    return tuple(replace(model, curvature={**model.curvature, needs: curvature[model.label]}) for model in models)
 
 
-def find_images(
-    recipe: MergeRecipe, purpose: str, base: Source, models: Sequence[Source], tasks: Sequence[Task | None]
-) -> tuple[TaskImages, ...]:
-    """The images of every model's task, those that curvature is estimated on, for another `purpose`.
+def with_images(
+    recipe: MergeRecipe, purpose: str, base: Source, models: Sequence[PlannedModel]
+) -> tuple[PlannedModel, ...]:
+    """The models, each with images of its task, those that curvature is estimated on, for another `purpose`.
 
     Raises:
         UsageError: a model's task is not known.
         StatisticsError: the base has no text tower to see images of that task with.
         HubError, DataError: a data set cannot be reached, or is not there.
     """
-    found = []
-    for model, task in zip(models, tasks, strict=True):
-        if task is None:
+    seen = []
+    for model in models:
+        if model.task is None:
             raise UsageError(
-                f"{model}: to {purpose}, its task must be known: label it (dtd={model.ref.location}) or add --task FILE"
+                f"{model}: to {purpose}, its task must be known: label it (dtd={model.source.ref.location}) or add "
+                "--task FILE"
             )
-        check_head(base, task)
-        data_revision(task)  # whether it can be reached is found out now
-        found.append(_images(recipe, task))
-    return tuple(found)
+        check_head(base, model.task)
+        data_revision(model.task)  # whether it can be reached is found out now
+        seen.append(replace(model, images=_images(recipe, model.task)))
+    return tuple(seen)
+
+
+def _find_curvature(
+    recipe: MergeRecipe, needs: Statistic, base: Source, model: PlannedModel
+) -> CurvatureFile | CurvatureRequest | None:
+    """The file beside the weights or in the cache, else what is to be measured; None where that is not possible.
+
+    Raises:
+        HubError, DataError: the task's data cannot be reached.
+    """
+    if needs != "projected" and FILE_OF[needs] in model.source.files:
+        return CurvatureFile(model.source, FILE_OF[needs])
+    if model.task is None or not has_text_tower(base):
+        return None
+    request = CurvatureRequest(model.source, base, _images(recipe, model.task))
+    if needs == "projected":
+        return request
+    path = request.cached(kind_of(needs))
+    return _curvature_file(ModelRef(str(path), label=model.label), needs) if path.is_file() else request
 
 
 def _images(recipe: MergeRecipe, task: Task) -> TaskImages:
     return TaskImages(task, Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task)))
 
 
-def _cached_or_estimate(
-    recipe: MergeRecipe, needs: Statistic, base: Source, model: Source, task: Task
-) -> Source | CurvatureRequest:
-    request = CurvatureRequest(model, base, _images(recipe, task))
-    if needs == "projected":
-        return request
-    path = request.cached(kind_of(needs))
-    return _statistics_source(ModelRef(str(path), label=model.label), needs) if path.is_file() else request
+# --- --fisher -------------------------------------------------------------------------------------------------------
 
 
-def _given_statistics(recipe: MergeRecipe, models: Sequence[Source], needs: Statistic) -> dict[str, Source]:
+def _given_files(recipe: MergeRecipe, models: Sequence[PlannedModel], needs: Statistic) -> dict[str, CurvatureFile]:
     """--fisher references by the label of the model they belong to."""
+    if recipe.fisher and needs == "projected":
+        raise UsageError("--fisher: the projected metric is measured anew for every merge, no file can hold it")
     labelled = [ref for ref in recipe.fisher if ref.label]
     if labelled and len(labelled) < len(recipe.fisher):
         raise UsageError("--fisher: label all references (dtd=REF) or none of them")
@@ -129,7 +132,7 @@ def _given_statistics(recipe: MergeRecipe, models: Sequence[Source], needs: Stat
             raise UsageError(f"--fisher: {len(models)} models but {len(recipe.fisher)} unlabelled references")
         labelled = [replace(ref, label=model.label) for ref, model in zip(recipe.fisher, models, strict=False)]
     labels = {model.label for model in models}
-    given = {}
+    given: dict[str, CurvatureFile] = {}
     for ref in labelled:
         if ref.label not in labels:
             raise UsageError(
@@ -137,20 +140,40 @@ def _given_statistics(recipe: MergeRecipe, models: Sequence[Source], needs: Stat
             )
         if ref.label in given:
             raise UsageError(f"--fisher: {ref.label} is given twice")
-        given[str(ref.label)] = _statistics_source(ref, needs)
+        given[str(ref.label)] = _curvature_file(ref, needs)
     return given
 
 
-def _statistics_source(ref: ModelRef, needs: Statistic) -> Source:
+def _curvature_file(ref: ModelRef, needs: Statistic) -> CurvatureFile:
+    """The file that a reference names, or that lies in the folder or repo that it names."""
     path = Path(ref.location)
     if ref.is_local and path.is_file():
-        return Source(ref, str(ref.label), frozenset({path.name}), {path.name: path.stat().st_size})
+        source = Source(ref, str(ref.label), frozenset({path.name}), {path.name: path.stat().st_size})
+        return CurvatureFile(source, path.name)
     source = hub.resolve(ref)
     if FILE_OF[needs] not in source.files:
         raise NotFoundError(f"--fisher {ref}: there is no {FILE_OF[needs]}")
-    return source
+    return CurvatureFile(source, FILE_OF[needs])
 
 
-def statistics_name(source: Source, statistic: Statistic) -> str:
-    """The name of the file that holds this statistic: the one in the reference's folder, or the reference itself."""
-    return FILE_OF[statistic] if FILE_OF[statistic] in source.files else next(iter(source.files), "")
+# --- complaints -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_unused(recipe: MergeRecipe, asked_by: str) -> None:
+    if recipe.fisher:
+        users = ", ".join(method.name for method in METHODS.values() if method.needs)
+        raise UsageError(f"--fisher: {asked_by} uses no Fisher information; {users} do")
+
+
+def _no_way(needs: Statistic, asked_by: str, base: Source, lacking: Sequence[str], reason: str) -> str:
+    """What can be done about curvature that cannot be had."""
+    free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
+    ways = [f"give it with --fisher, put {FILE_OF[needs]} beside the weights (hf-epimer fisher makes it)"]
+    if has_text_tower(base):
+        ways.append("label the checkpoint with its task (dtd=REF), or add --task FILE, so that it can be estimated")
+    else:
+        ways.append("name a full CLIP model with --base so that it can be estimated (this one has no text tower)")
+    return (
+        f"{asked_by} needs the {NAMES[needs]} of {', '.join(lacking)}: {', '.join(ways[needs == 'projected' :])}"
+        f"{reason}, or choose a method that needs no data: {free}"
+    )

@@ -19,14 +19,12 @@ from hf_epimer.curvature.files import NAMES, kind_of, open_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub import source as hub
-from hf_epimer.hub.source import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods.statistic import Statistic
-from hf_epimer.models.files import is_adapter, model_folder, weight_names
-from hf_epimer.pipeline.curvature_sources import statistics_name
-from hf_epimer.pipeline.plan import Plan, check_checkpoint
+from hf_epimer.models.files import model_folder, open_checkpoint, weight_names
+from hf_epimer.pipeline.plan import Plan
 from hf_epimer.types import Progress
 
 
@@ -36,9 +34,9 @@ def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
     Args:
         more: names of other files of the base, as far as it has them.
     """
-    sources = [plan.base, *plan.models] if plan.reads_base else plan.models
-    files = [(source, name) for source in sources for name in weight_names(source)]
-    files += [(source, statistics_name(source, statistic)) for statistic, source in plan.measured]
+    files = [(plan.base, name) for name in weight_names(plan.base)] if plan.reads_base else []
+    files += [(model.source, name) for model in plan.models for name in model.weight_files]
+    files += [(file.source, file.name) for file in plan.measured]
     files += [(plan.base, name) for name in more if name in plan.base.files]
     remote = [(source, name) for source, name in files if not source.ref.is_local]
     size = sum(source.sizes.get(name, 0) for source, name in remote)
@@ -56,45 +54,46 @@ def gather(plan: Plan, progress: Progress) -> Ingredients:
     ingredients = _open_weights(plan)
     if plan.to_estimate and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
-    if plan.curvature:
-        ingredients = replace(ingredients, curvature=gather_statistics(plan, "outputs", plan.curvature, progress))
-    if plan.statistic is None or not plan.statistics:
+    if plan.recipe.calibrate:
+        ingredients = replace(ingredients, curvature=_open_curvature(plan, "outputs", progress))
+    if plan.statistic is None:
         return ingredients
     if plan.statistic == "projected":
-        step = _announced(plan.statistics, progress)
-        bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
-        projected = [
-            StateDict(f"{NAMES['projected']} of {entry.model.label}", project_fisher(entry, bases, on_samples=step))
-            for entry in plan.statistics
-            if isinstance(entry, CurvatureRequest)
-        ]
-        return replace(ingredients, statistics=projected, bases=bases)
-    return replace(ingredients, statistics=gather_statistics(plan, plan.statistic, plan.statistics, progress))
+        return _with_projected_fisher(plan, ingredients, progress)
+    return replace(ingredients, statistics=_open_curvature(plan, plan.statistic, progress))
 
 
-def gather_statistics(
-    plan: Plan, statistic: Statistic, entries: Sequence[Source | CurvatureRequest], progress: Progress
-) -> list[TensorSource]:
-    """One file of statistics per model, opened; estimated now where there is none.
-
-    Raises:
-        MismatchError, CheckpointError, StatisticsError: one is damaged or does not fit.
-    """
-    step = _announced(entries, progress)
+def _open_curvature(plan: Plan, statistic: Statistic, progress: Progress) -> list[TensorSource]:
+    """One file of statistics per model, opened; estimated now where there is none."""
+    step = _announced(plan, statistic, progress)
     opened = []
-    for entry, model in zip(entries, plan.models, strict=True):
+    for model in plan.models:
+        entry = model.curvature[statistic]
         if isinstance(entry, CurvatureRequest):
             path = estimate_file(entry, kind_of(statistic), on_samples=step)
         else:
-            path = entry.fetch(statistics_name(entry, statistic))
+            path = entry.fetch()
         label = f"{NAMES[statistic]} of {model.label} ({path.name})"
         opened.append(open_statistics(path, label, statistic, plan.shapes, plan.architecture.canonical))
     return opened
 
 
-def _announced(entries: Sequence[Source | CurvatureRequest], progress: Progress) -> Callable[[int], None]:
+def _with_projected_fisher(plan: Plan, ingredients: Ingredients, progress: Progress) -> Ingredients:
+    """The Fisher information of every model on the tagged bases of this very merge, always estimated now."""
+    step = _announced(plan, "projected", progress)
+    bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
+    projected = []
+    for model in plan.models:
+        request = model.curvature["projected"]
+        assert isinstance(request, CurvatureRequest)  # no file can hold it
+        tensors = project_fisher(request, bases, on_samples=step)
+        projected.append(StateDict(f"{NAMES['projected']} of {model.label}", tensors))
+    return replace(ingredients, statistics=projected, bases=bases)
+
+
+def _announced(plan: Plan, statistic: Statistic, progress: Progress) -> Callable[[int], None]:
     """A stage of its own for what is to be estimated: takes the number of samples done."""
-    total = sum(entry.images.sampling.samples or 0 for entry in entries if isinstance(entry, CurvatureRequest))
+    total = sum(request.images.sampling.samples or 0 for asked, request in plan.to_estimate if asked == statistic)
     progress("estimating curvature", 0, total)
     return lambda count: progress("estimating curvature", count, total)
 
@@ -102,17 +101,17 @@ def _announced(entries: Sequence[Source | CurvatureRequest], progress: Progress)
 def _open_weights(plan: Plan) -> Ingredients:
     base: TensorSource = _open_base(plan) if plan.reads_base else _BaseOnDemand(plan)
     models: list[TensorSource] = []
-    for source in plan.models:
-        if is_adapter(source):
-            models.append(read_adapter(model_folder(source), base, plan.architecture.canonical, source.label))
+    for model in plan.models:
+        if model.is_adapter:
+            models.append(read_adapter(model_folder(model.source), base, plan.architecture.canonical, model.label))
         else:
-            models.append(_open_checkpoint(plan, source))
+            models.append(open_checkpoint(model.source, plan.architecture, plan.shapes))
             _check_not_the_base(base, models[-1])
     return Ingredients(base, models, plan.weights)
 
 
 def _open_base(plan: Plan) -> Checkpoint:
-    base = _open_checkpoint(plan, plan.base)
+    base = open_checkpoint(plan.base, plan.architecture, plan.shapes)
     base.label = str(replace(plan.base.pinned, label=None))
     base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
     return base
@@ -132,13 +131,6 @@ class _BaseOnDemand:
 
     def copy_to(self, name: str, out: Tensor) -> None:
         self._opened().copy_to(name, out)
-
-
-def _open_checkpoint(plan: Plan, source: Source) -> Checkpoint:
-    paths = [source.fetch(name) for name in weight_names(source)]
-    checkpoint = Checkpoint(source.label, paths, plan.architecture.canonical)
-    check_checkpoint(plan.shapes, checkpoint)
-    return checkpoint
 
 
 def _check_not_the_base(base: TensorSource, model: TensorSource) -> None:

@@ -37,7 +37,8 @@ from hf_epimer.pipeline.adapter_output import dense_layers, write_merged_adapter
 from hf_epimer.pipeline.calibration.step import calibrated_layers
 from hf_epimer.pipeline.card import merge_card
 from hf_epimer.pipeline.inputs import fetch, gather
-from hf_epimer.pipeline.plan import Plan, make_plan, target_folder
+from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.pipeline.recipe import MergeRecipe, recipe_to_json
 from hf_epimer.pipeline.tune_alpha import divergences, nearest
 from hf_epimer.types import Progress
@@ -104,7 +105,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         tried = divergences(plan, ingredients, progress)
         plan = plan.at_alpha(nearest(tried))
         seconds["choosing alpha"] = time.monotonic() - started - sum(seconds.values())
-    out = target_folder(recipe)
+    out = recipe.target
     with atomic_folder(out, recipe.overwrite) as folder:
         report = _merge_into(folder, plan, ingredients, progress, seconds, tried)
     url = None
@@ -208,7 +209,6 @@ def _merge_into(
         method,
         plan.base,
         plan.models,
-        plan.weights,
         _diagnostics(report),
         _datasets(plan),
         results,
@@ -225,7 +225,7 @@ def _output_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": [plan.architecture.output_class],
         "model_type": plan.architecture.output_type,
-        **plan.tower,
+        **plan.vision_config,
         **_projection_dim(plan.base),
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 5
@@ -307,21 +307,20 @@ def _diagnostics(report: MergeReport) -> dict[str, str]:
 
 
 def _datasets(plan: Plan) -> list[str]:
-    return sorted({task.dataset for task in plan.tasks if task and not Path(task.dataset).is_absolute()})
+    return sorted({task.dataset for task in plan.tasks if not Path(task.dataset).is_absolute()})
 
 
 def _evaluate(folder: Path, plan: Plan, progress: Progress) -> Results:
     from hf_epimer.evaluation.accuracy import evaluate_folder
 
-    tasks = [task for task in plan.tasks if task]
-    progress("evaluating", 0, len(tasks))
+    progress("evaluating", 0, len(plan.tasks))
     return evaluate_folder(
         folder,
         plan.base,
-        tasks,
-        name=plan.recipe.push_to or target_folder(plan.recipe).name,
+        plan.tasks,
+        name=plan.recipe.push_to or plan.recipe.target.name,
         limit=plan.recipe.limit,
-        on_task=lambda: progress("evaluating", 1, len(tasks)),
+        on_task=lambda: progress("evaluating", 1, len(plan.tasks)),
     )
 
 
@@ -333,7 +332,7 @@ def _conversions(plan: Plan) -> dict[str, Any]:
     """For the record: which commits are those of a bot's pull request, and what was asked for instead."""
     found = {
         f"{source.title}@{source.ref.revision}": asdict(source.conversion)
-        for source in (plan.base, *plan.models)
+        for source in (plan.base, *(model.source for model in plan.models))
         if source.conversion
     }
     return {"conversions": found} if found else {}

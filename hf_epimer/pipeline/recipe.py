@@ -94,6 +94,11 @@ class MergeRecipe:
             if getattr(self, flag) and self.push_to is None:
                 raise UsageError(f"--{flag.replace('_', '-')} needs --push-to")
 
+    @property
+    def target(self) -> Path:
+        """The folder that is written."""
+        return Path(self.out or f"merged-{self.method}")
+
     def looked_into(self, out: str) -> MergeRecipe:
         """For a command that writes about merges into `out`, layer by layer: nothing is calibrated or pushed."""
         unpushed = replace(self, push_to=None, private=False, create_pr=False)

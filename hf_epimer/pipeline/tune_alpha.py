@@ -49,16 +49,17 @@ def divergences(plan: Plan, ingredients: Ingredients, progress: Progress) -> dic
     Raises:
         DataError: what is wrong with the images of a task.
     """
-    progress("choosing alpha", 0, len(plan.images))
+    progress("choosing alpha", 0, len(plan.models))
     merged = dense_layers(plan.at_alpha(1.0), ingredients, torch.float32, lambda stage, done: None)
     base = {name: ingredients.base.tensor(name).float() for name in plan.shapes}
     tau = {layer.name: layer.tensor - base[layer.name] for layer in merged}
     tower: nn.Module = load_vision(base_folder(plan.base))
     tower.to(plan.recipe.device)
     found = dict.fromkeys(ALPHAS, 0.0)
-    for images, model, weight in zip(plan.images, ingredients.models, plan.weights, strict=True):
-        samples = read_images(images)
-        classifier = classifier_for(tower, plan.base, images.task, samples.class_names).to(plan.recipe.device)
+    for planned, model in zip(plan.models, ingredients.models, strict=True):
+        assert planned.images  # by the planner
+        samples = read_images(planned.images)
+        classifier = classifier_for(tower, plan.base, planned.images.task, samples.class_names).to(plan.recipe.device)
         pictures = ImageBatches(samples, classifier.pixels, BATCH)
         batches = list(pictures)
         pictures.report_broken()
@@ -67,8 +68,8 @@ def divergences(plan: Plan, ingredients: Ingredients, progress: Progress) -> dic
         for alpha in ALPHAS:
             _put(tower, {name: base[name] + alpha * step for name, step in tau.items()})
             ours = _log_probabilities(classifier, batches)
-            found[alpha] += weight * float(kl_div(ours, own, reduction="batchmean", log_target=True))
-        progress("choosing alpha", 1, len(plan.images))
+            found[alpha] += planned.weight * float(kl_div(ours, own, reduction="batchmean", log_target=True))
+        progress("choosing alpha", 1, len(plan.models))
     return found
 
 

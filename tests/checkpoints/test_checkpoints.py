@@ -26,7 +26,7 @@ from hf_epimer.errors import CheckpointError, OutputError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import resolve
 from hf_epimer.models.clip import CLIP_VISION
-from hf_epimer.pipeline.plan import weight_names
+from hf_epimer.models.files import weight_names
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from hf_epimer.hub import source as our_hub
 from hf_epimer.models.classifier import load_classifier
 from hf_epimer.models.head import task_head
 from hf_epimer.numerics.subspace import tagged_basis
-from hf_epimer.pipeline.plan import make_plan
+from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.tasks import dataset as data
 from hf_epimer.tasks.dataset import Sampling, TaskImages
 from hf_epimer.tasks.images import ImageBatches, read_samples

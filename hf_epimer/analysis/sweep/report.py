@@ -188,7 +188,7 @@ def merge_command(plan: Plan, method: Method, config: Any) -> str:
             words += ["--" + item.name.replace("_", "-"), str(value)]
     if recipe.weights is not None:
         words += ["--weights", *map(str, recipe.weights)]
-    if plan.statistics:
+    if plan.statistic:
         words += ["--fisher", *map(str, recipe.fisher)] if recipe.fisher else ["--samples", str(recipe.samples)]
     if method.calibrates:
         words += ["--no-calibrate"]

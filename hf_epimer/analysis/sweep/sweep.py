@@ -35,7 +35,6 @@ from hf_epimer.curvature.files import FILE_OF
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import UsageError
 from hf_epimer.evaluation.results import TaskResult
-from hf_epimer.hub.source import Source
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import is_finite
 from hf_epimer.models.files import PROCESSOR_FILES, base_folder
@@ -43,10 +42,10 @@ from hf_epimer.models.head import check_head, classifier_for
 from hf_epimer.models.loading import load_vision
 from hf_epimer.pipeline.inputs import fetch, gather
 from hf_epimer.pipeline.merge import dtype_of
-from hf_epimer.pipeline.plan import Plan, make_plan, with_method
+from hf_epimer.pipeline.plan import CurvatureFile, Plan
+from hf_epimer.pipeline.planner import make_plan, with_method
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.images import Samples, read_samples
-from hf_epimer.tasks.task import Task
 from hf_epimer.types import Progress
 
 logger = logging.getLogger(__name__)
@@ -83,12 +82,11 @@ def sweep(
     plans, candidates = _plans(local, grid)
     settings = {setting: number for number, own in enumerate(candidates) for setting in grid.settings(own)}
     plan = plans[0][0]
-    tasks = list({task.name: task for task in plan.tasks if task}.values())
-    for task in tasks:
+    for task in plan.tasks:
         check_head(plan.base, task)
-    chosen = {task.name: validation_samples(task, recipe.seed, limit) for task in tasks}
+    chosen = {task.name: validation_samples(task, recipe.seed, limit) for task in plan.tasks}
     data = {name: samples for name, (samples, _) in chosen.items()}
-    unseen = {task.name: read_samples(task, task.test_split) for task in tasks} if test else {}
+    unseen = {task.name: read_samples(task, task.test_split) for task in plan.tasks} if test else {}
     for own, _ in plans:
         fetch(own, progress, PROCESSOR_FILES)
         _check_disjoint(own, chosen)
@@ -99,7 +97,7 @@ def sweep(
             _merge_all(plans, ingredients, candidates, stored, progress)
             seconds["merging"] = time.monotonic() - started - seconds["preparing"]
             dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients[0].base)
-            bench = _Bench(plan, tasks, stored, settings, dtype, progress)
+            bench = _Bench(plan, stored, settings, dtype, progress)
             rows = bench.measure(list(settings), data, "validating")
             best = best_rows(rows)
             wanted = dict.fromkeys(row.setting for own in best.values() for row in own.values())
@@ -109,7 +107,9 @@ def sweep(
             base=str(plan.recipe.base),
             models=tuple(map(str, plan.recipe.models)),
             weights=plan.weights,
-            statistics=tuple(_origin(entry) for own, _ in plans for entry in own.statistics),
+            statistics=tuple(
+                _origin(entry) for own, _ in plans for model in own.models for entry in model.curvature.values()
+            ),
             methods={name: _options(candidates, name) for name in grid.methods},
             ranks=tuple(dict.fromkeys(own.rank for own in candidates if own.rank is not None)),
             alphas=tuple(grid.alphas),
@@ -143,19 +143,18 @@ def _plans(recipe: MergeRecipe, grid: Grid) -> tuple[list[tuple[Plan, list[int]]
             f"--fisher: {' and '.join(files.values())} need files of different kinds: sweep them one after the other"
         )
     return [
-        (with_method(plan, own.method, own.config) if own.statistic else replace(plan, statistics=()), members)
+        (with_method(plan, own.method, own.config) if own.statistic else plan.without_curvature(), members)
         for own, members in zip(leads, groups, strict=True)
     ], candidates
 
 
 def _check_disjoint(plan: Plan, chosen: Mapping[str, tuple[Samples, int]]) -> None:
-    if plan.statistic is None or not plan.statistics:
-        return
-    for task, statistics in zip(plan.tasks, plan.statistics, strict=True):
-        assert task
-        warning = check_disjoint(*chosen[task.name], statistics, plan.statistic)
-        if warning:
-            logger.warning("%s", warning)
+    for model in plan.models:
+        assert model.task  # the planner has refused models without
+        for curvature in model.curvature.values():
+            warning = check_disjoint(*chosen[model.task.name], curvature)
+            if warning:
+                logger.warning("%s", warning)
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
@@ -192,13 +191,18 @@ class _Bench:
     def __init__(
         self,
         plan: Plan,
-        tasks: Sequence[Task],
         stored: TaskVectorFile,
         settings: Mapping[Setting, int],
         dtype: torch.dtype,
         progress: Progress,
     ) -> None:
-        self.tasks, self.stored, self.settings, self.dtype, self.progress = tasks, stored, settings, dtype, progress
+        self.tasks, self.stored, self.settings, self.dtype, self.progress = (
+            plan.tasks,
+            stored,
+            settings,
+            dtype,
+            progress,
+        )
         self.device, self.home = plan.recipe.device, plan.base
         self.vision = load_vision(base_folder(plan.base))
         self.base: dict[str, Tensor] = {}
@@ -236,8 +240,8 @@ class _Bench:
 # --- what is said of it ---------------------------------------------------------------------------------------------
 
 
-def _origin(statistics: Source | CurvatureRequest) -> str:
-    if isinstance(statistics, Source):
+def _origin(statistics: CurvatureFile | CurvatureRequest) -> str:
+    if isinstance(statistics, CurvatureFile):
         return statistics.label
     return f"{statistics.model.label}, estimated on {statistics.images.sampling.samples} samples"
 
@@ -256,6 +260,6 @@ def _commands(
     found = {}
     for setting, number in chosen.items():
         own = candidates[number]
-        plan = plan_of[number] if own.statistic else replace(plan_of[number], statistics=())
+        plan = plan_of[number] if own.statistic else plan_of[number].without_curvature()
         found[setting] = merge_command(plan, own.method, config_of(own, setting))
     return found

@@ -21,10 +21,8 @@ from torch import Tensor
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import DataError, TaskError, UsageError
 from hf_epimer.evaluation.results import TaskResult
-from hf_epimer.hub.source import Source
-from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.classifier import Classifier
-from hf_epimer.pipeline.curvature_sources import statistics_name
+from hf_epimer.pipeline.plan import CurvatureFile
 from hf_epimer.tasks.dataset import data_revision
 from hf_epimer.tasks.images import Batch, ImageBatches, Samples, read_samples
 from hf_epimer.tasks.task import Task
@@ -62,14 +60,11 @@ def validation_samples(task: Task, seed: int, limit: int | None = None) -> tuple
     return replace(everything, rows=rows, numbers=everything.numbers[before:]), before
 
 
-def check_disjoint(
-    samples: Samples, before: int, statistics: Source | CurvatureRequest, statistic: Statistic
-) -> str | None:
+def check_disjoint(samples: Samples, before: int, statistics: CurvatureFile | CurvatureRequest) -> str | None:
     """Compare the validation samples with those that statistics of the same task are, or will be, measured on.
 
     Args:
         before: how many rows of the permutation come before them.
-        statistic: which one it is.
 
     Returns:
         A warning where a file that is there already was measured on some of them; None where it was not, or where
@@ -87,7 +82,7 @@ def check_disjoint(
                 f"{len(samples)} on which settings are compared, so give at most --samples {before}"
             )
         return None
-    path = statistics.fetch(statistics_name(statistics, statistic))
+    path = statistics.fetch()
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -149,7 +149,7 @@ def calibrated_layers(
     for name, layer in layers.items():
         parameters[name].data.copy_(layer.tensor)
     pixels = partial(preprocess, load_processor(processor_folder(plan.base)))
-    images = [ImageBatches(read_images(chosen), pixels, BATCH) for chosen in plan.images]
+    images = [ImageBatches(read_images(model.images), pixels, BATCH) for model in plan.models if model.images]
     tasks = list(map(CalibrationTask, ingredients.models, ingredients.curvature, images))
     workspace = folder / "hidden-states.tmp"
     report = calibrate(

@@ -1,0 +1,272 @@
+"""From a recipe to a plan: resolve -> label -> check -> find curvature -> pin.
+
+Whatever can go wrong for reasons known beforehand (rights, configs, missing statistics, a target folder in use) goes
+wrong here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_epimer.checkpoints.atomic import check_target
+from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.errors import DataError, HubError, MismatchError, StatisticsError, UsageError
+from hf_epimer.hub import push as pushing
+from hf_epimer.hub import source as hub
+from hf_epimer.hub.source import Source
+from hf_epimer.lora import read_adapter
+from hf_epimer.merging.inputs import normalized_weights
+from hf_epimer.methods import Method, find_method
+from hf_epimer.models.base import check_towers, find_base
+from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.files import (
+    adapter_config,
+    config_of,
+    is_adapter,
+    model_folder,
+    open_checkpoint,
+    tower_of,
+    weight_names,
+)
+from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
+from hf_epimer.pipeline.plan import CurvatureFile, Plan, PlannedModel
+from hf_epimer.pipeline.recipe import MergeRecipe
+from hf_epimer.tasks.task import Task, benchmark_tasks, infer_task, load_task_file
+
+logger = logging.getLogger(__name__)
+
+
+def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan:
+    """Resolve, infer and check everything that needs no weights.
+
+    Args:
+        recipe: what is asked for.
+        statistics_optional: estimate none, and do without any where not every model has its own.
+
+    Raises:
+        EpimerError: one of its kinds: a reference cannot be resolved, something does not fit or is not possible.
+    """
+    method, recipe = _complete(recipe)
+    sources, cards = _resolve(recipe)
+    models = _label(recipe, sources, cards)
+    base = _find_base(recipe, models, cards)
+    _check(recipe, method, base, models)
+    needs = method.statistic(recipe.options)
+    models = with_curvature(recipe, needs, method.name, base, models, optional=statistics_optional)
+    models = _with_calibration(recipe, method, base, models)
+    plan = _pin(recipe, method, base, models)
+    _check_local_weights(plan)
+    return plan
+
+
+def with_method(plan: Plan, method: Method, options: Any) -> Plan:
+    """The same merge by another method: its curvature is looked for, nothing else is resolved again.
+
+    Raises:
+        StatisticsError, UsageError: as in `make_plan`.
+    """
+    recipe = replace(plan.recipe, method=method.name, options=options)
+    models = plan.without_curvature().models
+    models = with_curvature(recipe, method.statistic(options), method.name, plan.base, models)
+    return replace(plan, recipe=recipe, method=method, models=models)
+
+
+# --- resolve --------------------------------------------------------------------------------------------------------
+
+
+def _complete(recipe: MergeRecipe) -> tuple[Method, MergeRecipe]:
+    """The method, and the recipe with its options filled in, once what needs no Hub is known to be possible."""
+    method = find_method(recipe.method)
+    options = method.config() if recipe.options is None else recipe.options
+    if not isinstance(options, method.config):
+        raise UsageError(f"{method.name} takes a {method.config.__name__}, not a {type(options).__name__}")
+    normalized_weights(recipe.weights, len(recipe.models))
+    if recipe.device != "cpu" and not _device_works(recipe.device):
+        raise UsageError(f"--device {recipe.device} is not available here")
+    return method, replace(recipe, options=options)
+
+
+def _resolve(recipe: MergeRecipe) -> tuple[list[Source], list[dict[str, Any]]]:
+    """Every checkpoint at its commit with its card, once the merge is known to have a place to go to."""
+    named = (*recipe.models, *([recipe.base] if recipe.base else []), *recipe.fisher)
+    local = [Path(ref.location) for ref in named if ref.is_local] + [Path(task) for task in recipe.tasks]
+    check_target(recipe.target, recipe.overwrite, local)
+    if recipe.push_to in {ref.location for ref in named if not ref.is_local}:
+        raise UsageError(f"--push-to {recipe.push_to} is one of the checkpoints to merge: push to another repo")
+    if recipe.push_to:
+        pushing.check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
+    sources = [hub.resolve(ref) for ref in recipe.models]
+    return sources, [source.card() for source in sources]
+
+
+def _find_base(recipe: MergeRecipe, models: Sequence[PlannedModel], cards: Sequence[dict[str, Any]]) -> Source:
+    """The base on which all models agree, which must not be overwritten either."""
+    towers = [tower_of(model.source) for model in models if not model.is_adapter]
+    base = find_base(recipe.base, [model.source for model in models], cards, towers)
+    if base.ref.is_local:  # a base that a card names is an input too
+        check_target(recipe.target, recipe.overwrite, [Path(base.ref.location)])
+    return base
+
+
+# --- label ----------------------------------------------------------------------------------------------------------
+
+
+def _label(recipe: MergeRecipe, sources: Sequence[Source], cards: Sequence[dict[str, Any]]) -> tuple[PlannedModel, ...]:
+    """Every checkpoint with its task and a unique label: its own, its task's name, or its repo's or folder's name.
+
+    Raises:
+        UsageError: two models were given the same label, or accuracy is to be measured on a task that is not known.
+        CheckpointError: a config says that this cannot be merged, or there are no weights that may be read.
+    """
+    known = {**benchmark_tasks(), **{task.name: task for task in map(load_task_file, recipe.tasks)}}
+    tasks = [_task_of(source, card, known, recipe.evaluate) for source, card in zip(sources, cards, strict=True)]
+    labels = [source.ref.label for source in sources if source.ref.label]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"two checkpoints are labelled {label}: labels must differ")
+    models = []
+    for source, task, weight in zip(sources, tasks, normalized_weights(recipe.weights, len(sources)), strict=True):
+        label = source.ref.label or _free_label(source, task, labels)
+        labels.append(label)
+        models.append(_planned(replace(source, label=label), task, weight))
+    return tuple(models)
+
+
+def _planned(source: Source, task: Task | None, weight: float) -> PlannedModel:
+    adapted = is_adapter(source)
+    return PlannedModel(
+        source,
+        task,
+        weight,
+        config=adapter_config(source) if adapted else config_of(source),
+        weight_files=tuple(weight_names(source)),
+        is_adapter=adapted,
+    )
+
+
+def _task_of(source: Source, card: dict[str, Any], known: Mapping[str, Task], needed: bool) -> Task | None:
+    datasets = card.get("datasets") or ()
+    task = infer_task(source.ref.label, [datasets] if isinstance(datasets, str) else datasets, source.ref.name, known)
+    if task is None and needed:
+        raise UsageError(
+            f"{source}: to measure accuracy its task must be known: label it (mnist={source.ref.location}) or add "
+            f"--task FILE; known tasks: {', '.join(known)}"
+        )
+    return task
+
+
+def _free_label(source: Source, task: Task | None, taken: Sequence[str]) -> str:
+    wanted = task.name if task else re.sub(r"[^\w.-]+", "-", source.ref.name).strip("-._") or "model"
+    numbered = (f"{wanted}-{number}" for number in count(2))
+    return next(name for name in chain([wanted], numbered) if name not in taken)
+
+
+# --- check ----------------------------------------------------------------------------------------------------------
+
+
+def _check(recipe: MergeRecipe, method: Method, base: Source, models: Sequence[PlannedModel]) -> None:
+    """Refuse models that are unlike the base, or the base itself, and options that do not fit what is merged.
+
+    Raises:
+        UsageError: an option that adapters, full checkpoints or this method do not have.
+        MismatchError: two architectures, or a model that is its own base.
+        CheckpointError: the base has no weights that may be read.
+    """
+    full = [model.source for model in models if not model.is_adapter]
+    if recipe.out_rank is not None and full:
+        raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
+    check_towers(base, tower_of(base), full, [tower_of(source) for source in full])
+    _check_distinct(base, models)
+    weight_names(base)
+    if recipe.calibrate and _writes_adapter(recipe, models):
+        raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
+    if recipe.tune_alpha and "alpha" not in method.config.__dataclass_fields__:
+        raise UsageError(f"--tune-alpha: {method.name} has no alpha")
+    if recipe.tune_alpha and _writes_adapter(recipe, models):
+        raise UsageError("--tune-alpha puts whole layers into a model: for adapters add --dense")
+
+
+def _check_distinct(base: Source, models: Sequence[PlannedModel]) -> None:
+    seen: dict[str, PlannedModel] = {}
+    for model in models:
+        identity = model.source.identity
+        if identity == base.identity:
+            raise MismatchError(f"{model} is its own base: it has nothing to merge; name its real base with --base")
+        if identity in seen:
+            logger.warning("%s is merged twice (as %s and %s)", model.source.title, seen[identity].label, model.label)
+        seen[identity] = model
+
+
+def _writes_adapter(recipe: MergeRecipe, models: Sequence[PlannedModel]) -> bool:
+    return all(model.is_adapter for model in models) and not recipe.dense
+
+
+def _check_local_weights(plan: Plan) -> None:
+    """Compare what lies on this machine already with what the base's config promises; the rest is compared later."""
+    full = [model.source for model in plan.models if not model.is_adapter]
+    for source in (plan.base, *full):
+        if source.ref.is_local:
+            open_checkpoint(source, plan.architecture, plan.shapes)
+    promised = StateDict("base", {name: torch.empty(shape, device="meta") for name, shape in plan.shapes.items()})
+    for model in plan.models:
+        if model.is_adapter and model.source.ref.is_local:
+            folder = model_folder(model.source)
+            read_adapter(folder, promised, plan.architecture.canonical, model.label, quiet=True)
+
+
+def _device_works(device: str) -> bool:
+    try:
+        return torch.empty(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError):
+        return False
+
+
+# --- find curvature -------------------------------------------------------------------------------------------------
+
+
+def _with_calibration(
+    recipe: MergeRecipe, method: Method, base: Source, models: tuple[PlannedModel, ...]
+) -> tuple[PlannedModel, ...]:
+    """The models with the images, and the curvature, that a calibration and a choice of alpha need.
+
+    Raises:
+        UsageError, StatisticsError, HubError, DataError: it was asked for and is not possible.
+    """
+    wanted = method.calibrates if recipe.calibrate is None else recipe.calibrate
+    if wanted and not _writes_adapter(recipe, models):
+        try:
+            seen = with_images(recipe, "calibrate", base, models)
+            # Kronecker factors that are given for the method serve its calibration, too
+            given = recipe if method.statistic(recipe.options) == "kronecker" else replace(recipe, fisher=())
+            return with_curvature(given, "outputs", "--calibrate", base, seen)
+        except (UsageError, StatisticsError, HubError, DataError) as error:
+            if recipe.calibrate:
+                raise
+            logger.warning("%s merges are calibrated where that is possible; this one is not: %s", method.name, error)
+    return with_images(recipe, "choose alpha", base, models) if recipe.tune_alpha else models
+
+
+# --- pin ------------------------------------------------------------------------------------------------------------
+
+
+def _pin(recipe: MergeRecipe, method: Method, base: Source, models: tuple[PlannedModel, ...]) -> Plan:
+    """The plan, its recipe with commits, labels and choices as they were found."""
+    statistic = method.statistic(recipe.options)
+    given = [model.curvature.get(statistic) for model in models] if recipe.fisher and statistic else []
+    pinned = replace(
+        recipe,
+        calibrate=all("outputs" in model.curvature for model in models),
+        base=replace(base.pinned, label=None),
+        models=tuple(model.source.pinned for model in models),
+        fisher=tuple(file.source.pinned for file in given if isinstance(file, CurvatureFile)),
+        tasks=tuple(str(Path(task).absolute()) for task in recipe.tasks),
+    )
+    return Plan(pinned, method, base, models, tower_of(base), CLIP_VISION)
