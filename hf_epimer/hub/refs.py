@@ -21,20 +21,24 @@ def is_repo_id(text: str) -> bool:
     return _REPO.fullmatch(text) is not None
 
 
-def check_new_repo_id(text: str) -> None:
+def check_new_repo_id(text: str, flag: str = "") -> None:
     """Refuse what no repo can be called, before there is anything to push to it.
+
+    Args:
+        flag: that gave it, for messages.
 
     Raises:
         UsageError: it is not of the form org/name, or the Hub allows no such name.
     """
+    given = f"{flag} {text!r}".strip()
     if not is_repo_id(text):
-        raise UsageError(f"{text!r} is not of the form org/name")
+        raise UsageError(f"{given} is not of the form org/name")
     if not text.isascii():
-        raise UsageError(f"{text!r} cannot be a repo's name: only ASCII letters, digits, - _ and . are allowed")
+        raise UsageError(f"{given} cannot be a repo's name: only ASCII letters, digits, - _ and . are allowed")
     try:
         validate_repo_id(text)
     except HFValidationError as error:
-        raise UsageError(f"{text!r} cannot be a repo's name: {error}") from error
+        raise UsageError(f"{given} cannot be a repo's name: {error}") from error
 
 
 def same_repo(one: str, other: str) -> bool:

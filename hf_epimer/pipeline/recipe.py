@@ -89,7 +89,7 @@ class MergeRecipe:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.push_to is not None:
-            check_new_repo_id(self.push_to)
+            check_new_repo_id(self.push_to, "--push-to")
         for flag in ("create_pr", "private"):
             if getattr(self, flag) and self.push_to is None:
                 raise UsageError(f"--{flag.replace('_', '-')} needs --push-to")
