@@ -6,9 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from hf_epimer.errors import NotFoundError, UsageError
 
 _LABEL = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -30,6 +27,9 @@ def check_new_repo_id(text: str, flag: str = "") -> None:
     Raises:
         UsageError: it is not of the form org/name, or the Hub allows no such name.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     given = f"{flag} {text!r}".strip()
     if not is_repo_id(text):
         raise UsageError(f"{given} is not of the form org/name")
