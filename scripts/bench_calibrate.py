@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hf_epimer.checkpoints.reader import StateDict
-from hf_epimer.models.classifier import PREFIX
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
+from hf_epimer.models.weights import parameters_of
 from hf_epimer.numerics.regression import anchored_step
 from hf_epimer.pipeline.calibration.step import RHO, SHARE, VIEWS, CalibrationTask, calibrate
 from hf_epimer.tasks.images import Batch
@@ -56,14 +56,14 @@ def whole_block(tasks: int, images: int, device: str, console: Console) -> None:
     for size in {m for m, _ in LAYERS.values()}:
         factors[size] = decaying(size, generator)
     curvature = {}
-    for stage in CLIP_VISION.stages:
-        for name in stage.modules:
-            full = f"{PREFIX}{CLIP_VISION.blocks}.0.{name}.weight"
-            size = len(tower.get_submodule(f"{CLIP_VISION.blocks}.0.{name}").weight)  # type: ignore[arg-type]
+    for stage in CLIP.stages:
+        for name in stage.layers:
+            full = f"{CLIP.prefix}{CLIP.blocks}.0.{name}.weight"
+            size = len(tower.get_submodule(f"{CLIP.blocks}.0.{name}").weight)  # type: ignore[arg-type]
             curvature |= {f"{full}.output_factor": factors[size], f"{full}.positions": torch.ones(50)}
     given = []
     for number in range(tasks):
-        weights = {PREFIX + name: value + 0.01 * torch.randn_like(value) for name, value in tower.named_parameters()}
+        weights = {name: w + 0.01 * torch.randn_like(w) for name, w in parameters_of(tower, CLIP).items()}
         batches = [
             Batch(torch.randn(32, 3, 224, 224), torch.zeros(32), range(start, start + 32))
             for start in range(0, images, 32)
@@ -71,7 +71,7 @@ def whole_block(tasks: int, images: int, device: str, console: Console) -> None:
         given.append(CalibrationTask(StateDict(str(number), weights), StateDict(str(number), curvature), batches))
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        calibrate(tower.to(device), given, [1 / tasks] * tasks, CLIP_VISION, Path(folder))
+        calibrate(tower.to(device), given, [1 / tasks] * tasks, CLIP, Path(folder))
         seconds = time.perf_counter() - started
     console.print(f"one block, {tasks} tasks, {images} images each, seen {VIEWS} times: {seconds:.0f} s")
 

@@ -59,14 +59,14 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
 
     from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher
     from hf_epimer.curvature.data_pass import Subject, sweep
-    from hf_epimer.models.classifier import Classifier
-    from hf_epimer.models.clip import CLIP_VISION
+    from hf_epimer.models.classifier import Classifier, ZeroShotHead
+    from hf_epimer.models.clip import CLIP
     from hf_epimer.numerics.subspace import TaggedBasis, capped_rank
     from hf_epimer.tasks.images import Batch
 
     projection, head = torch.randn(512, 768), torch.randn(CLASSES, 512)
-    model = Classifier(vision_model(), projection, head, torch.tensor(4.6), None).eval()
-    subject = Subject(model, model.vision_names())
+    model = Classifier(vision_model(), CLIP, ZeroShotHead(projection, head, torch.tensor(4.6)), None).eval()
+    subject = Subject(model, model.tower_names())
     batch = Batch(pixels, labels, range(len(labels)))
 
     def step() -> None:
@@ -89,7 +89,7 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
 
     def bases() -> dict[str, TaggedBasis]:
         found = {}
-        for parameter, shape in CLIP_VISION.shapes(CLIP_VISION.defaults).items():
+        for parameter, shape in CLIP.shapes(CLIP.defaults).items():
             if len(shape) == 2:
                 p = TASKS * capped_rank(RANK, (shape[0], shape[1]), TASKS)
                 u, v = (torch.linalg.qr(torch.randn(side, p))[0] for side in shape)

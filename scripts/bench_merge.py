@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 
 SHAPES = {
     "vit-b-32": {},
@@ -61,8 +61,8 @@ print(json.dumps({"merging": merging}))
 
 def make_checkpoints(folder: Path, model: str, tasks: int) -> None:
     """base/ and t0/ .. with model.safetensors, fisher.safetensors and config.json."""
-    tower = {**CLIP_VISION.defaults, **SHAPES[model]}
-    shapes = CLIP_VISION.shapes(tower)
+    tower = {**CLIP.defaults, **SHAPES[model]}
+    shapes = CLIP.shapes(tower)
     generator = torch.Generator().manual_seed(0)
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     _write(folder / "base", tower, base)

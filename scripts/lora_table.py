@@ -32,11 +32,12 @@ from torch.nn.functional import cross_entropy
 
 from hf_epimer.checkpoints.reader import StateDict, TensorSource
 from hf_epimer.lora import Adapter, MergedUpdate, merge_adapters, read_adapter, write_adapter
+from hf_epimer.lora.adapter import ROOT
 from hf_epimer.methods import METHODS, Layer
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
 from hf_epimer.methods.statistic import PARTS
 from hf_epimer.methods.ties import TIESConfig, merge_ties
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.lowrank import LowRank
 
 ALPHAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -61,25 +62,27 @@ class Zoo:
     """The base model, its tasks, and a classifier whose tower takes any weights."""
 
     def __init__(self, folder: Path, names: Sequence[str], validation: int, limit: int) -> None:
-        from hf_epimer.models.head import task_head
-        from hf_epimer.models.loading import load_base, load_processor, load_vision, preprocess
+        from hf_epimer.hub import source as hub
+        from hf_epimer.hub.refs import ModelRef
+        from hf_epimer.models.head import classifier_for
+        from hf_epimer.models.loading import load_processor, load_tower, preprocess
+        from hf_epimer.models.weights import parameters_of
         from hf_epimer.tasks.images import decode, read_samples
         from hf_epimer.tasks.task import load_task_file
 
         self.folder = folder / "base"
-        self.clip = load_base(self.folder)
+        base = hub.resolve(ModelRef(str(self.folder.absolute())))
         self.processor = load_processor(self.folder)
-        self.vision = load_vision(self.folder)
-        weights = {f"vision_model.{n.removeprefix('vision_model.')}": v for n, v in self.vision.named_parameters()}
-        self.weights = {name: value.detach().clone() for name, value in weights.items()}
+        self.tower = load_tower(self.folder)
+        self.parameters = parameters_of(self.tower, CLIP)
+        self.weights = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.base = StateDict("base", self.weights)
-        self.parameters = weights
         self.benches = []
         for name in names or sorted(file.stem for file in (folder / "task_files").glob("*.yaml")):
             task = load_task_file(folder / "task_files" / f"{name}.yaml")
             samples = read_samples(task, task.train_split)
             train, test = samples.rows, read_samples(task, task.test_split).rows
-            head = task_head(task, self.folder, samples.class_names)
+            head = classifier_for(self.tower, base, task, samples.class_names).head
 
             def loaded(data: Any, rows: range, task: Any = task) -> tuple[Tensor, Tensor]:
                 part = data.select(rows)
@@ -90,10 +93,10 @@ class Zoo:
             splits = (train, range(last)), (train, range(last, len(train))), (test, range(min(limit, len(test))))
             self.benches.append(Bench(name, head, *(loaded(data, rows) for data, rows in splits)))
 
-    def classifier(self, bench: Bench, vision: Any = None) -> Any:
-        from hf_epimer.models.classifier import classifier_of
+    def classifier(self, bench: Bench, tower: Any = None) -> Any:
+        from hf_epimer.models.classifier import Classifier
 
-        return classifier_of(vision or self.vision, self.clip, bench.head, self.processor)
+        return Classifier(tower or self.tower, CLIP, bench.head, self.processor).eval()
 
     @torch.inference_mode()
     def accuracy(self, bench: Bench, split: str, update: Update) -> float:
@@ -103,7 +106,7 @@ class Zoo:
                 parameter.add_(update[name])
         images, labels = getattr(bench, split)
         model = self.classifier(bench)
-        guesses = torch.cat([model(part).argmax(-1) for part in images.split(250)])
+        guesses = torch.cat([model.top1(part) for part in images.split(250)])
         return float((guesses == labels).float().mean())
 
     def accuracies(self, split: str, update: Update) -> list[float]:
@@ -114,13 +117,13 @@ def train(zoo: Zoo, bench: Bench, rank: int, folder: Path, steps: int, rate: flo
     """One adapter, in PEFT's own format."""
     import peft
 
-    from hf_epimer.models.loading import load_vision
+    from hf_epimer.models.loading import load_tower
 
     torch.manual_seed(sum(map(ord, bench.name)))
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MODULES)
-    vision = peft.get_peft_model(load_vision(zoo.folder), config)
-    model = zoo.classifier(bench, vision).train()
-    learned = [parameter for parameter in vision.parameters() if parameter.requires_grad]
+    tower = peft.get_peft_model(load_tower(zoo.folder), config)
+    model = zoo.classifier(bench, tower).train()
+    learned = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     images, labels = bench.train
@@ -133,7 +136,7 @@ def train(zoo: Zoo, bench: Bench, rank: int, folder: Path, steps: int, rate: flo
         loss.backward()
         optimizer.step()
         schedule.step()
-    vision.save_pretrained(folder)
+    tower.save_pretrained(folder)
 
 
 def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDict:
@@ -143,8 +146,8 @@ def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDi
             parameter.copy_(adapter.tensor(name))
     found: dict[str, Tensor] = {}
     hooks = []
-    for path, module in zoo.vision.named_modules():
-        name = f"vision_model.{path.removeprefix('vision_model.')}.weight"
+    for path, module in zoo.tower.named_modules():
+        name = f"{CLIP.canonical(path)}.weight"
         if not isinstance(module, torch.nn.Linear) or name not in adapter.changed:
             continue
 
@@ -161,7 +164,7 @@ def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDi
         cross_entropy(model(images[part]), labels[part], reduction="sum").backward()
     for hook in hooks:
         hook.remove()
-    zoo.vision.zero_grad()
+    zoo.tower.zero_grad()
     return StateDict(f"curvature of {bench.name}", found)
 
 
@@ -251,7 +254,7 @@ def table_of(zoo: Zoo, rank: int, options: argparse.Namespace) -> dict[str, dict
             began = time.monotonic()
             train(zoo, bench, rank, folder, options.steps, options.rate)
             console.print(f"{bench.name}, rank {rank}: trained in {time.monotonic() - began:.0f} s")
-        adapters.append(read_adapter(folder, zoo.base, CLIP_VISION.canonical, bench.name))
+        adapters.append(read_adapter(folder, zoo.base, CLIP.canonical, bench.name))
     measured = [curvature(zoo, b, a, options.samples) for b, a in zip(zoo.benches, adapters, strict=True)]
     own = [
         zoo.accuracy(bench, "test", core("mean", [adapter]))
@@ -312,7 +315,7 @@ VIT_L = {
 
 def shapes_only() -> StateDict:
     """A base of ViT-L/14 shape that takes no memory: merging adapters does not read it."""
-    return StateDict("base", {name: torch.zeros(1).expand(s) for name, s in CLIP_VISION.shapes(VIT_L).items()})
+    return StateDict("base", {name: torch.zeros(1).expand(s) for name, s in CLIP.shapes(VIT_L).items()})
 
 
 def write_random(folder: Path, rank: int, seed: int, spread: float) -> None:
@@ -322,7 +325,7 @@ def write_random(folder: Path, rank: int, seed: int, spread: float) -> None:
     tensors = {}
     for name, shape in shapes_only().shapes.items():
         if len(shape) == 2 and ".layers." in name:
-            module = "base_model.model." + name.removeprefix("vision_model.").removesuffix(".weight")
+            module = ROOT + CLIP.module_name(name).removesuffix(".weight")
             for part, size in (("lora_A", (rank, shape[1])), ("lora_B", (shape[0], rank))):
                 values = torch.randn(size, generator=common) * (1 - spread) + torch.randn(size, generator=own) * spread
                 tensors[f"{module}.{part}.weight"] = values * 0.02
@@ -342,7 +345,7 @@ def measure(folder: Path, row: str) -> None:
     before = memory("VmRSS")
     began, used = time.monotonic(), time.process_time()
     base = shapes_only()
-    adapters = [read_adapter(path, base, CLIP_VISION.canonical) for path in sorted(folder.iterdir())]
+    adapters = [read_adapter(path, base, CLIP.canonical) for path in sorted(folder.iterdir())]
     method, _, kind = row.partition(" ")
     config = FrechetLoraConfig(lora_mean=kind) if kind else METHODS[method].config()  # type: ignore[arg-type]
     reports: list[dict[str, Any]] = []
@@ -353,7 +356,9 @@ def measure(folder: Path, row: str) -> None:
             yield update
 
     with tempfile.TemporaryDirectory() as out:
-        write_adapter(Path(out), noted(merge_adapters(adapters, METHODS[method], config)), base)
+        updates = noted(merge_adapters(adapters, METHODS[method], config))
+        kind = (CLIP.output_class, CLIP.library)
+        write_adapter(Path(out), updates, base, module_name=CLIP.module_name, model_class=kind)
     found = {
         "seconds": time.monotonic() - began,
         "cpu": time.process_time() - used,

@@ -36,8 +36,8 @@ from helpers.hub_server import WRITER, StandInHub
 from helpers.space_app import SpaceApp
 from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.hub import retry
-from hf_epimer.models.clip import CLIP_VISION
-from hf_epimer.models.loading import ImageProcessor, load_vision
+from hf_epimer.models.clip import CLIP
+from hf_epimer.models.loading import load_tower, processor_class
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def base_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def base(base_folder: Path) -> Checkpoint:
-    source = Checkpoint("base", [base_folder / "model.safetensors"], CLIP_VISION.canonical)
-    source.shapes = {name: source.shapes[name] for name in CLIP_VISION.shapes(TINY)}
+    source = Checkpoint("base", [base_folder / "model.safetensors"], CLIP.canonical)
+    source.shapes = {name: source.shapes[name] for name in CLIP.shapes(TINY)}
     return source
 
 
@@ -99,7 +99,7 @@ def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    processor = ImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = processor_class(CLIP)(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     processor.save_pretrained(folder)
     return folder
 
@@ -109,7 +109,7 @@ def clip_zoo(clip_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/, two fine-tuned towers a/ and b/ without statistics, data/ and task files a.yaml and b.yaml. Read only."""
     folder = tmp_path_factory.mktemp("zoo")
     shutil.copytree(clip_base, folder / "base")
-    original = load_vision(clip_base)
+    original = load_tower(clip_base)
     prefixed = {f"vision_model.{name}": value for name, value in original.state_dict().items()}
     for index, name in enumerate("ab", start=1):
         generator = torch.Generator().manual_seed(index)

@@ -212,11 +212,14 @@ def _against_hessian(
     plan: Plan, ingredients: Ingredients, rank: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, Agreement]]:
     """How good each approximation is, task by task, on a few layers."""
-    last = plan.vision_config["num_hidden_layers"] - 1
+    architecture = plan.architecture
+    last = plan.vision_config[architecture.depth] - 1
     chosen = [
-        f"{plan.architecture.prefix}encoder.layers.{index}.{part}.weight"
+        f"{architecture.prefix}{architecture.blocks}.{index}.{layer}.weight"
         for index in sorted({0, last // 2, last})
-        for part in ("self_attn.out_proj", "mlp.fc2")
+        for stage in architecture.stages
+        if stage.residual
+        for layer in stage.layers
     ]
     bases = tagged_bases(ingredients, rank, seed=plan.recipe.seed)
     few = {name: bases[name] for name in chosen if name in bases}

@@ -29,14 +29,15 @@ from hf_epimer.checkpoints.reader import Checkpoint, TensorSource
 from hf_epimer.errors import UsageError
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.source import Source
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import stream_layers
 from hf_epimer.methods import Layer
-from hf_epimer.models.base import check_towers
-from hf_epimer.models.classifier import Classifier, classifier_of
-from hf_epimer.models.files import base_folder, open_checkpoint, tower_of
-from hf_epimer.models.head import task_head
-from hf_epimer.models.loading import load_base, load_processor, load_vision
+from hf_epimer.models.base import check_same_architecture
+from hf_epimer.models.classifier import Classifier
+from hf_epimer.models.files import base_folder, open_checkpoint
+from hf_epimer.models.head import classifier_for
+from hf_epimer.models.loading import load_tower
 from hf_epimer.pipeline.inputs import fetch, gather
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.planner import make_plan
@@ -156,7 +157,7 @@ def landscape(
     _check_names([*ingredients.models, *marked])
     plane = plane_of(ingredients, marked)
     with atomic_folder(Path(out), recipe.overwrite) as folder:
-        tower = Tower(base_folder(plan.base), plan.tasks, samples, seed=recipe.seed, device=recipe.device)
+        tower = Tower(plan.base, plan.tasks, samples, seed=recipe.seed, device=recipe.device)
         models: dict[str, TensorSource] = {BASE: ingredients.base}
         models |= {model.label: model for model in (*ingredients.models, *marked)}
         first, second = grid(list(plane.positions.values()), steps, margin)
@@ -278,14 +279,14 @@ class Tower:
     """One vision tower that is moved about, behind the heads of all tasks, with every task's images decoded once.
 
     Args:
-        folder: the base with text tower, tokenizer and processor.
+        base: with text tower, tokenizer and processor.
         tasks: what is measured, on their test splits.
         samples: at most so many images a task, shuffled with `seed`: a split may be sorted by class.
     """
 
     def __init__(
         self,
-        folder: Path,
+        base: Source,
         tasks: Sequence[Task],
         samples: int,
         *,
@@ -293,20 +294,18 @@ class Tower:
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
-        base, processor = load_base(folder), load_processor(folder)
-        self.vision = load_vision(folder)
+        self.tower = load_tower(base_folder(base))
         self.device = device
         self.classifiers: dict[str, Classifier] = {}
         self.batches: dict[str, list[Batch]] = {}
         for task in tasks:
             chosen = read_samples(task, task.test_split, limit=samples, seed=seed)
-            head = task_head(task, folder, chosen.class_names)
-            classifier = classifier_of(self.vision, base, head, processor).to(device)
+            classifier = classifier_for(self.tower, base, task, chosen.class_names).to(device)
             batches = ImageBatches(chosen, classifier.pixels, batch_size)
             self.batches[task.name] = list(batches)
             batches.report_broken()
             self.classifiers[task.name] = classifier
-        self.parameters = next(iter(self.classifiers.values())).vision_parameters()
+        self.parameters = next(iter(self.classifiers.values())).tower_parameters()
         self.weights: Mapping[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -357,7 +356,7 @@ def _open(plan: Plan, ref: ModelRef) -> Checkpoint:
     """A model to be marked, checked to be of the same architecture."""
     source = hub.resolve(ref)
     source = replace(source, label=ref.label or ref.name)
-    check_towers(plan.base, dict(plan.vision_config), [source], [tower_of(source)])
+    check_same_architecture(plan.base, [source])
     return open_checkpoint(source, plan.architecture, plan.shapes)
 
 

@@ -22,6 +22,7 @@ from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal
 from hf_epimer.curvature.per_sample import Gradient, gradient_taps
 from hf_epimer.curvature.request import Labels, Precision
 from hf_epimer.errors import DataError, StatisticsError, UsageError
+from hf_epimer.models.classifier import Classifier
 from hf_epimer.tasks.images import Batch
 
 
@@ -128,9 +129,9 @@ def estimate_fisher(
     """
     if probe and iter(batches) is batches:
         raise UsageError("batches that can be read only once cannot be probed: give a list or a loader, or probe=False")
-    own = getattr(model, "vision_names", None)
     numbered = _Numbered(batches)
-    subject = Subject(model, own() if own else {name: name for name, _ in model.named_parameters()})
+    everything = {name: name for name, _ in model.named_parameters()}
+    subject = Subject(model, model.tower_names() if isinstance(model, Classifier) else everything)
     was_training = model.training
     model.eval()
     try:

@@ -116,7 +116,7 @@ def load_subject(request: CurvatureRequest, batch_size: int, accelerator: Accele
         vision = model_folder(request.model)
         samples = read_images(request.images)
         model = classifier_for(load_tower(vision, request.base), request.base, task, samples.class_names)
-    subject = Subject(model, model.vision_names())
+    subject = Subject(model, model.tower_names())
     share = (accelerator.process_index, accelerator.num_processes)
     return subject, ImageBatches(samples, model.pixels, batch_size, share)
 

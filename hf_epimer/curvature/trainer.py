@@ -20,14 +20,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_epimer.curvature.accumulators import FisherDiagonal
 from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
 from hf_epimer.curvature.files import FILE_OF, StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import Labels
 from hf_epimer.errors import DataError, StatisticsError
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models import ARCHITECTURES
+from hf_epimer.models.weights import parameter_names
 from hf_epimer.tasks.images import Batch
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ class FisherCallback(TrainerCallback):
 
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[FisherCallback(task="dtd")])
 
-    The model must contain a CLIP vision tower and return `logits` for batches that hold `labels`. The first batch is
-    passed twice before training starts, so that a data set with random augmentation, which would make the measurement
-    meaningless, is refused then and not after hours of training; give another one as `dataset`.
+    The model must contain a vision tower of a known family and return `logits` for batches that hold `labels`. The
+    first batch is passed twice before training starts, so that a data set with random augmentation, which would make
+    the measurement meaningless, is refused then and not after hours of training; give another one as `dataset`.
 
     Args:
         task: its name, for the file's header.
@@ -109,7 +110,7 @@ def fisher_from_adam(optimizer: Any, model: nn.Module, batch_size: int = 1) -> d
 
     Args:
         optimizer: torch.optim.Adam, AdamW or one with the same state, after at least one step.
-        model: whose parameters it trains; of a CLIP vision tower within, the names on disk are used.
+        model: whose parameters it trains; of a vision tower within, the names on disk are used.
         batch_size: of the training steps (over all processes and accumulation steps).
 
     Returns:
@@ -121,17 +122,17 @@ def fisher_from_adam(optimizer: Any, model: nn.Module, batch_size: int = 1) -> d
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     betas = {parameter: group["betas"][1] for group in optimizer.param_groups for parameter in group["params"]}
     subject = _tower_subject(model)
-    found = {}
-    for own, name in subject.names.items():
-        parameter = model.get_parameter(own)
+    moments = {}
+    for place, name in subject.names.items():
+        parameter = model.get_parameter(place)
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" not in state:
             raise StatisticsError(
                 f"{name}: the optimiser holds no second moment of it (is it frozen, or not yet stepped?)"
             )
         bias = 1 - betas[parameter] ** float(state["step"])
-        found[name] = (batch_size * state["exp_avg_sq"].detach().float() / bias).cpu()
-    return found
+        moments[name] = (batch_size * state["exp_avg_sq"].detach().float() / bias).cpu()
+    return moments
 
 
 @dataclass(frozen=True)
@@ -168,23 +169,20 @@ def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _tower_subject(model: nn.Module) -> Subject:
-    """The CLIP vision tower within a model.
+    """The vision tower within a model, the first that is found.
 
     Raises:
         StatisticsError: there is none.
     """
-    towers = (CLIPVisionModel, CLIPVisionModelWithProjection)
-    path = next((path for path, module in model.named_modules() if isinstance(module, towers)), None)
-    names = {}
-    if path is not None:
-        tower = model.get_submodule(path)
-        for own, _ in tower.named_parameters():
-            canonical = CLIP_VISION.canonical(own)
-            if canonical is not None:
-                names[f"{path}.{own}" if path else own] = canonical
-    if not names:
-        raise StatisticsError(f"{type(model).__name__} contains no CLIPVisionModel to measure")
-    return Subject(model, names, _logits)
+    for path, module in model.named_modules():
+        classes = {kind.__name__ for kind in type(module).__mro__}
+        for architecture in ARCHITECTURES:
+            if classes.intersection(architecture.tower_classes):
+                names = parameter_names(module, architecture)
+                inside = f"{path}." if path else ""
+                return Subject(model, {inside + name: canonical for name, canonical in names.items()}, _logits)
+    known = " or ".join(architecture.output_class for architecture in ARCHITECTURES)
+    raise StatisticsError(f"{type(model).__name__} contains no {known} to measure")
 
 
 def _logits(forward: Callable[..., Any], inputs: Any) -> Tensor:

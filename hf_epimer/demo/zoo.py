@@ -18,7 +18,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +42,14 @@ from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.demo.captions import FAMILIES, LONGEST_TEXT, all_texts, captioned_drawings, make_tokenizer
 from hf_epimer.demo.drawings import DRAWINGS, KINDS, SIDE
 from hf_epimer.errors import OutputError
-from hf_epimer.models.classifier import Classifier, classifier_of
-from hf_epimer.models.head import text_head
-from hf_epimer.models.loading import ImageProcessor, preprocess
+from hf_epimer.hub import source as hub
+from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.source import Source
+from hf_epimer.models.classifier import Classifier
+from hf_epimer.models.clip import CLIP
+from hf_epimer.models.head import classifier_for
+from hf_epimer.models.loading import load_tower, preprocess, processor_class
+from hf_epimer.tasks.task import load_task_file
 
 Progress = Callable[[str, float], None]
 Report = Callable[[float], None]
@@ -111,8 +115,8 @@ def make_zoo(root: Path, on_progress: Progress | None = None, seed: int = 0, siz
 
 def _build(root: Path, seed: int, size: ZooSize, on_progress: Progress) -> None:
     started = time.monotonic()
-    base = _pretrain(np.random.default_rng([seed, 0]), size, partial(on_progress, "base"))
-    _write_base(root / "base", base)
+    _write_base(root / "base", _pretrain(np.random.default_rng([seed, 0]), size, partial(on_progress, "base")))
+    base = hub.resolve(ModelRef(str(root / "base")))
     tasks = {}
     for number, name in enumerate(FAMILIES, start=1):
         rng = np.random.default_rng([seed, number])
@@ -123,17 +127,17 @@ def _build(root: Path, seed: int, size: ZooSize, on_progress: Progress) -> None:
 
 
 def _add_task(
-    root: Path, name: str, base: Base, rng: Generator, seed: int, size: ZooSize, report: Report
+    root: Path, name: str, base: Source, rng: Generator, seed: int, size: ZooSize, report: Report
 ) -> dict[str, Any]:
     """Draw a task's data, tune a tower on it, and write the data set, the task file, the model and its Fisher."""
-    train, test = (_draw_split(name, count, base.processor, rng) for count in (size.train, size.test))
-    head = text_head(base.model, base.tokenizer, KINDS[name], FAMILIES[name].templates)
-    model = classifier_of(deepcopy(base.model.vision_model), base.model, head, base.processor)
+    _write_task_file(root / "tasks" / f"{name}.yaml", name)
+    task = load_task_file(root / "tasks" / f"{name}.yaml")
+    model = classifier_for(load_tower(root / "base"), base, task, KINDS[name])
+    train, test = (_draw_split(name, count, model.processor, rng) for count in (size.train, size.test))
     zero_shot = _accuracy(model, test)
     _tune(model, train, size, report)
     fine_tuned = _accuracy(model, test)
     _write_dataset(root / "datasets" / name, name, {"train": train, "test": test})
-    _write_task_file(root / "tasks" / f"{name}.yaml", name)
     _write_tower(root / name, name, model, fine_tuned)
     count = min(size.fisher, size.train)
     batches = list(zip(train.pixels[:count].split(size.tune_batch), train.targets[:count].split(size.tune_batch)))
@@ -158,7 +162,7 @@ def _pretrain(rng: Generator, size: ZooSize, report: Report) -> Base:
     images, captions = captioned_drawings(size.captioned, rng)
     texts, numbers = np.unique(captions, return_inverse=True)
     tokenizer = make_tokenizer(all_texts())
-    processor = ImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = processor_class(CLIP)(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     model = CLIPModel(_config(tokenizer)).train()
     pixels, caption_of = preprocess(processor, images), torch.from_numpy(numbers)
     tokens = tokenizer(list(texts), padding=True, return_tensors="pt")["input_ids"]
@@ -185,7 +189,7 @@ def _tune(model: Classifier, train: Split, size: ZooSize, report: Report) -> Non
         pixels = light * torch.roll(train.pixels[batch], (down, right), dims=(2, 3))
         return cross_entropy(model(pixels), train.targets[batch])
 
-    _descend(model.vision, supervised, len(train.labels), size.tune_steps, size.tune_batch, 5e-4, report)
+    _descend(model.tower, supervised, len(train.labels), size.tune_steps, size.tune_batch, 5e-4, report)
 
 
 def _descend(
@@ -207,9 +211,8 @@ def _descend(
         report((step + 1) / steps)
 
 
-@torch.inference_mode()
 def _accuracy(model: Classifier, split: Split) -> float:
-    return (model(split.pixels).argmax(-1) == split.targets).double().mean().item()
+    return (model.top1(split.pixels) == split.targets).double().mean().item()
 
 
 def _config(tokenizer: CLIPTokenizer) -> CLIPConfig:
@@ -234,7 +237,7 @@ def _write_base(folder: Path, base: Base) -> None:
 
 def _write_tower(folder: Path, name: str, model: Classifier, fine_tuned: float) -> None:
     """A vision tower as published: the names on disk carry the prefix, which every release of transformers reads."""
-    _write_weights(folder, model.vision.config, "CLIPVisionModel", model.vision_parameters())
+    _write_weights(folder, model.tower.config, "CLIPVisionModel", model.tower_parameters())
     model.processor.save_pretrained(folder)
     title = FAMILIES[name].title
     result = EvalResult("image-classification", f"{OWNER}/{name}", title, "accuracy", round(fine_tuned, 4))

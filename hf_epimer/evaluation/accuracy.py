@@ -76,24 +76,24 @@ def classify(
         DataError: the head has another number of classes than the data, or the data cannot be read.
     """
     task, classes = samples.task, len(samples.class_names)
-    if classes != len(model.head):
-        raise DataError(f"task {task.name!r} has {classes} classes, the head of the classifier {len(model.head)}")
+    if classes != model.classes:
+        raise DataError(f"task {task.name!r} has {classes} classes, the head of the classifier {model.classes}")
     accelerator = Accelerator()
     model.to(accelerator.device)
     batches = ImageBatches(samples, model.pixels, batch_size, (accelerator.process_index, accelerator.num_processes))
     guesses: list[int] = []
     labels: list[int] = []
     for batch in batches:
-        guesses += model(batch.inputs).argmax(-1).tolist()
+        guesses += model.top1(batch.inputs).tolist()
         labels += batch.labels.tolist()
         on_samples(len(batch.labels))
     batches.report_broken()
     if accelerator.num_processes > 1:
         guesses, labels = gather_object(guesses), gather_object(labels)
         batches.check_broken(len(samples) - len(labels))
-    found: Any = TopOne(keep_in_memory=True).compute(predictions=guesses, references=labels, classes=classes)
-    confusion = tuple(map(tuple, found["confusion"]))
-    return TaskResult(found["correct"], found["samples"], samples.class_names, confusion)
+    counts: Any = TopOne(keep_in_memory=True).compute(predictions=guesses, references=labels, classes=classes)
+    confusion = tuple(map(tuple, counts["confusion"]))
+    return TaskResult(counts["correct"], counts["samples"], samples.class_names, confusion)
 
 
 def evaluate(
@@ -133,8 +133,8 @@ def evaluate(
     home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
     with Accelerator().main_process_first():  # one process fetches, the others find everything in place
         folder = model_folder(source)
-        vision = load_tower(folder, home)
-    return _evaluate(vision, source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)
+        tower = load_tower(folder, home)
+    return _evaluate(tower, source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)
 
 
 def evaluate_folder(
@@ -164,7 +164,7 @@ def evaluate_folder(
 
 
 def _evaluate(
-    vision: nn.Module,
+    tower: nn.Module,
     name: str,
     base: Source,
     tasks: Sequence[Task],
@@ -181,7 +181,7 @@ def _evaluate(
         with accelerator.main_process_first():
             few = limit is not None and is_large(task)  # the same rows, without the rest of a large data set
             samples = read_samples(task, split or task.test_split, limit=limit, streaming=few)
-            model = classifier_for(vision, base, task, samples.class_names)
+            model = classifier_for(tower, base, task, samples.class_names)
         stage, total = f"evaluating {task.name}", len(samples)
         progress(stage, 0, total)
 

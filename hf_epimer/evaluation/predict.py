@@ -6,9 +6,9 @@ p_c = softmax_c(exp(logit_scale) * <z, t_c>)          z, t_c as in `classifier`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 
 from hf_epimer.errors import UsageError
 from hf_epimer.hub import source as hub
@@ -20,10 +20,13 @@ from hf_epimer.models.loading import load_tower
 from hf_epimer.tasks.images import read_samples
 from hf_epimer.tasks.task import Task, find_task
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @torch.inference_mode()
 def predict(
-    model: str | ModelRef, images: Sequence[Image.Image], task: str | Task, base: str | ModelRef | None = None
+    model: str | ModelRef, images: Sequence[Image], task: str | Task, base: str | ModelRef | None = None
 ) -> list[dict[str, float]]:
     """Probabilities of a task's classes for pictures, by a checkpoint from the Hub or a folder.
 
@@ -47,7 +50,5 @@ def predict(
     source = hub.resolve(ModelRef.parse(model) if isinstance(model, str) else model)
     home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
     classifier = classifier_for(load_tower(model_folder(source), home), home, chosen, names)
-    found = []
-    for row in classifier(classifier.pixels(images)).softmax(-1).tolist():
-        found.append(dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])))
-    return found
+    probabilities = classifier(classifier.pixels(images)).softmax(-1).tolist()
+    return [dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])) for row in probabilities]

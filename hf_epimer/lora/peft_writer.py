@@ -4,8 +4,8 @@ Every layer has the rank that it needs (`rank_pattern`), its alpha is its rank (
 balanced: B = U S^1/2, A = S^1/2 V^T. Modules are named in full, so that PEFT adapts these and no others. Parameters
 that are no low-rank updates are stored as trained biases (`bias="all"`) or whole modules (`modules_to_save`).
 
-Names follow the model they are loaded into: a CLIPVisionModel of transformers 5.6 and later has no `vision_model.`
-prefix; older ones, CLIPModel and CLIPVisionModelWithProjection have it. PEFT does not translate between them.
+Modules are named as in the model that the adapter is loaded into, which PEFT does not translate: for a CLIPVisionModel
+without the `vision_model.` prefix from transformers 5.6 on, with it before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from hf_epimer.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROOT
 from hf_epimer.lora.core_space import MergedUpdate
 from hf_epimer.numerics.lowrank import LowRank
 
-PREFIX = "vision_model."
 _EMBEDDING = "position_embedding"
 
 
@@ -36,9 +35,10 @@ def write_adapter(
     updates: Iterable[MergedUpdate],
     base: TensorSource,
     *,
+    module_name: Callable[[str], str],
+    model_class: tuple[str, str],
     base_name: str | None = None,
     base_revision: str | None = None,
-    prefixed: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Write both files into `folder`, which exists.
@@ -46,9 +46,10 @@ def write_adapter(
     Args:
         updates: from `merge_adapters`.
         base: theta_0, for parameters that are stored whole.
+        module_name: canonical name of a layer -> its name in the model that the adapter is loaded into.
+        model_class: of that model, and the module of transformers that it is in.
         base_name: for `base_model_name_or_path`, a Hub id or a folder.
         base_revision: its commit.
-        prefixed: keep `vision_model.` in the names of modules (see above).
         dtype: of the stored tensors.
 
     Returns:
@@ -61,7 +62,7 @@ def write_adapter(
     ranks: dict[str, int] = {}
     whole: dict[str, Tensor] = {}
     for merged in updates:
-        module = _module(merged.name, prefixed)
+        module = module_name(merged.name.rsplit(".", 1)[0])
         if isinstance(merged.update, LowRank) and merged.name.endswith(".weight"):
             if merged.update.rank:
                 factors = _factors(module, merged, merged.update, embedding=module.endswith(_EMBEDDING))
@@ -73,9 +74,9 @@ def write_adapter(
                 whole[merged.name] = base.tensor(merged.name).to(values.dtype) + values
     if not ranks:
         raise OutputError("the merged adapter is zero in every layer: there is nothing to write")
-    kept, saved, has_biases = _whole_parameters(whole, ranks, base, prefixed)
+    kept, saved, has_biases = _whole_parameters(whole, ranks, base, module_name)
     stored = {ROOT + key: value for key, value in sorted({**tensors, **_stored_as(kept, dtype)}.items())}
-    config = _config(ranks, saved, has_biases, base_name, base_revision)
+    config = _config(ranks, saved, has_biases, model_class, base_name, base_revision)
     shapes = {key: tuple(value.shape) for key, value in stored.items()}
     (written,) = write_tensors(folder, shapes, dtype, stored.items(), max_shard_bytes=sys.maxsize)
     (folder / written).rename(folder / ADAPTER_WEIGHTS)
@@ -84,16 +85,11 @@ def write_adapter(
 
 
 def _stored_as(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    found = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
-    for key, value in found.items():
+    stored = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
+    for key, value in stored.items():
         if not bool(value.isfinite().all()):
             raise OutputError(f"{key}: the merged values do not fit into {dtype}; choose another --dtype")
-    return found
-
-
-def _module(name: str, prefixed: bool) -> str:
-    module = name.rsplit(".", 1)[0]
-    return module if prefixed else module.removeprefix(PREFIX)
+    return stored
 
 
 def _factors(module: str, merged: MergedUpdate, update: LowRank, embedding: bool) -> dict[str, Tensor]:
@@ -108,14 +104,14 @@ def _factors(module: str, merged: MergedUpdate, update: LowRank, embedding: bool
 
 
 def _whole_parameters(
-    whole: dict[str, Tensor], ranks: dict[str, int], base: TensorSource, prefixed: bool
+    whole: dict[str, Tensor], ranks: dict[str, int], base: TensorSource, module_name: Callable[[str], str]
 ) -> tuple[dict[str, Tensor], list[str], bool]:
     """Tensors, modules to save, and whether biases were trained, for parameters that are replaced."""
     tensors: dict[str, Tensor] = {}
     saved: set[str] = set()
     for name, value in whole.items():
         module, _, parameter = name.rpartition(".")
-        path = _module(name, prefixed)
+        path = module_name(module)
         if parameter == "bias" and (path in ranks or f"{module}.weight" not in whole):
             tensors[f"{path}.base_layer.bias" if path in ranks else f"{path}.bias"] = value
         elif parameter in ("weight", "bias"):
@@ -132,17 +128,19 @@ def _whole_parameters(
 
 
 def _config(
-    ranks: dict[str, int], saved: list[str], has_biases: bool, base_name: str | None, base_revision: str | None
+    ranks: dict[str, int],
+    saved: list[str],
+    has_biases: bool,
+    model_class: tuple[str, str],
+    base_name: str | None,
+    base_revision: str | None,
 ) -> dict[str, Any]:
     common = Counter(ranks.values()).most_common(1)[0][0]
     unlike = {module: rank for module, rank in ranks.items() if rank != common}
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": {
-            "base_model_class": "CLIPVisionModel",
-            "parent_library": "transformers.models.clip.modeling_clip",
-        },
+        "auto_mapping": {"base_model_class": model_class[0], "parent_library": model_class[1]},
         "base_model_name_or_path": base_name,
         "revision": base_revision,
         "inference_mode": True,

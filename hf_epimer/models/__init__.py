@@ -1,1 +1,44 @@
-"""What an architecture is, as data, and how a checkpoint becomes a model: files, base, weights, heads."""
+"""What an architecture is, as data, and how a checkpoint becomes a model: files, base, weights, heads.
+
+ARCHITECTURES is the table of families; a new one is a file beside `clip.py` and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hf_epimer.errors import CheckpointError
+from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.clip import CLIP
+
+ARCHITECTURES: tuple[Architecture, ...] = (CLIP,)
+
+
+def find_architecture(config: Mapping[str, Any], where: str) -> Architecture:
+    """The family of a model, by the `model_type` in its config.json.
+
+    Args:
+        where: how messages name the model.
+
+    Raises:
+        CheckpointError: there is no such family here.
+    """
+    model_type = str(config.get("model_type"))
+    for architecture in ARCHITECTURES:
+        if model_type in architecture.model_types:
+            return architecture
+    names = " or a ".join(architecture.name for architecture in ARCHITECTURES)
+    known = ", ".join(sorted(model_type for architecture in ARCHITECTURES for model_type in architecture.model_types))
+    raise CheckpointError(f"{where}: model type {model_type!r} is not a {names} ({known} are)")
+
+
+def recognise(names: Iterable[str]) -> Architecture | None:
+    """The family to which most of these names of tensors belong; None where none belongs to any."""
+    names = list(names)
+
+    def belonging(architecture: Architecture) -> int:
+        return sum(architecture.owns(name) for name in names)
+
+    best = max(ARCHITECTURES, key=belonging)
+    return best if belonging(best) else None

@@ -1,18 +1,22 @@
-"""What the package knows of model architectures: canonical names, shapes, config fields. An architecture is data.
+"""What the package has to know of a family of models, as data. Nothing here is of one family; each has a file beside.
 
-Checkpoints of one model come in several layouts: `vision_model.*` (transformers 4, and every full CLIPModel), no prefix
-at all (CLIPVisionModel from transformers 5.6 on), nested below `clip.` or `model.`. Names are made canonical here and
-nowhere else: with the `vision_model.` prefix, which every version of transformers reads.
+Parameters have one canonical name each: the one in files that every version of transformers reads. Files have them in
+several layouts (nested in a full model, without a prefix), modules in memory under names that change from one version
+of transformers to the next; `canonical` takes any of these, `module_name` leads back to the newest module's.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_epimer.errors import CheckpointError
 from hf_epimer.types import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -20,53 +24,96 @@ class Stage:
     """Linear layers of a block that read the same input.
 
     Attributes:
-        modules: their names within the block.
-        residual: the module whose input is the residual stream to which their output is added; None where it is not.
+        layers: their canonical names within the block.
+        residual: the layer whose input is the residual stream to which their output is added; None where it is not.
     """
 
-    modules: tuple[str, ...]
+    layers: tuple[str, ...]
     residual: str | None = None
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """One family of models.
+class ZeroShot:
+    """The part of a full model that makes classes out of texts.
 
     Attributes:
-        name: for messages.
+        model_types: `model_type` in the config.json of models that have it.
+        model_class: the class of transformers that holds both towers.
+        vision: its attribute that holds the vision tower.
+        files: names of those that a tokenizer is stored in.
+        projection: name of the parameter [d, w] that takes a vision tower's features to the space of texts.
+        logit_scale: name of the parameter [], the logarithm of what cosines are multiplied by.
+        embed: (full model, tokens) -> projected text features [n, d], not normalised.
+    """
+
+    model_types: tuple[str, ...]
+    model_class: str
+    vision: str
+    files: frozenset[str]
+    projection: str
+    logit_scale: str
+    embed: Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of models. All names but those in `nested` and `ignored` are canonical and without `prefix`.
+
+    Attributes:
+        name: for messages and cards.
+        tag: of a card.
+        model_types: `model_type` in config.json -> the section of it with the vision config, None where it is all.
+        fields: of a vision config that decide whether two models can be merged -> transformers' defaults.
+        parameters: vision config -> name and shape of every parameter, in the order of the model.
         prefix: of canonical names.
-        nested: prefixes under which the tower may lie in a file, longest first.
-        tower: first components of the tower's own names, without prefix.
+        nested: prefixes under which the parameters may lie in a file, longest first.
+        roots: first components of names.
         ignored: beginnings of names that belong to other parts of a full model, or to buffers.
-        head: the projection that a checkpoint may carry beside the tower; kept apart from the merge.
-        model_types: `model_type` in config.json -> key of the nested tower config, or None.
-        defaults: fields that decide whether two models can be merged, with transformers' defaults.
-        output_class: the transformers class of a merged model.
-        known: the values of `shape_fields` of well-known base models -> Hub id.
-        parameters: config fields -> name (without prefix) and shape of every parameter, in the order of the model.
+        renamed: (name in the newest module, canonical name) of parts of a path, where they differ; tried in this order.
+        library: the module of transformers with the classes.
+        output_class, output_type: the class of a merged model, and its `model_type`.
+        tower_classes: classes with these parameters, for looking them up in a larger model.
+        processors: classes of image processors, the first that the installed transformers has is used.
+        carried: fields of the base's config.json that a merged model keeps beside its vision config.
+        features: (tower, pixels [n, 3, height, width]) -> what is classified, [n, w].
+        width, depth: the fields of a vision config that are w and the number of blocks.
+        run_block: (block, hidden states [n, positions, w]) -> the same after it.
         blocks: the list of residual blocks, in the order in which data runs through them.
         stages: the linear layers of a block, in the same order; the last one's output ends the block, added to the
             residual stream.
+        known: the values of `known_by` of well-known base models -> Hub id.
+        known_by: fields by which a base is known.
+        zero_shot: how classes are made out of texts; None where a task must bring its head.
     """
 
     name: str
-    prefix: str
-    nested: tuple[str, ...]
-    tower: tuple[str, ...]
-    ignored: tuple[str, ...]
-    head: str
+    tag: str
     model_types: Mapping[str, str | None]
-    defaults: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    parameters: Callable[[Mapping[str, Any]], dict[str, Shape]]
+    roots: tuple[str, ...]
+    library: str
     output_class: str
     output_type: str
-    known: Mapping[tuple[int, ...], str]
-    shape_fields: tuple[str, ...]
-    parameters: Callable[[Mapping[str, Any]], dict[str, Shape]]
+    tower_classes: tuple[str, ...]
+    processors: tuple[str, ...]
+    features: Callable[[nn.Module, Tensor], Tensor]
+    run_block: Callable[[nn.Module, Tensor], Tensor]
     blocks: str
     stages: tuple[Stage, ...]
+    prefix: str = ""
+    nested: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    carried: tuple[str, ...] = ()
+    known: Mapping[tuple[int, ...], str] | None = None
+    known_by: tuple[str, ...] = ()
+    zero_shot: ZeroShot | None = None
+    width: str = "hidden_size"
+    depth: str = "num_hidden_layers"
 
     def canonical(self, name: str) -> str | None:
-        """The canonical name of a tensor, None for tensors that are no part of the tower.
+        """The canonical name of a tensor, in whatever layout, None for tensors of other parts of a full model.
 
         A name that fits nowhere is returned as it is, so that the comparison of key sets reports it.
         """
@@ -75,36 +122,52 @@ class Architecture:
             if name.startswith(nested):
                 stripped = name[len(nested) :]
                 break
-        if name.startswith(self.ignored) or stripped.startswith(self.ignored) or name.endswith(self.head):
+        if name.startswith(self.ignored) or stripped.startswith(self.ignored):
             return None
-        if stripped.split(".", 1)[0] in self.tower:
+        for newest, stored in self.renamed:
+            stripped = _replaced(stripped, newest, stored)
+        if stripped.split(".", 1)[0] in self.roots:
             return self.prefix + stripped
         return name
 
-    def tower_config(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def owns(self, name: str) -> bool:
+        """Whether this is one of the parameters' names, in whatever layout."""
+        canonical = self.canonical(name) or ""
+        return canonical.startswith(self.prefix) and canonical.removeprefix(self.prefix).split(".")[0] in self.roots
+
+    def module_name(self, canonical: str) -> str:
+        """What the newest transformers' `output_class` calls a parameter (or a layer) in memory."""
+        name = canonical.removeprefix(self.prefix)
+        for newest, stored in self.renamed:
+            name = _replaced(name, stored, newest)
+        return name
+
+    def vision_config(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The fields that matter from a config.json, with transformers' defaults filled in.
 
         Raises:
-            CheckpointError: the config is of another model type.
+            CheckpointError: a field is damaged.
         """
-        model_type = str(config.get("model_type"))
-        if model_type not in self.model_types:
-            known = ", ".join(sorted(self.model_types))
-            raise CheckpointError(f"{where}: model type {model_type!r} is not a {self.name} ({known} are)")
-        nested = self.model_types[model_type]
-        section = config.get(nested) or {} if nested else config
+        key = self.model_types[str(config.get("model_type"))]
+        section = config.get(key) or {} if key else config
         if not isinstance(section, dict):
-            raise CheckpointError(f"{where}: {nested} in config.json is not an object")
-        tower = {field: section.get(field, default) for field, default in self.defaults.items()}
-        for field, default in self.defaults.items():
-            if isinstance(default, int) and (not isinstance(tower[field], int) or tower[field] < 1):
-                raise CheckpointError(f"{where}: {field} in config.json is {tower[field]!r}, not a positive number")
-        return tower
+            raise CheckpointError(f"{where}: {key} in config.json is not an object")
+        chosen = {field: section.get(field, default) for field, default in self.fields.items()}
+        for field, default in self.fields.items():
+            is_count = isinstance(default, int) and not isinstance(default, bool)
+            if is_count and (not isinstance(chosen[field], int) or chosen[field] < 1):
+                raise CheckpointError(f"{where}: {field} in config.json is {chosen[field]!r}, not a positive number")
+        return chosen
 
-    def known_base(self, tower: Mapping[str, Any]) -> str | None:
-        """The Hub id of the well-known base model with this shape."""
-        return self.known.get(tuple(tower[field] for field in self.shape_fields))
+    def known_base(self, vision_config: Mapping[str, Any]) -> str | None:
+        """The Hub id of the well-known base model of this shape."""
+        return (self.known or {}).get(tuple(vision_config[field] for field in self.known_by))
 
-    def shapes(self, tower: Mapping[str, Any]) -> dict[str, Shape]:
+    def shapes(self, vision_config: Mapping[str, Any]) -> dict[str, Shape]:
         """Canonical name -> shape of every parameter, in the order of the model."""
-        return {self.prefix + name: shape for name, shape in self.parameters(tower).items()}
+        return {self.prefix + name: shape for name, shape in self.parameters(vision_config).items()}
+
+
+def _replaced(name: str, part: str, by: str) -> str:
+    """A path with a run of its components replaced."""
+    return re.sub(rf"(?<![^.]){re.escape(part)}(?![^.])", by, name)

@@ -12,24 +12,15 @@ from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef, is_repo_id
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import adapter as adapters
-from hf_epimer.models.clip import CLIP_VISION
-from hf_epimer.models.files import adapter_config, is_adapter, tower_of
+from hf_epimer.models.files import adapter_config, architecture_of, is_adapter, vision_config_of
 
 logger = logging.getLogger(__name__)
 
 
-def find_base(
-    given: ModelRef | None,
-    models: Sequence[Source],
-    cards: Sequence[dict[str, Any]],
-    towers: Sequence[dict[str, Any]],
-) -> Source:
+def find_base(given: ModelRef | None, models: Sequence[Source], cards: Sequence[dict[str, Any]]) -> Source:
     """The common base: as given, else as the models say, else by the shape of a well-known model.
 
     An adapter says it in its config, with a revision; a checkpoint on its card.
-
-    Args:
-        towers: of the models that are no adapters.
 
     Raises:
         MismatchError: the models disagree.
@@ -46,11 +37,16 @@ def find_base(
         return hub.resolve(ref)
     if "disagree" in why:
         raise MismatchError(f"{why}; name the right one with --base")
-    known = CLIP_VISION.known_base(towers[0]) if towers else None
+    full = next((model for model in models if not is_adapter(model)), None)
+    if full is None:
+        raise UsageError(f"{why}: name the base with --base")
+    architecture = architecture_of(full)
+    known = architecture.known_base(vision_config_of(full))
     if known is None:
-        like = f" and {models[0]} is not shaped like a well-known CLIP model" if towers else ""
-        raise UsageError(f"{why}{like}: name the base with --base")
-    logger.info("base %s, by the shape of %s", known, models[0])
+        raise UsageError(
+            f"{why} and {full} is not shaped like a well-known {architecture.name}: name the base with --base"
+        )
+    logger.info("base %s, by the shape of %s", known, full)
     return hub.resolve(ModelRef(known))
 
 
@@ -62,18 +58,22 @@ def _said_by_adapter(source: Source, card: dict[str, Any]) -> dict[str, Any]:
     return card
 
 
-def check_towers(
-    base: Source, tower: dict[str, Any], models: Sequence[Source], towers: Sequence[dict[str, Any]]
-) -> None:
-    """Refuse models of another architecture than the base.
+def check_same_architecture(base: Source, models: Sequence[Source]) -> None:
+    """Refuse checkpoints of another family or shape than the base; what an adapter fits is seen in its weights.
 
     Raises:
         MismatchError: with the unlike fields side by side.
     """
-    for model, other in zip(models, towers, strict=True):
-        unlike = [field for field, value in tower.items() if other[field] != value]
+    family, config = architecture_of(base), vision_config_of(base)
+    for model in models:
+        if is_adapter(model):
+            continue
+        if architecture_of(model) is not family:
+            raise MismatchError(f"{model} is a {architecture_of(model).name}, the base {base.title} a {family.name}")
+        other = vision_config_of(model)
+        unlike = [field for field, value in config.items() if other[field] != value]
         if unlike:
-            listed = "; ".join(f"{field}: {tower[field]} | {other[field]}" for field in unlike)
+            listed = "; ".join(f"{field}: {config[field]} | {other[field]}" for field in unlike)
             raise MismatchError(f"{model} is another architecture than the base {base.title} ({listed})")
 
 
@@ -81,12 +81,10 @@ def base_of(model: Source, given: ModelRef | None) -> Source:
     """The base of one checkpoint or adapter, found as by `find_base` and known to be of its architecture.
 
     Raises:
-        MismatchError, UsageError: as in `find_base` and `check_towers`.
+        MismatchError, UsageError: as in `find_base` and `check_same_architecture`.
     """
-    full = [] if is_adapter(model) else [model]
-    towers = [tower_of(source) for source in full]
-    base = find_base(given, [model], [model.card()], towers)
-    check_towers(base, tower_of(base), full, towers)
+    base = find_base(given, [model], [model.card()])
+    check_same_architecture(base, [model])
     return base
 
 

@@ -1,76 +1,111 @@
-"""A CLIP vision tower with a frozen zero-shot head.
-
-With the tower f, the base's projection P [d, w] and one unit row t_c per class in the head T [classes, d]:
+"""A vision tower with a frozen head. With the tower f, zero-shot or linear:
 
     z = P f(x) / |P f(x)|        t_c = unit(mean over templates of unit(text(template with class c)))
     logits_c = exp(logit_scale) * <z, t_c>
 
-Only the tower's parameters are trained, merged or measured; P, T and logit_scale are the base model's own.
-Loading fails when a tensor is missing, because transformers would only warn and go on with random weights.
+    logits = W f(x) + b          for families without a text tower
+
+Only the tower's parameters are trained, merged or measured; P [d, w] and logit_scale are the base model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
-from transformers import CLIPModel
+from torch.nn.functional import linear, normalize
 
 from hf_epimer.errors import TaskError
-from hf_epimer.lora import is_adapter
-from hf_epimer.models.clip import CLIP_VISION
-from hf_epimer.models.loading import load_adapted, load_base, load_processor, load_vision, preprocess
+from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.loading import preprocess
+from hf_epimer.models.weights import parameter_names, parameters_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class ZeroShotHead(nn.Module):
+    """Features [n, w] to logits [n, classes], by cosines; `projection` is [d, w] and `rows` [classes, d]."""
+
+    projection: Tensor
+    rows: Tensor
+    scale: Tensor
+
+    def __init__(self, projection: Tensor, rows: Tensor, logit_scale: Tensor) -> None:
+        super().__init__()
+        if rows.shape[1] != projection.shape[0]:
+            raise TaskError(f"the head has rows of {rows.shape[1]} numbers, the base projects to {projection.shape[0]}")
+        self.register_buffer("projection", projection.detach().clone())
+        self.register_buffer("rows", normalize(rows.detach(), dim=-1))
+        self.register_buffer("scale", logit_scale.detach().exp())
+
+    @property
+    def classes(self) -> int:
+        """How many."""
+        return len(self.rows)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * normalize(features @ self.projection.T, dim=-1) @ self.rows.T
+
+
+class LinearHead(nn.Module):
+    """Features [n, w] to logits [n, classes]; `weight` is [classes, w] and `bias` [classes]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("bias", bias.detach().clone())
+
+    @property
+    def classes(self) -> int:
+        """How many."""
+        return len(self.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return linear(features, self.weight, self.bias)
+
+
+Head = ZeroShotHead | LinearHead
 
 
 class Classifier(nn.Module):
-    """Pixels [n, 3, h, w] to logits [n, classes]; `projection` is [d, w] and `head` is [classes, d]."""
+    """Pixels [n, 3, h, w] to logits [n, classes]."""
 
-    projection: Tensor
-    head: Tensor
-    scale: Tensor
-
-    def __init__(
-        self, vision: nn.Module, projection: Tensor, head: Tensor, logit_scale: Tensor, processor: Any
-    ) -> None:
+    def __init__(self, tower: nn.Module, architecture: Architecture, head: Head, processor: Any) -> None:
         super().__init__()
-        if head.shape[1] != projection.shape[0]:
-            raise TaskError(f"the head has rows of {head.shape[1]} numbers, the base projects to {projection.shape[0]}")
-        self.vision = vision
+        self.tower = tower
+        self.architecture = architecture
+        self.head = head
         self.processor = processor
-        self.register_buffer("projection", projection.detach().clone())
-        self.register_buffer("head", normalize(head.detach(), dim=-1))
-        self.register_buffer("scale", logit_scale.detach().exp())
+
+    @property
+    def classes(self) -> int:
+        """How many the head tells apart."""
+        return self.head.classes
 
     def forward(self, pixels: Tensor) -> Tensor:
-        pooled = self.vision(pixel_values=pixels).pooler_output
-        return self.scale * normalize(pooled @ self.projection.T, dim=-1) @ self.head.T
+        logits: Tensor = self.head(self.architecture.features(self.tower, pixels))
+        return logits
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+    @torch.inference_mode()
+    def top1(self, pixels: Tensor) -> Tensor:
+        """The number of the most probable class of every picture, [n] on the CPU."""
+        guesses: Tensor = self(pixels).argmax(-1)
+        return guesses.cpu()
+
+    def pixels(self, images: Sequence[Image]) -> Tensor:
         """Pictures of any mode and size as the tower's input, on the tower's device and in its precision."""
-        return preprocess(self.processor, images).to(self.projection)
+        return preprocess(self.processor, images).to(next(self.tower.parameters()))
 
-    def vision_names(self) -> dict[str, str]:
-        """Name of each of the tower's parameters in this module -> the name it has on disk, with its prefix."""
-        own = [name for name, _ in self.vision.named_parameters()]
-        return {f"vision.{name}": CLIP_VISION.prefix + name.removeprefix(CLIP_VISION.prefix) for name in own}
+    def tower_names(self) -> dict[str, str]:
+        """Name of each of the tower's parameters in this module -> its canonical name."""
+        return {f"tower.{name}": found for name, found in parameter_names(self.tower, self.architecture).items()}
 
-    def vision_parameters(self) -> dict[str, nn.Parameter]:
-        """The tower's parameters under the names they have on disk, whatever the installed transformers calls them."""
-        return {name: self.get_parameter(own) for own, name in self.vision_names().items()}
-
-
-def load_classifier(vision_folder: str | Path, base_folder: str | Path, head: Tensor) -> Classifier:
-    """The tower of one checkpoint or adapter behind the head and the projection of its base, ready to be evaluated."""
-    base = load_base(base_folder)
-    adapted = is_adapter([path.name for path in Path(vision_folder).iterdir()])
-    vision = load_adapted(vision_folder, base_folder) if adapted else load_vision(vision_folder)
-    return classifier_of(vision, base, head, load_processor(base_folder))
-
-
-def classifier_of(vision: nn.Module, base: CLIPModel, head: Tensor, processor: Any) -> Classifier:
-    """A classifier from parts in memory."""
-    return Classifier(vision, base.visual_projection.weight, head, base.logit_scale, processor).eval()
+    def tower_parameters(self) -> dict[str, nn.Parameter]:
+        """Canonical name -> parameter of the tower."""
+        return parameters_of(self.tower, self.architecture)

@@ -1,25 +1,32 @@
-"""CLIP's vision tower: names, shapes, stages. Everything that is CLIP's own stands here."""
+"""CLIP's vision tower. Everything that is CLIP's own stands here: names, shapes, stages, and its text tower.
+
+Names are `vision_model.*` in transformers 4 and in every full CLIPModel, without that prefix in a CLIPVisionModel of
+transformers 5.6 and later; every version reads the former.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_epimer.models.architecture import Architecture, Stage
+from hf_epimer.models.architecture import Architecture, Stage, ZeroShot
 from hf_epimer.types import Shape
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def _clip_vision_shapes(tower: Mapping[str, Any]) -> dict[str, Shape]:
-    width, inner, patch = tower["hidden_size"], tower["intermediate_size"], tower["patch_size"]
-    positions = (tower["image_size"] // patch) ** 2 + 1
+
+def _parameters(config: Mapping[str, Any]) -> dict[str, Shape]:
+    width, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
+    positions = (config["image_size"] // patch) ** 2 + 1
     shapes: dict[str, Shape] = {
         "embeddings.class_embedding": (width,),
-        "embeddings.patch_embedding.weight": (width, tower["num_channels"], patch, patch),
+        "embeddings.patch_embedding.weight": (width, config["num_channels"], patch, patch),
         "embeddings.position_embedding.weight": (positions, width),
         "pre_layrnorm.weight": (width,),
         "pre_layrnorm.bias": (width,),
     }
-    for index in range(tower["num_hidden_layers"]):
+    for index in range(config["num_hidden_layers"]):
         block = f"encoder.layers.{index}."
         linear = {
             **{f"self_attn.{part}_proj": (width, width) for part in ("k", "v", "q", "out")},
@@ -37,15 +44,27 @@ def _clip_vision_shapes(tower: Mapping[str, Any]) -> dict[str, Shape]:
     return shapes
 
 
-CLIP_VISION = Architecture(
+def _features(tower: Any, pixels: Tensor) -> Tensor:
+    features: Tensor = tower(pixel_values=pixels).pooler_output
+    return features
+
+
+def _run_block(block: Any, hidden: Tensor) -> Tensor:
+    after: Tensor = block(hidden, attention_mask=None)
+    return after
+
+
+def _embed(model: Any, tokens: Any) -> Tensor:
+    """Beside `get_text_features`, which returns another type in each release of transformers."""
+    embedded: Tensor = model.text_projection(model.text_model(**tokens).pooler_output)
+    return embedded
+
+
+CLIP = Architecture(
     name="CLIP vision model",
-    prefix="vision_model.",
-    nested=("model.vision_model.", "clip.vision_model.", "vision_model.", "clip.", "model."),
-    tower=("embeddings", "encoder", "pre_layrnorm", "post_layernorm"),
-    ignored=("text_model.", "text_projection", "logit_scale", "embeddings.position_ids"),
-    head="visual_projection.weight",
+    tag="clip",
     model_types={"clip_vision_model": None, "clip": "vision_config"},
-    defaults={
+    fields={
         "hidden_size": 768,
         "intermediate_size": 3072,
         "num_hidden_layers": 12,
@@ -56,20 +75,41 @@ CLIP_VISION = Architecture(
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
     },
+    parameters=_parameters,
+    prefix="vision_model.",
+    nested=("model.vision_model.", "clip.vision_model.", "vision_model.", "clip.", "model."),
+    roots=("embeddings", "encoder", "pre_layrnorm", "post_layernorm"),
+    ignored=("text_model.", "text_projection", "visual_projection", "logit_scale", "embeddings.position_ids"),
+    library="transformers.models.clip.modeling_clip",
     output_class="CLIPVisionModel",
     output_type="clip_vision_model",
-    known={
-        (768, 12, 12, 32, 224): "openai/clip-vit-base-patch32",
-        (768, 12, 12, 16, 224): "openai/clip-vit-base-patch16",
-        (1024, 24, 16, 14, 224): "openai/clip-vit-large-patch14",
-    },
-    shape_fields=("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
-    parameters=_clip_vision_shapes,
+    tower_classes=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    processors=("CLIPImageProcessorPil", "CLIPImageProcessor"),  # the plain name needs no torchvision before the other
+    carried=("projection_dim",),
+    features=_features,
+    run_block=_run_block,
     blocks="encoder.layers",
     stages=(
         Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Stage(("self_attn.out_proj",), residual="layer_norm1"),
         Stage(("mlp.fc1",)),
         Stage(("mlp.fc2",), residual="layer_norm2"),
+    ),
+    known={
+        (768, 12, 12, 32, 224): "openai/clip-vit-base-patch32",
+        (768, 12, 12, 16, 224): "openai/clip-vit-base-patch16",
+        (1024, 24, 16, 14, 224): "openai/clip-vit-large-patch14",
+    },
+    known_by=("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
+    zero_shot=ZeroShot(
+        model_types=("clip",),
+        model_class="CLIPModel",
+        vision="vision_model",
+        files=frozenset(
+            {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
+        ),
+        projection="visual_projection.weight",
+        logit_scale="logit_scale",
+        embed=_embed,
     ),
 )

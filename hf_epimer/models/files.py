@@ -15,11 +15,10 @@ from hf_epimer.errors import CheckpointError
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import adapter as adapters
 from hf_epimer.merging.inputs import check_shapes
+from hf_epimer.models import find_architecture
 from hf_epimer.models.architecture import Architecture
-from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.types import Shape
 
-TEXT_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -61,14 +60,24 @@ def config_of(source: Source) -> dict[str, Any]:
     return read_json(source.fetch("config.json"), str(source))
 
 
-def tower_of(source: Source) -> dict[str, Any]:
+def architecture_of(source: Source) -> Architecture:
+    """The family of a checkpoint; an adapter's is that of its base.
+
+    Raises:
+        CheckpointError: it has no config, or is of no family that is known here.
+    """
+    return find_architecture(config_of(source), str(source))
+
+
+def vision_config_of(source: Source) -> dict[str, Any]:
     """The fields of its config that decide with what it can be merged."""
-    return CLIP_VISION.tower_config(config_of(source), str(source))
+    return architecture_of(source).vision_config(config_of(source), str(source))
 
 
 def has_text_tower(base: Source) -> bool:
-    """Whether a base is a full CLIP model, which a zero-shot head can be made from."""
-    return config_of(base).get("model_type") == "clip"
+    """Whether a base is a full model that a zero-shot head can be made from."""
+    zero_shot = architecture_of(base).zero_shot
+    return zero_shot is not None and config_of(base).get("model_type") in zero_shot.model_types
 
 
 def model_folder(source: Source) -> Path:
@@ -79,7 +88,8 @@ def model_folder(source: Source) -> Path:
 
 def base_folder(source: Source) -> Path:
     """The folder of a base with its weights, tokenizer and image processor fetched."""
-    for name in (TEXT_FILES | set(PROCESSOR_FILES)) & source.files:
+    zero_shot = architecture_of(source).zero_shot
+    for name in {*PROCESSOR_FILES, *(zero_shot.files if zero_shot else ())} & source.files:
         source.fetch(name)
     return model_folder(source)
 

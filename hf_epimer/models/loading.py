@@ -2,78 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
-from transformers.utils import logging
 
-from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.checkpoints.reader import StateDict, read_json
 from hf_epimer.errors import CheckpointError
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import is_adapter, read_adapter
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models import find_architecture
+from hf_epimer.models.architecture import Architecture, ZeroShot
 from hf_epimer.models.files import base_folder
+from hf_epimer.models.weights import parameters_of, put_weights
 
-try:
-    from transformers import CLIPImageProcessorPil as ImageProcessor
-except ImportError:  # before it existed, the plain name was the one that needs no torchvision
-    from transformers import CLIPImageProcessor as ImageProcessor  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-def preprocess(processor: Any, images: Sequence[Image.Image]) -> Tensor:
+def load_tower(folder: str | Path, base: Source | None = None) -> nn.Module:
+    """The vision tower of a checkpoint, in fp32 and evaluation mode; a full model is read too.
+
+    Args:
+        folder: of a checkpoint, or of an adapter.
+        base: of the adapter, which is folded into it.
+
+    Raises:
+        CheckpointError: of an unknown family, damaged, or a tensor is missing.
+    """
+    if base is not None and is_adapter([path.name for path in Path(folder).iterdir()]):
+        return _load_adapted(Path(folder), base_folder(base))
+    architecture = _architecture_in(folder)
+    return _load(architecture, architecture.output_class, folder, architecture.owns)
+
+
+def load_full(folder: str | Path) -> tuple[nn.Module, ZeroShot]:
+    """A complete base model (both towers and projections), in fp32, and what its parts are called.
+
+    Raises:
+        CheckpointError: as in `load_tower`, or its family has no text tower.
+    """
+    architecture = _architecture_in(folder)
+    if architecture.zero_shot is None:
+        raise CheckpointError(f"{folder}: a {architecture.name} has no text tower")
+    return _load(architecture, architecture.zero_shot.model_class, folder, lambda name: True), architecture.zero_shot
+
+
+def load_processor(folder: str | Path) -> Any:
+    """A base's image preprocessing, without torchvision."""
+    return processor_class(_architecture_in(folder)).from_pretrained(folder)
+
+
+def processor_class(architecture: Architecture) -> Any:
+    """The class of a family's image processor that needs no torchvision."""
+    import transformers
+
+    return next(getattr(transformers, name) for name in architecture.processors if hasattr(transformers, name))
+
+
+def preprocess(processor: Any, images: Sequence[Image]) -> Tensor:
     """Pictures as RGB through the image processor: [n, 3, h, w]."""
-    return processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+    pixels: Tensor = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+    return pixels
 
 
-def load_base(folder: str | Path) -> CLIPModel:
-    """The complete base model (both towers and projections), in fp32."""
-    return _load(CLIPModel, folder)
+def _architecture_in(folder: str | Path) -> Architecture:
+    return find_architecture(read_json(Path(folder) / "config.json", str(folder)), str(folder))
 
 
-def load_vision(folder: str | Path) -> CLIPVisionModel:
-    """The vision tower of a checkpoint, in fp32; a full CLIP model is read too."""
-    return _load(CLIPVisionModel, folder)
+def _load_adapted(adapter_folder: Path, folder_of_base: Path) -> nn.Module:
+    """The vision tower of a base with an adapter folded into it."""
+    tower, architecture = load_tower(folder_of_base), _architecture_in(folder_of_base)
+    parameters = parameters_of(tower, architecture)
+    adapter = read_adapter(adapter_folder, StateDict("base", parameters), architecture.canonical, quiet=True)
+    put_weights({name: parameters[name] for name in adapter.changed}, adapter)
+    return tower
 
 
-def load_adapted(adapter_folder: str | Path, folder_of_base: str | Path) -> CLIPVisionModel:
-    """The vision tower of a base with an adapter folded into it, in fp32."""
-    vision = load_vision(folder_of_base)
-    weights = {
-        CLIP_VISION.prefix + name.removeprefix(CLIP_VISION.prefix): weight.data
-        for name, weight in vision.named_parameters()
-    }
-    adapter = read_adapter(Path(adapter_folder), StateDict("base", weights), CLIP_VISION.canonical, quiet=True)
-    for name in adapter.changed:
-        weights[name].copy_(adapter.tensor(name))
-    return vision
-
-
-def load_processor(base_folder: str | Path) -> Any:
-    """The base's image preprocessing, without torchvision."""
-    return ImageProcessor.from_pretrained(base_folder)
-
-
-def _load(kind: type[PreTrainedModel], folder: str | Path) -> Any:
-    """Load fp32 weights from safetensors and refuse a model of which any tensor is missing."""
+def _load(architecture: Architecture, class_name: str, folder: str | Path, needed: Callable[[str], bool]) -> Any:
+    """Load fp32 weights from safetensors and refuse a model of which a needed tensor is missing."""
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     with _quiet():
-        loaded: Any = kind.from_pretrained(folder, **options)
+        loaded: Any = getattr(import_module(architecture.library), class_name).from_pretrained(folder, **options)
     model, report = loaded
-    missing = sorted(report["missing_keys"])
+    missing = sorted(filter(needed, report["missing_keys"]))
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors of {kind.__name__} are missing, first {missing[0]!r}")
+        raise CheckpointError(f"{folder}: {len(missing)} tensors of {class_name} are missing, first {missing[0]!r}")
     return model.eval()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bar and no table of unused tensors while loading: the text tower is left out on purpose."""
+    from transformers.utils import logging
+
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -83,10 +109,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def load_tower(folder: str | Path, base: Source) -> nn.Module:
-    """The vision tower of a checkpoint, or of a base with an adapter folded into it."""
-    if is_adapter([path.name for path in Path(folder).iterdir()]):
-        return load_adapted(folder, base_folder(base))
-    return load_vision(folder)

@@ -14,7 +14,7 @@ from hf_epimer.merging.state_dicts import merge_state_dicts
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.base import MethodConfig
 from hf_epimer.methods.statistic import PARTS
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models import recognise
 
 
 def merge_models(
@@ -31,14 +31,24 @@ def merge_models(
     if method is None:
         raise UsageError(f"{type(config).__name__} is no method's config")
     target = _tensors(base)
-    names = {_on_disk(name): name for name in target}
-    aligned = [{names.get(_on_disk(name), name): value for name, value in _tensors(model).items()} for model in tuned]
+    architecture = recognise(target)
+    canonical = architecture.canonical if architecture else lambda name: name
+    names = {canonical(name) or name: name for name in target}  # canonical -> in the base
+
+    def in_the_base(name: str) -> str:
+        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+        found = canonical(name.removesuffix(suffix)) or name.removesuffix(suffix)
+        return names.get(found, found) + suffix
+
+    aligned = [{in_the_base(name): value for name, value in _tensors(model).items()} for model in tuned]
     measured = None
     if statistics is not None:
-        measured = [
-            {_renamed(name, names): value for name, value in _statistics(entry).items()} for entry in statistics
-        ]
+        measured = [{in_the_base(name): value for name, value in _statistics(entry).items()} for entry in statistics]
     return merge_state_dicts(target, aligned, method.name, config, measured)
+
+
+_SUFFIXES = {suffix for parts in PARTS.values() for suffix in parts.values() if suffix}
+"""What is put behind a parameter's name in a file of statistics with several tensors for each."""
 
 
 def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -47,14 +57,3 @@ def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _statistics(entry: Any) -> Mapping[str, Tensor]:
     return entry if isinstance(entry, Mapping) else load_file(entry)
-
-
-def _on_disk(name: str) -> str:
-    return CLIP_VISION.canonical(name) or name
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    suffixes = {suffix for parts in PARTS.values() for suffix in parts.values() if suffix}
-    suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
-    own = _on_disk(name.removesuffix(suffix))
-    return names.get(own, own) + suffix

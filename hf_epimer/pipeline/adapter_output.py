@@ -43,9 +43,16 @@ def write_merged_adapter(
             note(update.report)
             yield update
 
-    ref = plan.base.ref
-    updates = noted(_updates(plan, ingredients, on_layer))
-    write_adapter(folder, updates, ingredients.base, base_name=ref.location, base_revision=ref.revision, dtype=dtype)
+    write_adapter(
+        folder,
+        noted(_updates(plan, ingredients, on_layer)),
+        ingredients.base,
+        module_name=plan.architecture.module_name,
+        model_class=(plan.architecture.output_class, plan.architecture.library),
+        base_name=plan.base.ref.location,
+        base_revision=plan.base.ref.revision,
+        dtype=dtype,
+    )
 
 
 def dense_layers(plan: Plan, ingredients: Ingredients, dtype: torch.dtype, on_layer: OnLayer) -> Iterator[MergedLayer]:

@@ -17,8 +17,8 @@ from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import Source
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.statistic import Statistic
-from hf_epimer.models.files import has_text_tower
-from hf_epimer.models.head import check_head
+from hf_epimer.models.files import architecture_of, has_text_tower
+from hf_epimer.models.head import can_classify, check_head
 from hf_epimer.pipeline.plan import CurvatureFile, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.dataset import Sampling, TaskImages, data_revision, is_large
@@ -104,7 +104,7 @@ def _find_curvature(
     """
     if needs != "projected" and FILE_OF[needs] in model.source.files:
         return CurvatureFile(model.source, FILE_OF[needs])
-    if model.task is None or not has_text_tower(base):
+    if model.task is None or not can_classify(base, model.task):
         return None
     request = CurvatureRequest(model.source, base, _images(recipe, model.task))
     if needs == "projected":
@@ -169,10 +169,15 @@ def _no_way(needs: Statistic, asked_by: str, base: Source, lacking: Sequence[str
     """What can be done about curvature that cannot be had."""
     free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
     ways = [f"give it with --fisher, put {FILE_OF[needs]} beside the weights (hf-epimer fisher makes it)"]
-    if has_text_tower(base):
-        ways.append("label the checkpoint with its task (dtd=REF), or add --task FILE, so that it can be estimated")
+    zero_shot = architecture_of(base).zero_shot
+    if zero_shot and not has_text_tower(base):
+        full = zero_shot.model_class
+        ways.append(f"name a full model ({full}) with --base so that it can be estimated (this one has no text tower)")
     else:
-        ways.append("name a full CLIP model with --base so that it can be estimated (this one has no text tower)")
+        with_head = "" if zero_shot else " with a head"
+        ways.append(
+            f"label the checkpoint with its task (dtd=REF), or add --task FILE{with_head}, so that it can be estimated"
+        )
     return (
         f"{asked_by} needs the {NAMES[needs]} of {', '.join(lacking)}: {', '.join(ways[needs == 'projected' :])}"
         f"{reason}, or choose a method that needs no data: {free}"

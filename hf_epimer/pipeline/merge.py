@@ -222,19 +222,15 @@ def _merge_into(
 
 
 def _output_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    config = config_of(plan.base)
     return {
         "architectures": [plan.architecture.output_class],
         "model_type": plan.architecture.output_type,
         **plan.vision_config,
-        **_projection_dim(plan.base),
+        **{field: config[field] for field in plan.architecture.carried if field in config},
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 5
     }
-
-
-def _projection_dim(base: Source) -> dict[str, int]:
-    config = config_of(base)
-    return {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
 
 
 def dtype_of(base: TensorSource) -> torch.dtype:

@@ -16,7 +16,6 @@ from hf_epimer.lora import works_in_core
 from hf_epimer.methods import Method
 from hf_epimer.methods.statistic import Statistic
 from hf_epimer.models.architecture import Architecture
-from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.models.files import weight_names
 from hf_epimer.numerics.subspace import capped_rank
 from hf_epimer.pipeline.recipe import MergeRecipe
@@ -102,7 +101,7 @@ class Plan:
     base: Source
     models: tuple[PlannedModel, ...]
     vision_config: Mapping[str, Any]
-    architecture: Architecture = CLIP_VISION
+    architecture: Architecture
 
     @property
     def weights(self) -> tuple[float, ...]:

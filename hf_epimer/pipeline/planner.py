@@ -25,15 +25,15 @@ from hf_epimer.hub.source import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
 from hf_epimer.methods import Method, find_method
-from hf_epimer.models.base import check_towers, find_base
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.base import check_same_architecture, find_base
 from hf_epimer.models.files import (
     adapter_config,
+    architecture_of,
     config_of,
     is_adapter,
     model_folder,
     open_checkpoint,
-    tower_of,
+    vision_config_of,
     weight_names,
 )
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
@@ -109,8 +109,7 @@ def _resolve(recipe: MergeRecipe) -> tuple[list[Source], list[dict[str, Any]]]:
 
 def _find_base(recipe: MergeRecipe, models: Sequence[PlannedModel], cards: Sequence[dict[str, Any]]) -> Source:
     """The base on which all models agree, which must not be overwritten either."""
-    towers = [tower_of(model.source) for model in models if not model.is_adapter]
-    base = find_base(recipe.base, [model.source for model in models], cards, towers)
+    base = find_base(recipe.base, [model.source for model in models], cards)
     if base.ref.is_local:  # a base that a card names is an input too
         check_target(recipe.target, recipe.overwrite, [Path(base.ref.location)])
     return base
@@ -183,7 +182,7 @@ def _check(recipe: MergeRecipe, method: Method, base: Source, models: Sequence[P
     full = [model.source for model in models if not model.is_adapter]
     if recipe.out_rank is not None and full:
         raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
-    check_towers(base, tower_of(base), full, [tower_of(source) for source in full])
+    check_same_architecture(base, full)
     _check_distinct(base, models)
     weight_names(base)
     if recipe.calibrate and _writes_adapter(recipe, models):
@@ -269,4 +268,4 @@ def _pin(recipe: MergeRecipe, method: Method, base: Source, models: tuple[Planne
         fisher=tuple(file.source.pinned for file in given if isinstance(file, CurvatureFile)),
         tasks=tuple(str(Path(task).absolute()) for task in recipe.tasks),
     )
-    return Plan(pinned, method, base, models, tower_of(base), CLIP_VISION)
+    return Plan(pinned, method, base, models, vision_config_of(base), architecture_of(base))

@@ -16,15 +16,16 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div
 
+from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.models.classifier import Classifier
-from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.models.files import base_folder
 from hf_epimer.models.head import classifier_for
-from hf_epimer.models.loading import load_vision
+from hf_epimer.models.loading import load_tower
+from hf_epimer.models.weights import parameters_of, put_weights
 from hf_epimer.pipeline.adapter_output import dense_layers
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.tasks.images import Batch, ImageBatches, read_images
@@ -53,9 +54,9 @@ def divergences(plan: Plan, ingredients: Ingredients, progress: Progress) -> dic
     merged = dense_layers(plan.at_alpha(1.0), ingredients, torch.float32, lambda stage, done: None)
     base = {name: ingredients.base.tensor(name).float() for name in plan.shapes}
     tau = {layer.name: layer.tensor - base[layer.name] for layer in merged}
-    tower: nn.Module = load_vision(base_folder(plan.base))
-    tower.to(plan.recipe.device)
-    found = dict.fromkeys(ALPHAS, 0.0)
+    tower = load_tower(base_folder(plan.base)).to(plan.recipe.device)
+    parameters = parameters_of(tower, plan.architecture)
+    divergence = dict.fromkeys(ALPHAS, 0.0)
     for planned, model in zip(plan.models, ingredients.models, strict=True):
         assert planned.images  # by the planner
         samples = read_images(planned.images)
@@ -63,14 +64,14 @@ def divergences(plan: Plan, ingredients: Ingredients, progress: Progress) -> dic
         pictures = ImageBatches(samples, classifier.pixels, BATCH)
         batches = list(pictures)
         pictures.report_broken()
-        _put(tower, {name: model.tensor(name) for name in plan.shapes})
-        own = _log_probabilities(classifier, batches)
+        put_weights(parameters, model)
+        tuned = _log_probabilities(classifier, batches)
         for alpha in ALPHAS:
-            _put(tower, {name: base[name] + alpha * step for name, step in tau.items()})
-            ours = _log_probabilities(classifier, batches)
-            found[alpha] += planned.weight * float(kl_div(ours, own, reduction="batchmean", log_target=True))
+            put_weights(parameters, StateDict("merge", {name: base[name] + alpha * step for name, step in tau.items()}))
+            merge = _log_probabilities(classifier, batches)
+            divergence[alpha] += planned.weight * float(kl_div(merge, tuned, reduction="batchmean", log_target=True))
         progress("choosing alpha", 1, len(plan.models))
-    return found
+    return divergence
 
 
 def nearest(tried: Mapping[float, float]) -> float:
@@ -79,11 +80,6 @@ def nearest(tried: Mapping[float, float]) -> float:
     if alpha in (ALPHAS[0], ALPHAS[-1]):
         logger.warning("--tune-alpha: %g is at the end of what was tried; an alpha beyond it may do better", alpha)
     return alpha
-
-
-def _put(tower: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in tower.named_parameters():
-        parameter.copy_(weights[CLIP_VISION.prefix + name.removeprefix(CLIP_VISION.prefix)])
 
 
 def _log_probabilities(classifier: Classifier, batches: list[Batch]) -> Tensor:

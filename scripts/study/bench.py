@@ -26,9 +26,10 @@ from hf_epimer.curvature.data_pass import Labels, Subject, sweep
 from hf_epimer.hub import source as hub
 from hf_epimer.methods.statistic import PARTS, Statistic
 from hf_epimer.models.classifier import Classifier
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 from hf_epimer.models.head import classifier_for
-from hf_epimer.models.loading import load_vision
+from hf_epimer.models.loading import load_tower
+from hf_epimer.models.weights import parameters_of, put_weights
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.tasks.images import Batch, ImageBatches, Samples, read_samples
 from hf_epimer.tasks.task import load_task_file
@@ -68,9 +69,9 @@ class Bench:
         self.names, self.limit = list(tasks), limit
         folders = [zoo / "tasks" / name if nested else zoo / name for name in tasks]
         home = hub.resolve(ModelRef(str((zoo / "base").absolute()), label="base"))
-        self.tower = load_vision(zoo / "base")
+        self.tower = load_tower(zoo / "base")
         self.base = _weights(self.tower)
-        self.tuned = [_weights(load_vision(folder)) for folder in folders]
+        self.tuned = [_weights(load_tower(folder)) for folder in folders]
         self.samples: list[Samples] = []
         self.models: list[Classifier] = []  # all of one tower
         for name in tasks:
@@ -123,7 +124,7 @@ class Bench:
 
     def _subject(self, number: int, look: Look) -> Subject:
         model = self.models[number]
-        return Subject(model, model.vision_names(), lambda forward, inputs: forward(inputs) / look.temperature)
+        return Subject(model, model.tower_names(), lambda forward, inputs: forward(inputs) / look.temperature)
 
     def merge(self, method: str, options: Mapping[str, Any], look: Look = USUAL) -> Tensors:
         """By a method from METHODS."""
@@ -145,7 +146,7 @@ class Bench:
             for number, (name, tuned, own) in enumerate(zip(self.names, self.tuned, curvature, strict=True))
         ]
         with tempfile.TemporaryDirectory() as folder:
-            calibrate(self.tower, tasks, [1 / len(tasks)] * len(tasks), CLIP_VISION, Path(folder), **options)
+            calibrate(self.tower, tasks, [1 / len(tasks)] * len(tasks), CLIP, Path(folder), **options)
         return _weights(self.tower)
 
     def scaled(self, merged: Tensors, alpha: float) -> Tensors:
@@ -158,7 +159,7 @@ class Bench:
         found = {}
         with torch.inference_mode():
             for name, model, batches in zip(self.names, self.models, self.validation, strict=True):
-                found[name] = torch.cat([model(batch.inputs).argmax(-1) == batch.labels for batch in batches])
+                found[name] = torch.cat([model.top1(batch.inputs) == batch.labels for batch in batches])
         return found
 
     def losses(self, merged: Tensors) -> tuple[float, float]:
@@ -192,7 +193,7 @@ class Bench:
 
     def put(self, weights: Tensors) -> None:
         """Into the tower of all classifiers."""
-        _put(self.tower, weights)
+        put_weights(parameters_of(self.tower, CLIP), StateDict("weights", weights))
 
 
 def average(found: Hits) -> float:
@@ -219,10 +220,4 @@ def _log_probabilities(model: Classifier, batches: Iterable[Batch]) -> Tensor:
 
 
 def _weights(tower: nn.Module) -> Tensors:
-    return {f"vision_model.{name}": value.detach().clone() for name, value in tower.named_parameters()}
-
-
-@torch.no_grad()
-def _put(tower: nn.Module, weights: Tensors) -> None:
-    for name, parameter in tower.named_parameters():
-        parameter.copy_(weights[f"vision_model.{name}"])
+    return {name: value.detach().clone() for name, value in parameters_of(tower, CLIP).items()}

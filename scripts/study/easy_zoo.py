@@ -23,7 +23,7 @@ from hf_epimer import ModelRef, Task, accuracy
 from hf_epimer.hub import source as hub
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.head import classifier_for
-from hf_epimer.models.loading import load_vision
+from hf_epimer.models.loading import load_tower
 from hf_epimer.tasks.images import Batch, ImageBatches, read_samples
 from hf_epimer.tasks.task import load_task_file
 
@@ -50,7 +50,7 @@ def shortened(task: Task, file: Path, out: Path, classes: int) -> Path:
 def tune(model: Classifier, batches: list[Batch], steps: int) -> None:
     """All weights of the tower; the head stays as it is."""
     pixels, labels = torch.cat([batch.inputs for batch in batches]), torch.cat([batch.labels for batch in batches])
-    parameters = list(model.vision.parameters())
+    parameters = list(model.tower.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=steps)
     for _ in range(steps):
@@ -76,13 +76,13 @@ def main() -> None:
         torch.manual_seed(number)
         task = load_task_file(shortened(load_task_file(file), file, options.out, options.classes))
         samples = read_samples(task, task.train_split)
-        model = classifier_for(load_vision(options.out / "base"), home, task, samples.class_names)
+        model = classifier_for(load_tower(options.out / "base"), home, task, samples.class_names)
         before = accuracy(model, task, task.test_split).accuracy
         tune(model.train(), list(ImageBatches(samples, model.pixels, 64)), options.steps)
         after = accuracy(model.eval(), task, task.test_split).accuracy
         folder = options.out / "tasks" / task.name
-        model.vision.config.save_pretrained(folder)
-        tensors = {name: value.detach().contiguous() for name, value in model.vision_parameters().items()}
+        model.tower.config.save_pretrained(folder)
+        tensors = {name: value.detach().contiguous() for name, value in model.tower_parameters().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         Console().print(f"{task.name}: zero-shot {before:.3f}, fine-tuned {after:.3f}")
 

@@ -24,7 +24,7 @@ from hf_epimer.analysis.diagnosis import LayerDiagnosis, diagnose_layers, rank_t
 from hf_epimer.analysis.verdict import RankTotals, verdict
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.diagnostics import CurvatureDiagnosis, cosines, kept_energy
 from hf_epimer.numerics.linalg import extreme_eigenvalues
 from hf_epimer.numerics.subspace import projected_coordinates, tagged_basis, task_triples, whitened_basis
@@ -303,7 +303,7 @@ def test_a_diagnosis_is_complete(tiny_zoo: Path, run: Run) -> None:
     assert report["note"] is None
     assert len(report["curvature"]["statistics"]) == 3
     assert [entry["rank"] for entry in report["totals"]["ranks"]] == [2, 4]
-    assert len(report["layers"]) == len(CLIP_VISION.shapes(TINY))
+    assert len(report["layers"]) == len(CLIP.shapes(TINY))
     position = next(layer for layer in report["layers"] if "position" in layer["name"])
     assert [entry["capped_rank"] for entry in position["ranks"]] == [1, 1]
     assert report["totals"]["ranks"][1]["capped_layers"] == 1
@@ -467,7 +467,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     for depth in (4, 24):
         tower = {**TINY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": depth}
         generator = torch.Generator().manual_seed(0)
-        base = {name: torch.randn(shape, generator=generator) for name, shape in CLIP_VISION.shapes(tower).items()}
+        base = {name: torch.randn(shape, generator=generator) for name, shape in CLIP.shapes(tower).items()}
         folder = tmp_path / str(depth)
         write_checkpoint(folder / "base", base, config=tower)
         for name in "ab":

@@ -14,15 +14,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from helpers.checkpoints import tiny_state
+from helpers.classifiers import load_classifier, source_of
 from hf_epimer import MergeRecipe, ModelRef, landscape, merge
 from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.landscape import Landscape, Plane, Tower, fit_plane, grid, plane_of
 from hf_epimer.checkpoints.reader import Checkpoint, StateDict
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.models.classifier import load_classifier
-from hf_epimer.models.clip import CLIP_VISION
-from hf_epimer.models.head import task_head
+from hf_epimer.models.clip import CLIP
 from hf_epimer.tasks.images import ImageBatches, read_samples
 from hf_epimer.tasks.task import load_task_file
 
@@ -129,7 +128,7 @@ def loss_of(folder: Path, zoo: Path, name: str) -> float:
     """The loss of a folder's model on the same images, by loading it."""
     task = load_task_file(zoo / f"{name}.json")
     samples = read_samples(task, "test", limit=20, seed=0)
-    model = load_classifier(folder, zoo / "base", task_head(task, zoo / "base", samples.class_names))
+    model = load_classifier(folder, zoo / "base", task, samples.class_names)
     (batch,) = ImageBatches(samples, model.pixels, 64)
     with torch.no_grad():
         return float(cross_entropy(model(batch.inputs), batch.labels))
@@ -137,9 +136,9 @@ def loss_of(folder: Path, zoo: Path, name: str) -> float:
 
 @pytest.fixture(scope="module")
 def tower(clip_zoo: Path, found: Landscape) -> Tower:
-    tower = Tower(clip_zoo / "base", [load_task_file(clip_zoo / f"{name}.json") for name in "ab"], 20)
+    tower = Tower(source_of(clip_zoo / "base"), [load_task_file(clip_zoo / f"{name}.json") for name in "ab"], 20)
     base, *tuned = [
-        Checkpoint(name, [clip_zoo / name / "model.safetensors"], CLIP_VISION.canonical) for name in ("base", "a", "b")
+        Checkpoint(name, [clip_zoo / name / "model.safetensors"], CLIP.canonical) for name in ("base", "a", "b")
     ]
     base.shapes = {name: base.shapes[name] for name in tuned[0].shapes}
     tower.span(Ingredients(base, tuned, [0.5, 0.5]), found.plane)

@@ -528,7 +528,7 @@ def test_the_tower_holds_the_merge_rounded_as_it_would_be_stored(
     original = validation.hits
 
     def noted(model: Any, *rest: Any) -> int:
-        seen.append({name: value.detach().clone() for name, value in model.vision_parameters().items()})
+        seen.append({name: value.detach().clone() for name, value in model.tower_parameters().items()})
         return original(model, *rest)
 
     monkeypatch.setattr(validation, "hits", noted)

@@ -25,7 +25,7 @@ from hf_epimer.checkpoints.writer import write_tensors
 from hf_epimer.errors import CheckpointError, OutputError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import resolve
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 from hf_epimer.models.files import weight_names
 
 
@@ -63,13 +63,13 @@ LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_has_the_same_canonical_names(layout: str, tmp_path: Path, base_state: StateDict) -> None:
     folder = write_checkpoint(tmp_path / "m", LAYOUTS[layout](base_state))
-    found = Checkpoint("m", weight_files(folder), CLIP_VISION.canonical)
-    assert found.shapes == CLIP_VISION.shapes(TINY) == {n: tuple(v.shape) for n, v in base_state.items()}
+    found = Checkpoint("m", weight_files(folder), CLIP.canonical)
+    assert found.shapes == CLIP.shapes(TINY) == {n: tuple(v.shape) for n, v in base_state.items()}
     assert all(torch.allclose(found.tensor(n).float(), base_state[n], atol=1e-2) for n in base_state)
 
 
 def test_unknown_tensors_keep_their_names_so_that_they_are_reported() -> None:
-    assert CLIP_VISION.canonical("adapter.lora_A.weight") == "adapter.lora_A.weight"
+    assert CLIP.canonical("adapter.lora_A.weight") == "adapter.lora_A.weight"
 
 
 def test_old_and_new_layouts_give_the_same_merge(tmp_path: Path, run: Run, base_state: StateDict) -> None:
@@ -94,7 +94,7 @@ def test_sharded_checkpoints_are_read_and_written(tmp_path: Path, run: Run, base
     written = write_tensors(folder, shapes, torch.float32, base_state.items(), max_shard_bytes=20_000)
     assert len(written) > 3
     assert written[-1] == "model.safetensors.index.json"
-    found = Checkpoint("s", weight_files(folder), CLIP_VISION.canonical)
+    found = Checkpoint("s", weight_files(folder), CLIP.canonical)
     assert all(torch.equal(found.tensor(n), base_state[n]) for n in base_state)
     index = json.loads((folder / written[-1]).read_text())
     (folder / index["weight_map"]["vision_model.post_layernorm.bias"]).unlink()
@@ -145,7 +145,7 @@ def test_truncated_and_corrupt_files(tmp_path: Path, base_state: StateDict) -> N
     for damaged in (content[: len(content) // 2], content[:5], b"", b"\xff" * 100):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="truncated or corrupt"):
-            Checkpoint("m", [file], CLIP_VISION.canonical)
+            Checkpoint("m", [file], CLIP.canonical)
 
 
 @pytest.mark.parametrize("suffix", checkpoints.PICKLED)
@@ -164,7 +164,7 @@ def test_a_tensor_stored_under_two_prefixes_is_an_error(tmp_path: Path, base_sta
     twice = base_state | {name.removeprefix("vision_model."): base_state[name].clone()}
     save_file(twice, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="twice"):
-        Checkpoint("x", [tmp_path / "x.safetensors"], CLIP_VISION.canonical)
+        Checkpoint("x", [tmp_path / "x.safetensors"], CLIP.canonical)
 
 
 # --- atomicity ------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_an_interrupted_merge_leaves_the_target_complete_or_absent(
     process.send_signal(number)
     _, complaint = process.communicate(timeout=30)
     if out.exists():
-        assert set(load_file(out / "model.safetensors")) == set(CLIP_VISION.shapes(TINY))
+        assert set(load_file(out / "model.safetensors")) == set(CLIP.shapes(TINY))
         assert (out / "README.md").exists()
     else:
         assert process.returncode != 0

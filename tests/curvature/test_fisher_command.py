@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from helpers.classifiers import load_classifier
 from helpers.command import Run
 from helpers.data import write_benchmark
 from helpers.hub_server import WRITER, StandInHub
@@ -28,8 +29,6 @@ from hf_epimer.curvature.data_pass import estimate_fisher
 from hf_epimer.curvature.hessian import projected_hessian
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.hub import source as our_hub
-from hf_epimer.models.classifier import load_classifier
-from hf_epimer.models.head import task_head
 from hf_epimer.numerics.subspace import tagged_basis
 from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.tasks import dataset as data
@@ -76,8 +75,7 @@ def test_the_file_is_the_fisher_information_of_the_task(clip_zoo: Path, run: Run
     assert str(clip_zoo) not in json.dumps(header)
     task = load_task_file(clip_zoo / "a.json")
     samples = read_samples(task, "train", limit=20, seed=3)
-    head = task_head(task, clip_zoo / "base", samples.class_names)
-    model = load_classifier(clip_zoo / "a", clip_zoo / "base", head)
+    model = load_classifier(clip_zoo / "a", clip_zoo / "base", task, samples.class_names)
     batches = [batch[:2] for batch in ImageBatches(samples, model.pixels, 20)]
     expected = tmp_path / "expected.safetensors"
     save_file(estimate_fisher(model, batches), expected)
@@ -421,7 +419,7 @@ def test_agreement_is_that_of_the_dense_matrices(clip_zoo: Path) -> None:
     exact = projected_hessian(subject, batches, {name: basis})[name]
     (batch,) = batches
     atoms = torch.stack([torch.outer(u, v) for u, v in zip(basis.u.mT, basis.v.mT, strict=True)])
-    weight = subject.model.get_parameter("vision.encoder.layers.1.mlp.fc2.weight")
+    weight = subject.model.get_parameter("tower.encoder.layers.1.mlp.fc2.weight")
     z, squares = [], torch.zeros_like(weight)
     for pixels, label in zip(batch.inputs, batch.labels, strict=True):
         loss = torch.nn.functional.cross_entropy(subject.model(pixels.unsqueeze(0)), label.unsqueeze(0))

@@ -23,8 +23,8 @@ from hf_epimer.curvature.files import StatisticsMetadata, open_statistics, save_
 from hf_epimer.curvature.hessian import projected_hessian
 from hf_epimer.curvature.per_sample import Outer, gradient_taps
 from hf_epimer.errors import DataError, MismatchError, StatisticsError, UsageError
-from hf_epimer.models.classifier import Classifier
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.classifier import Classifier, ZeroShotHead
+from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.subspace import TaggedBasis, tagged_basis
 from hf_epimer.tasks.images import Batch
 
@@ -41,7 +41,8 @@ def model() -> Classifier:
         vision = CLIPVisionModel(CLIPVisionConfig(**TINY))
         for parameter in vision.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-        return Classifier(vision, torch.randn(24, 32), torch.randn(5, 24), torch.tensor(2.0), None).eval().double()
+        head = ZeroShotHead(torch.randn(24, 32), torch.randn(5, 24), torch.tensor(2.0))
+        return Classifier(vision, CLIP, head, None).eval().double()
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,8 @@ def test_every_parameter_of_the_tower_has_its_per_sample_squares(
     model: Classifier, samples: tuple[Tensor, Tensor]
 ) -> None:
     found = estimate_fisher(model, batched(samples, 7))
-    assert found.keys() == CLIP_VISION.shapes(TINY).keys()
-    assert_equal(found, squares(model, model.vision_names(), samples))
+    assert found.keys() == CLIP.shapes(TINY).keys()
+    assert_equal(found, squares(model, model.tower_names(), samples))
 
 
 def test_the_batch_size_does_not_matter(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
@@ -110,7 +111,7 @@ def test_sampled_labels_give_the_true_fisher_in_expectation(model: Classifier, s
     probabilities = model(samples[0]).softmax(-1).detach()
     for index, pixels in enumerate(samples[0]):
         for label in range(5):
-            one = next(per_sample(model, model.vision_names(), (pixels.unsqueeze(0), torch.tensor([label]))))
+            one = next(per_sample(model, model.tower_names(), (pixels.unsqueeze(0), torch.tensor([label]))))
             share = probabilities[index, label] / len(samples[0])
             expected = {n: expected.get(n, 0) + share * g.square() for n, g in one.items()}
     repeats = 120
@@ -127,8 +128,8 @@ def test_sampled_labels_give_the_true_fisher_in_expectation(model: Classifier, s
 
 
 def test_the_squared_mean_is_the_square_of_the_mean(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
-    subject = Subject(model, model.vision_names())
-    gradients = list(per_sample(model, model.vision_names(), samples))
+    subject = Subject(model, model.tower_names())
+    gradients = list(per_sample(model, model.tower_names(), samples))
     expected = {name: torch.stack([g[name] for g in gradients]).mean(0).square() for name in gradients[0]}
     found, count = sweep(subject, numbered(samples), SquaredMean(subject.shapes))
     assert count == 7
@@ -145,9 +146,9 @@ def numbered(samples: tuple[Tensor, Tensor], *sizes: int) -> list[Batch]:
 
 def test_kronecker_factors_are_the_second_moments(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
     """From the layer's own input and output gradient, caught by plain hooks, one sample at a time."""
-    subject = Subject(model, model.vision_names())
+    subject = Subject(model, model.tower_names())
     found, _ = sweep(subject, numbered(samples, 3, 4), KroneckerFactors(subject.shapes))
-    layer = model.vision.get_submodule("encoder.layers.0.mlp.fc1")
+    layer = model.tower.get_submodule("encoder.layers.0.mlp.fc1")
     caught: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda m, i, o: caught.update(x=i[0])),
@@ -166,13 +167,13 @@ def test_kronecker_factors_are_the_second_moments(model: Classifier, samples: tu
     assert torch.allclose(found[f"{FC1}.input_factor"], torch.stack(inputs).mean(0))
     assert torch.allclose(found[f"{FC1}.output_factor"], torch.stack(outputs).mean(0))
     assert torch.allclose(found[f"{FC1}.positions"], torch.stack(positions).mean(0))
-    matrices = [name for name, shape in CLIP_VISION.shapes(TINY).items() if len(shape) == 2]
+    matrices = [name for name, shape in CLIP.shapes(TINY).items() if len(shape) == 2]
     assert {name.rsplit(".", 1)[0] for name in found} == set(matrices)
 
 
 def bases_of(names: list[str], rank: int = 3) -> dict[str, TaggedBasis]:
     generator = torch.Generator().manual_seed(2)
-    shapes = CLIP_VISION.shapes(TINY)
+    shapes = CLIP.shapes(TINY)
     found = {}
     for name in names:
         basis = tagged_basis(torch.randn(2, *shapes[name], generator=generator, dtype=torch.float64), rank, exact=True)
@@ -185,9 +186,9 @@ def test_the_projected_fisher_is_the_projection_of_the_per_sample_fisher(
     model: Classifier, samples: tuple[Tensor, Tensor]
 ) -> None:
     bases = bases_of([FC1, POSITIONS], rank=2)
-    subject = Subject(model, model.vision_names())
+    subject = Subject(model, model.tower_names())
     found, _ = sweep(subject, numbered(samples, 3, 4), ProjectedFisher(bases))
-    gradients = list(per_sample(model, model.vision_names(), samples))
+    gradients = list(per_sample(model, model.tower_names(), samples))
     for name, basis in bases.items():
         z = torch.stack([basis.project(g[name]) for g in gradients])
         expected = z.mT @ z / len(z)
@@ -203,8 +204,8 @@ def test_the_projected_hessian_agrees_with_finite_differences(
 ) -> None:
     bases = bases_of([FC1], rank=1)
     basis = bases[FC1]
-    found = projected_hessian(Subject(model, model.vision_names()), numbered(samples, 3, 4), bases)[FC1]
-    weight = model.get_parameter(next(own for own, name in model.vision_names().items() if name == FC1))
+    found = projected_hessian(Subject(model, model.tower_names()), numbered(samples, 3, 4), bases)[FC1]
+    weight = model.get_parameter(next(own for own, name in model.tower_names().items() if name == FC1))
     original = weight.detach().clone()
 
     def loss(x: Tensor) -> float:
@@ -312,7 +313,7 @@ def test_the_probe_finds_dropout_and_augmentation() -> None:
 
 def test_half_precision_is_for_the_passes_only(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
     single = copy.deepcopy(model).float()
-    subject = Subject(single, single.vision_names())
+    subject = Subject(single, single.tower_names())
     batch = [Batch(samples[0].float(), samples[1], range(7))]
     full, _ = sweep(subject, batch, FisherDiagonal(subject.shapes))
     half, _ = sweep(subject, batch, FisherDiagonal(subject.shapes), precision="bf16")
@@ -426,7 +427,7 @@ def test_kronecker_files_serve_regmean_too(tmp_path: Path) -> None:
 
 
 def test_accumulators_of_several_processes_add_up(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
-    subject = Subject(model, model.vision_names())
+    subject = Subject(model, model.tower_names())
     whole, _ = sweep(subject, numbered(samples), FisherDiagonal(subject.shapes))
     parts = [FisherDiagonal(subject.shapes) for _ in range(2)]
     for part, accumulator in zip(batched(samples, 3, 4), parts, strict=True):

@@ -18,7 +18,7 @@ from hf_epimer import EpiMerConfig, FisherCallback, estimate_fisher, fisher_from
 from hf_epimer.errors import DataError, StatisticsError, UsageError
 from hf_epimer.methods.base import MethodConfig
 from hf_epimer.methods.tsv import TSVMConfig
-from hf_epimer.models.loading import load_vision
+from hf_epimer.models.loading import load_tower
 
 
 class ImageClassifier(nn.Module):
@@ -56,7 +56,7 @@ class Pictures(torch.utils.data.Dataset):
 def classifier(clip_base: Path) -> ImageClassifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return ImageClassifier(load_vision(clip_base))
+        return ImageClassifier(load_tower(clip_base))
 
 
 def train(model: nn.Module, data: Pictures, out: Path, callback: FisherCallback) -> Trainer:
@@ -141,8 +141,8 @@ def test_adam_knows_the_mean_of_squared_gradients(classifier: ImageClassifier) -
 
 def test_five_lines_in_training_code(clip_zoo: Path, tmp_path: Path) -> None:
     """Modules and files in, a state dict that the base takes out; the same as the merge of plain tensors."""
-    base = load_vision(clip_zoo / "base")
-    tuned = [load_vision(clip_zoo / name) for name in "ab"]
+    base = load_tower(clip_zoo / "base")
+    tuned = [load_tower(clip_zoo / name) for name in "ab"]
     generator = torch.Generator().manual_seed(0)
     fisher = [{k: torch.rand(v.shape, generator=generator) for k, v in m.state_dict().items()} for m in tuned]
     on_disk = [{f"vision_model.{name}": value for name, value in entry.items()} for entry in fisher]

@@ -12,13 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from helpers.classifiers import load_classifier
 from hf_epimer.demo.captions import FAMILIES, all_texts, captioned_drawings, make_tokenizer
 from hf_epimer.demo.drawings import DRAWINGS, KINDS
 from hf_epimer.demo.zoo import ZooSize, make_zoo
 from hf_epimer.errors import OutputError
 from hf_epimer.evaluation.accuracy import accuracy
-from hf_epimer.models.classifier import load_classifier
-from hf_epimer.models.head import task_head
 from hf_epimer.tasks.task import infer_task, load_task_file
 
 SMALL = ZooSize(
@@ -74,9 +73,8 @@ def test_recorded_accuracies_come_back_from_the_files(
     recorded = json.loads((zoo / "zoo.json").read_text())["tasks"]
     for name in ("shapes", "signs"):
         task = load_task_file(zoo / "tasks" / f"{name}.yaml")
-        head = task_head(task, zoo / "base", task.class_names or ())
         for folder, key in ((zoo / "base", "zero_shot"), (zoo / name, "fine_tuned")):
-            found = accuracy(load_classifier(folder, zoo / "base", head), task, "test")
+            found = accuracy(load_classifier(folder, zoo / "base", task, task.class_names or ()), task, "test")
             assert found.samples == SMALL.test
             assert found.accuracy == pytest.approx(recorded[name][key])
         assert infer_task(repo_name=name, tasks={name: task}) is task
@@ -186,8 +184,7 @@ def test_merge_with_evaluate_writes_results_and_puts_them_into_the_card(
     for name in names:
         row = results["tasks"][name]
         task = load_task_file(zoo / "tasks" / f"{name}.yaml")
-        head = task_head(task, zoo / "base", task.class_names or ())
-        found = accuracy(load_classifier(tmp_path / "o", zoo / "base", head), task, "test")
+        found = accuracy(load_classifier(tmp_path / "o", zoo / "base", task, task.class_names or ()), task, "test")
         assert (row["correct"], row["samples"]) == (found.correct, found.samples)
         assert row["accuracy"] == pytest.approx(found.accuracy)
     assert results["average"] == pytest.approx(np.mean([row["accuracy"] for row in results["tasks"].values()]))

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from helpers.classifiers import load_classifier, zero_shot_rows
 from helpers.command import Run
 from helpers.data import CLASSES, write_benchmark
 from helpers.hub_server import StandInHub
@@ -25,8 +26,6 @@ from hf_epimer.evaluation.accuracy import TopOne, evaluate_folder
 from hf_epimer.evaluation.results import TaskResult, wilson
 from hf_epimer.hub import source as our_hub
 from hf_epimer.models import head as heads
-from hf_epimer.models.classifier import load_classifier
-from hf_epimer.models.head import zero_shot_head
 from hf_epimer.tasks.images import read_samples
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
 
@@ -46,7 +45,7 @@ def by_hand(zoo: Path, name: str, split: str = "test") -> tuple[list[int], list[
     """Guesses and labels, one image at a time."""
     task = load_task_file(zoo / f"{name}.json")
     samples = read_samples(task, split)
-    model = load_classifier(zoo / "a", zoo / "base", zero_shot_head(zoo / "base", CLASSES, task.templates))
+    model = load_classifier(zoo / "a", zoo / "base", task, CLASSES)
     import datasets
 
     rows = datasets.load_dataset(task.dataset, split=split)
@@ -174,7 +173,7 @@ def test_a_head_is_made_once(clip_zoo: Path, own_home: Path, monkeypatch: pytest
     for file in (own_home / "heads").iterdir():
         file.write_bytes(b"damaged")
     parts = heads.base_parts(source, tasks[0], CLASSES)
-    torch.testing.assert_close(parts["head"], zero_shot_head(clip_zoo / "base", CLASSES, tasks[0].templates))
+    torch.testing.assert_close(parts["head"], zero_shot_rows(clip_zoo / "base", CLASSES, tasks[0].templates))
 
 
 def load_with(task: object, **changes: object) -> object:
@@ -186,7 +185,7 @@ def test_a_tasks_own_head(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
     task |= {"dataset": str(clip_zoo / "data" / "a"), "head": "head.safetensors"}
     del task["templates"]
     (tmp_path / "own.json").write_text(json.dumps(task))
-    zero_shot = zero_shot_head(clip_zoo / "base", CLASSES, ["{} b.", "a {}"])
+    zero_shot = zero_shot_rows(clip_zoo / "base", CLASSES, ("{} b.", "a {}"))
     save_file({"weight": zero_shot}, tmp_path / "head.safetensors")
     arguments: list[object] = [*words(clip_zoo)[:4], "--task", "own.json", "--json"]
     same = json.loads(run(*arguments)[1])["tasks"]["a"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import StateDict
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 
 peft = pytest.importorskip("peft")
 
@@ -48,7 +48,7 @@ def folded(folder: Path, base_folder: Path) -> StateDict:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*adapter keys.*")
         model = peft.PeftModel.from_pretrained(vision(base_folder), folder).merge_and_unload()
-    return {str(CLIP_VISION.canonical(name)): value.detach() for name, value in model.state_dict().items()}
+    return {str(CLIP.canonical(name)): value.detach() for name, value in model.state_dict().items()}
 
 
 def rewrite_config(folder: Path, **entries: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 
 TINY = {
     "hidden_size": 32,
@@ -30,7 +30,7 @@ StateDict = dict[str, Tensor]
 def tiny_state(seed: int, like: StateDict | None = None, scale: float = 0.1) -> StateDict:
     """A random tower; with `like`, a fine-tuned version of it."""
     generator = torch.Generator().manual_seed(seed)
-    state = {name: torch.randn(shape, generator=generator) for name, shape in CLIP_VISION.shapes(TINY).items()}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in CLIP.shapes(TINY).items()}
     return state if like is None else {name: like[name] + scale * value.to(like[name]) for name, value in state.items()}
 
 

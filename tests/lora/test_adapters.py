@@ -29,15 +29,17 @@ from hf_epimer.methods.epimer import EpiMerConfig
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
 from hf_epimer.methods.statistic import PARTS
 from hf_epimer.methods.ties import TIESConfig
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.lowrank import LowRank
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
+NEWEST = {"module_name": CLIP.module_name, "model_class": (CLIP.output_class, CLIP.library)}
+
 
 def read(folder: Path, base: Checkpoint) -> Adapter:
-    return read_adapter(folder, base, CLIP_VISION.canonical)
+    return read_adapter(folder, base, CLIP.canonical)
 
 
 def dense(adapter: Adapter, name: str) -> Tensor:
@@ -113,7 +115,7 @@ def test_one_adapter_merged_and_written_is_that_adapter(kind: str, base_folder: 
     out.mkdir()
     for mean in ("chordal", "procrustes"):
         updates = merge_adapters([adapter], METHODS["frechet-lora"], FrechetLoraConfig(lora_mean=mean))  # type: ignore[arg-type]
-        write_adapter(out, updates, base, base_name="org/base")
+        write_adapter(out, updates, base, **NEWEST, base_name="org/base")
         found = folded(out, base_folder)
         assert all(torch.allclose(found[name], adapter.tensor(name), atol=1e-6) for name in base.shapes)
     config = json.loads((out / "adapter_config.json").read_text())
@@ -143,7 +145,7 @@ def test_a_prefixed_adapter_loads_into_models_that_have_the_prefix(base_folder: 
     out = base_folder.parent / "out"
     out.mkdir()
     updates = list(merge_adapters(adapters, METHODS["mean"], METHODS["mean"].config()))
-    write_adapter(out, updates, base, prefixed=True)
+    write_adapter(out, updates, base, module_name=lambda name: name, model_class=NEWEST["model_class"])
     config = CLIPVisionConfig(**TINY, projection_dim=24)  # type: ignore[arg-type]
     model = CLIPVisionModelWithProjection(config)
     model.load_state_dict({name: base.tensor(name) for name in base.shapes}, strict=False)
@@ -497,12 +499,12 @@ def test_what_peft_cannot_store_is_refused(zoo: list[Adapter], base: Checkpoint,
     updates = list(merge_adapters(zoo, METHODS["mean"], METHODS["mean"].config()))
     name = "vision_model.embeddings.class_embedding"
     with pytest.raises(OutputError, match=r"class_embedding.*--dense"):
-        write_adapter(tmp_path, [*updates, MergedUpdate(name, (32,), torch.ones(32), {})], base)
+        write_adapter(tmp_path, [*updates, MergedUpdate(name, (32,), torch.ones(32), {})], base, **NEWEST)
     with pytest.raises(OutputError, match="zero in every layer"):
-        write_adapter(tmp_path, updates_nothing(zoo), base)
+        write_adapter(tmp_path, updates_nothing(zoo), base, **NEWEST)
     huge = [MergedUpdate(u.name, u.shape, u.update.scaled(1e12), {}) for u in updates if isinstance(u.update, LowRank)]
     with pytest.raises(OutputError, match=r"do not fit into torch\.float16"):
-        write_adapter(tmp_path, huge, base, dtype=torch.float16)
+        write_adapter(tmp_path, huge, base, **NEWEST, dtype=torch.float16)
     assert not (tmp_path / "adapter_config.json").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
+from helpers.classifiers import load_classifier, source_of, zero_shot_rows
 from hf_epimer.errors import CheckpointError, TaskError
-from hf_epimer.models.classifier import Classifier, load_classifier
-from hf_epimer.models.head import task_head, zero_shot_head
-from hf_epimer.models.loading import ImageProcessor, load_vision
+from hf_epimer.models.classifier import Classifier, ZeroShotHead
+from hf_epimer.models.head import load_head
+from hf_epimer.models.loading import load_processor, load_tower
 from hf_epimer.tasks.task import Task
 
 CLASSES = ("a", "b", "ab")
 TEMPLATES = ("{} b.", "a {}", "{}")
+TASK = Task("any", "org/any", templates=TEMPLATES)
 
 
 @pytest.fixture
@@ -35,18 +39,18 @@ def images() -> list[Image.Image]:
 
 @pytest.fixture
 def model(base: Path) -> Classifier:
-    return load_classifier(base, base, zero_shot_head(base, CLASSES, TEMPLATES))
+    return load_classifier(base, base, TASK, CLASSES)
 
 
 def test_logits_are_those_of_clip(base: Path, images: list[Image.Image]) -> None:
     """With one template, the zero-shot logits are CLIP's logits of the images against the prompts."""
     clip = CLIPModel.from_pretrained(base).eval()
-    tokenizer, processor = CLIPTokenizer.from_pretrained(base), ImageProcessor.from_pretrained(base)
+    tokenizer, processor = CLIPTokenizer.from_pretrained(base), load_processor(base)
     pixels = processor([image.convert("RGB") for image in images], return_tensors="pt")
     prompts = tokenizer([f"a {name}" for name in CLASSES], padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = clip(**pixels, **prompts).logits_per_image
-        model = load_classifier(base, base, zero_shot_head(base, CLASSES, ["a {}"]))
+        model = load_classifier(base, base, replace(TASK, templates=("a {}",)), CLASSES)
         found = model(model.pixels(images))
     assert expected.std() > 0.1  # otherwise agreement would mean little
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -65,25 +69,25 @@ def test_a_head_averages_unit_text_features(base: Path) -> None:
                 features.append(feature / feature.norm())
             mean = sum(features) / len(features)
             rows.append(mean / mean.norm())
-    torch.testing.assert_close(zero_shot_head(base, CLASSES, TEMPLATES), torch.stack(rows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(zero_shot_rows(base, CLASSES, TEMPLATES), torch.stack(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_tower_is_trainable_under_its_names_on_disk(base: Path, model: Classifier) -> None:
     on_disk = {name for name in load_file(base / "model.safetensors") if name.startswith("vision_model.")}
-    assert set(model.vision_parameters()) == on_disk
+    assert set(model.tower_parameters()) == on_disk
     assert len(list(model.parameters())) == len(on_disk)
 
 
 def test_a_missing_tensor_is_an_error(base: Path, tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     tower = {name: value for name, value in tensors.items() if name.startswith("vision_model.")}
-    load_vision(base).config.save_pretrained(tmp_path)
+    load_tower(base).config.save_pretrained(tmp_path)
     save_file(tower, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    load_vision(tmp_path)
+    load_tower(tmp_path)
     del tower["vision_model.pre_layrnorm.bias"]
     save_file(tower, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"pre_layrnorm\.bias"):
-        load_vision(tmp_path)
+        load_tower(tmp_path)
 
 
 def test_a_tasks_own_head_is_used_and_checked(base: Path, tmp_path: Path) -> None:
@@ -91,11 +95,14 @@ def test_a_tasks_own_head_is_used_and_checked(base: Path, tmp_path: Path) -> Non
     weight = torch.arange(30.0).reshape(3, 10)
     save_file({"weight": weight}, file)
     task = Task("own", "org/own", head=str(file))
-    torch.testing.assert_close(task_head(task, base, CLASSES), weight)
+    head = load_head(source_of(base), task, CLASSES)
+    assert isinstance(head, ZeroShotHead)
+    torch.testing.assert_close(head.rows, normalize(weight, dim=-1))
     with pytest.raises(TaskError, match="3 rows for the 2 classes"):
-        task_head(task, base, CLASSES[:2])
+        load_head(source_of(base), task, CLASSES[:2])
     save_file({"bias": weight}, file)
     with pytest.raises(TaskError, match="weight"):
-        task_head(task, base, CLASSES)
+        load_head(source_of(base), task, CLASSES)
+    save_file({"weight": torch.ones(3, 7)}, file)
     with pytest.raises(TaskError, match="projects to 10"):
-        load_classifier(base, base, torch.ones(3, 7))
+        load_head(source_of(base), task, CLASSES)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from helpers.command import Run
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError
-from hf_epimer.models.clip import CLIP_VISION
-from hf_epimer.models.loading import load_vision
+from hf_epimer.models.clip import CLIP
+from hf_epimer.models.loading import load_tower
 from hf_epimer.numerics.regression import anchored_step
 from hf_epimer.pipeline.calibration.states import SMALLEST, crops
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.tasks.images import Batch
 
 POSITIONS = 5
-LAYERS = [f"encoder.layers.{i}.{name}" for i in range(2) for stage in CLIP_VISION.stages for name in stage.modules]
+LAYERS = [f"encoder.layers.{i}.{name}" for i in range(2) for stage in CLIP.stages for name in stage.layers]
 
 
 def spd(size: int, seed: int) -> Tensor:
@@ -71,7 +71,7 @@ def parameters(tower: nn.Module) -> dict[str, Tensor]:
 
 
 def tuned_tower(base: Path, seed: int) -> nn.Module:
-    tower = load_vision(base)
+    tower = load_tower(base)
     generator = torch.Generator().manual_seed(seed)
     for value in tower.parameters():
         value.data += 0.05 * torch.randn(value.shape, generator=generator)
@@ -110,7 +110,7 @@ def calibrated(
 ) -> tuple[nn.Module, dict[str, Any]]:
     tower = copy.deepcopy(start)
     weights = options.pop("weights", [1 / len(tasks)] * len(tasks))
-    return tower, calibrate(tower, tasks, weights, CLIP_VISION, folder, **options)
+    return tower, calibrate(tower, tasks, weights, CLIP, folder, **options)
 
 
 @torch.no_grad()
@@ -133,9 +133,9 @@ def test_a_model_calibrated_on_itself_stays_as_it_is(clip_base: Path, tmp_path: 
 
 def test_one_task_without_a_pull_gets_its_own_features_back(clip_base: Path, tmp_path: Path) -> None:
     """With T = 1 the base can be brought to give what the tuned model gives, on the very same images."""
-    start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
+    start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
     for own in (tuned, start):  # all that calibration does not touch is equal here
-        own.load_state_dict({k: v for k, v in load_vision(clip_base).state_dict().items() if "proj" not in k}, False)
+        own.load_state_dict({k: v for k, v in load_tower(clip_base).state_dict().items() if "proj" not in k}, False)
     task = task_of(tuned, 1, count=200)
     found, _ = calibrated(start, [task], tmp_path / "w", rho=1e-4)
     pixels = torch.cat([batch.inputs for batch in task.images])
@@ -145,7 +145,7 @@ def test_one_task_without_a_pull_gets_its_own_features_back(clip_base: Path, tmp
 
 
 def test_a_strong_pull_leaves_the_merge_as_it_is(clip_base: Path, tmp_path: Path) -> None:
-    start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
+    start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
     held, _ = calibrated(start, [task_of(tuned, 1)], tmp_path / "a", rho=1e8)
     free, _ = calibrated(start, [task_of(tuned, 1)], tmp_path / "b")
     name = "encoder.layers.1.mlp.fc2.weight"
@@ -154,7 +154,7 @@ def test_a_strong_pull_leaves_the_merge_as_it_is(clip_base: Path, tmp_path: Path
 
 
 def test_the_order_of_tasks_and_the_batches_do_not_matter(clip_base: Path, tmp_path: Path) -> None:
-    start = load_vision(clip_base)
+    start = load_tower(clip_base)
     towers = {seed: tuned_tower(clip_base, seed) for seed in (1, 2, 3)}
     forward, _ = calibrated(start, [task_of(towers[s], s) for s in (1, 2, 3)], tmp_path / "a", weights=[0.5, 0.3, 0.2])
     tasks = [task_of(towers[s], s, batch=7) for s in (3, 1, 2)]
@@ -166,7 +166,7 @@ def test_the_order_of_tasks_and_the_batches_do_not_matter(clip_base: Path, tmp_p
 
 def test_the_first_stages_are_the_regressions_that_they_claim_to_be(clip_base: Path, tmp_path: Path) -> None:
     """Queries of the first block, and its output projection with the stream's own error, from plain forward passes."""
-    start, tuned = load_vision(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    start, tuned = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
     tasks = [task_of(tower, seed) for seed, tower in enumerate(tuned, 1)]
     found, _ = calibrated(start, tasks, tmp_path / "w", views=1, rho=0.1, share=0.8)
     half = copy.deepcopy(start)  # as the tower is when the output projection is solved
@@ -243,7 +243,7 @@ def test_a_picture_has_the_same_crop_in_every_batch_and_another_one_in_every_vie
 
 def test_views_are_images_more(clip_base: Path, tmp_path: Path) -> None:
     """Two views of every image are the images and their crops, each seen once."""
-    start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
+    start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
     task = task_of(tuned, 1)
     twice, _ = calibrated(start, [task], tmp_path / "a", views=2)
     more = [Batch(crops(batch.inputs, batch.indices, 1), batch.labels, batch.indices) for batch in task.images]
@@ -255,7 +255,7 @@ def test_views_are_images_more(clip_base: Path, tmp_path: Path) -> None:
 
 
 def test_positions_that_nobody_hears_do_not_count(clip_base: Path, tmp_path: Path) -> None:
-    start, tuned = load_vision(clip_base), tuned_tower(clip_base, 1)
+    start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
     first = torch.zeros(POSITIONS)
     first[0] = 1.0
     found, _ = calibrated(start, [task_of(tuned, 1, heard=first, count=64)], tmp_path / "a", views=1, rho=1e-3)
@@ -295,7 +295,7 @@ def test_calibrate_from_the_command(words: tuple[object, ...], run: Run, tmp_pat
     assert report["totals"]["calibrated"] == 12
     base, merged = (load_file(folder / "model.safetensors") for folder in (clip_zoo / "a", tmp_path / "m"))
     entry = next(layer for layer in report["layers"] if layer["name"].endswith("layers.0.mlp.fc1.weight"))
-    original = parameters(load_vision(clip_zoo / "base"))[entry["name"]]
+    original = parameters(load_tower(clip_zoo / "base"))[entry["name"]]
     assert entry["merged_norm"] == pytest.approx(float((merged[entry["name"]] - original).norm()), rel=1e-4)
     assert merged.keys() == base.keys()
     card = (tmp_path / "m" / "README.md").read_text()
@@ -316,8 +316,8 @@ def test_calibration_brings_the_merge_closer_to_every_task(
     assert run(*words[:-1], "--out", tmp_path / "p")[0] == 0
     pixels = torch.cat([batch.inputs for batch in images(9)])
     with torch.no_grad():
-        plain, better = (load_vision(tmp_path / n)(pixel_values=pixels).pooler_output for n in ("p", "m"))
-        goals = [load_vision(clip_zoo / n)(pixel_values=pixels).pooler_output for n in "ab"]
+        plain, better = (load_tower(tmp_path / n)(pixel_values=pixels).pooler_output for n in ("p", "m"))
+        goals = [load_tower(clip_zoo / n)(pixel_values=pixels).pooler_output for n in "ab"]
     far = sum(float((plain - goal).square().sum()) for goal in goals)
     near = sum(float((better - goal).square().sum()) for goal in goals)
     assert near < far

@@ -25,7 +25,7 @@ from hf_epimer.lora import merge_adapters, read_adapter
 from hf_epimer.lora.core_space import IN_THE_CORE
 from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods import METHODS
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.lowrank import LowRank
 from hf_epimer.pipeline import inputs as gathering
 
@@ -87,7 +87,7 @@ def test_adapters_become_an_adapter(adapters: tuple[Path, Path], base: Checkpoin
     assert contents(out) == ADAPTER_FILES
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (str(base_folder), None)
-    read = [read_adapter(folder, base, CLIP_VISION.canonical) for folder in adapters]
+    read = [read_adapter(folder, base, CLIP.canonical) for folder in adapters]
     options = METHODS["tsv-m"].config()
     expected = {name: base.tensor(name).double() for name in base.shapes}
     for u in merge_adapters(read, METHODS["tsv-m"], options, weights=[2, 1]):

@@ -15,7 +15,7 @@ from helpers.checkpoints import TINY, StateDict, rewrite, tiny_fisher, tiny_stat
 from helpers.command import Run, contents, fails
 from hf_epimer import MergeRecipe, ModelRef, merge
 from hf_epimer.methods import METHODS
-from hf_epimer.models.clip import CLIP_VISION
+from hf_epimer.models.clip import CLIP
 
 
 def test_a_merged_folder_is_complete(tiny_zoo: Path, run: Run) -> None:
@@ -435,7 +435,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     for depth in (4, 24):
         tower = {**TINY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": depth}
         generator = torch.Generator().manual_seed(0)
-        shapes = CLIP_VISION.shapes(tower)
+        shapes = CLIP.shapes(tower)
         base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         folder = tmp_path / str(depth)
         write_checkpoint(folder / "base", base, config=tower)

@@ -14,7 +14,7 @@ from hf_epimer import ModelRef
 from hf_epimer.hub import source as hub
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.head import classifier_for
-from hf_epimer.models.loading import load_vision
+from hf_epimer.models.loading import load_tower
 from hf_epimer.pipeline.tune_alpha import ALPHAS, nearest
 from hf_epimer.tasks.images import ImageBatches, read_samples
 from hf_epimer.tasks.task import load_task_file
@@ -32,7 +32,7 @@ def words(clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
 
 @torch.no_grad()
 def predictions(model: Classifier, weights: dict[str, torch.Tensor], pictures: torch.Tensor) -> torch.Tensor:
-    for name, parameter in model.vision_parameters().items():
+    for name, parameter in model.tower_parameters().items():
         parameter.copy_(weights[name])
     return model(pictures).softmax(-1)
 
@@ -52,7 +52,7 @@ def test_the_chosen_alpha_is_the_one_with_the_nearest_predictions(
         for name, weight in (("a", 0.75), ("b", 0.25)):
             task = load_task_file(clip_zoo / f"{name}.json")
             samples = read_samples(task, task.train_split, limit=24, seed=0)
-            model = classifier_for(load_vision(clip_zoo / "base"), home, task, samples.class_names)
+            model = classifier_for(load_tower(clip_zoo / "base"), home, task, samples.class_names)
             pictures = torch.cat([batch.inputs for batch in ImageBatches(samples, model.pixels, 7)])
             own, ours = (
                 predictions(model, load_file(where / "model.safetensors"), pictures)

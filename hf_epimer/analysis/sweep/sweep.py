@@ -39,7 +39,7 @@ from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import is_finite
 from hf_epimer.models.files import PROCESSOR_FILES, base_folder
 from hf_epimer.models.head import check_head, classifier_for
-from hf_epimer.models.loading import load_vision
+from hf_epimer.models.loading import load_tower
 from hf_epimer.pipeline.inputs import fetch, gather
 from hf_epimer.pipeline.merge import dtype_of
 from hf_epimer.pipeline.plan import CurvatureFile, Plan
@@ -204,7 +204,7 @@ class _Bench:
             progress,
         )
         self.device, self.home = plan.recipe.device, plan.base
-        self.vision = load_vision(base_folder(plan.base))
+        self.tower = load_tower(base_folder(plan.base))
         self.base: dict[str, Tensor] = {}
 
     def measure(self, settings: Sequence[Setting], data: Mapping[str, Samples], stage: str) -> list[Row]:
@@ -213,8 +213,8 @@ class _Bench:
         self.progress(stage, 0, total)
         found: dict[str, list[TaskResult]] = {}
         for task in self.tasks:
-            model = classifier_for(self.vision, self.home, task, data[task.name].class_names).to(self.device)
-            parameters = model.vision_parameters()
+            model = classifier_for(self.tower, self.home, task, data[task.name].class_names).to(self.device)
+            parameters = model.tower_parameters()
             self.base = self.base or {name: value.detach().clone() for name, value in parameters.items()}
             loaders = [partial(self._load, parameters, setting) for setting in settings]
             found[task.name] = measure(

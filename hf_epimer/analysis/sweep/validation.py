@@ -14,9 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import DataError, TaskError, UsageError
@@ -119,10 +117,8 @@ def measure(
         DataError: too many pictures are broken, or there are as many heads as there are no classes.
     """
     classes = len(samples.class_names)
-    if classes != len(model.head):
-        raise DataError(
-            f"task {samples.task.name!r} has {classes} classes, the head of the classifier {len(model.head)}"
-        )
+    if classes != model.classes:
+        raise DataError(f"task {samples.task.name!r} has {classes} classes, the head of the classifier {model.classes}")
     correct, count = [0] * len(loaders), 0
     batches = ImageBatches(samples, model.pixels, batch_size)
     for chunk in _chunks(batches):
@@ -130,16 +126,10 @@ def measure(
         for number, load in enumerate(loaders):
             load()
             for batch in chunk:
-                correct[number] += hits(model, batch.inputs, batch.labels)
+                correct[number] += int((model.top1(batch.inputs) == batch.labels).sum())
                 on_images(len(batch.labels))
     batches.report_broken()
     return [TaskResult(right, count) for right in correct]
-
-
-@torch.inference_mode()
-def hits(model: Classifier, pixels: Tensor, labels: Tensor) -> int:
-    """How many pictures of a batch are classified correctly."""
-    return int((model(pixels).argmax(-1).cpu() == labels).sum())
 
 
 def _chunks(batches: Iterable[Batch]) -> Iterator[list[Batch]]:

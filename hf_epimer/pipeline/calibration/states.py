@@ -7,7 +7,7 @@ tower says what is to become of it, and a few hundred pictures are few for layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.errors import DataError
 from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.weights import Block, parameters_of, put_weights
 from hf_epimer.tasks.images import Batch
 
 BATCH = 32
@@ -32,8 +33,10 @@ SMALLEST = 0.6
 class Run:
     """Hidden states of one task's images before some block: in the merged tower and in the task's own."""
 
-    def __init__(self, merged: Tensor, tuned: Tensor, device: torch.device) -> None:
-        self.merged, self.tuned, self.device = merged, tuned, device
+    def __init__(
+        self, merged: Tensor, tuned: Tensor, device: torch.device, run_block: Callable[[nn.Module, Tensor], Tensor]
+    ) -> None:
+        self.merged, self.tuned, self.device, self.run_block = merged, tuned, device, run_block
 
     def batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(which images, merged, tuned) hidden states, some images at a time."""
@@ -41,14 +44,15 @@ class Run:
             part = slice(start, start + BATCH)
             yield part, self.merged[part].to(self.device), self.tuned[part].to(self.device)
 
-    def advance(self, block: nn.Module) -> None:
+    def advance(self, block: Block) -> None:
         """Through a block of the merged tower; the tuned states are put forward by the block's last stage."""
         for part, merged, _ in self.batches():
-            self.merged[part] = block(merged, attention_mask=None)
+            self.merged[part] = self.run_block(block.module, merged)
 
 
 def start_run(
-    towers: tuple[tuple[nn.Module, nn.Module], tuple[nn.Module, nn.Module]],
+    towers: tuple[nn.Module, nn.Module],
+    first_blocks: tuple[Block, Block],
     weights: TensorSource,
     images: Iterable[Batch],
     views: int,
@@ -58,7 +62,8 @@ def start_run(
     """Through both towers up to their first block.
 
     Args:
-        towers: the merged one and the one for the task's weights, each with its first block.
+        towers: the merged one and the one for the task's weights.
+        first_blocks: of both.
         weights: the task's own.
         images: read once.
         views: how often each is seen.
@@ -67,21 +72,23 @@ def start_run(
     Raises:
         DataError: there are none.
     """
-    load_weights(towers[1][0], weights, architecture.prefix, but=architecture.blocks)
-    device = next(towers[0][0].parameters()).device
+    inside = f"{architecture.prefix}{architecture.blocks}."
+    parameters = parameters_of(towers[1], architecture)
+    put_weights({name: value for name, value in parameters.items() if not name.startswith(inside)}, weights)
+    device = next(towers[0].parameters()).device
     states: tuple[list[Tensor], list[Tensor]] = [], []
     for batch in images:
         for view in range(views):
             pixels = crops(batch.inputs, batch.indices, view) if view else batch.inputs
-            for (tower, first), found in zip(towers, states, strict=True):
-                with caught({first: "in"}) as seen, stopped():
-                    tower(pixel_values=pixels.to(device))
-                found.append(seen[first].cpu())
+            for tower, first, before in zip(towers, first_blocks, states, strict=True):
+                with caught({first.module: "in"}) as seen, stopped():
+                    architecture.features(tower, pixels.to(device))
+                before.append(seen[first.module].cpu())
     if not states[0]:
         raise DataError(f"{weights.label}: there are no images to calibrate on")
     workspace.mkdir(parents=True)
     merged, tuned = (_mapped(workspace / str(number), torch.cat(parts)) for number, parts in enumerate(states))
-    return Run(merged, tuned, device)
+    return Run(merged, tuned, device, architecture.run_block)
 
 
 def crops(pixels: Tensor, indices: Sequence[int], view: int) -> Tensor:
@@ -105,13 +112,6 @@ def _mapped(path: Path, values: Tensor) -> Tensor:
     """The same numbers in a file, which the system may put out of memory."""
     stored = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
     return stored.copy_(values)
-
-
-def load_weights(module: nn.Module, source: TensorSource, prefix: str, but: str | None = None) -> None:
-    """Put a checkpoint's weights into a module, except below one of its children."""
-    for name, parameter in module.named_parameters():
-        if but is None or not name.startswith(but + "."):
-            parameter.copy_(source.tensor(prefix + name))
 
 
 class _Stop(Exception):

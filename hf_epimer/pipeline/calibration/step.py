@@ -31,15 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_epimer.checkpoints.reader import TensorSource
+from hf_epimer.checkpoints.reader import StateDict, TensorSource
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import MergedLayer, is_finite
 from hf_epimer.models.architecture import Architecture, Stage
-from hf_epimer.models.clip import CLIP_VISION
 from hf_epimer.models.files import base_folder, processor_folder
-from hf_epimer.models.loading import load_processor, load_vision, preprocess
+from hf_epimer.models.loading import load_processor, load_tower, preprocess
+from hf_epimer.models.weights import Block, blocks_of, parameters_of, put_weights
 from hf_epimer.numerics.regression import anchored_step
-from hf_epimer.pipeline.calibration.states import BATCH, Run, caught, load_weights, start_run, stopped
+from hf_epimer.pipeline.calibration.states import BATCH, Run, caught, start_run, stopped
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.tasks.images import Batch, ImageBatches, read_images
 from hf_epimer.types import Progress
@@ -98,30 +98,28 @@ def calibrate(
         ArithmeticError: a solution is not finite.
     """
     other = copy.deepcopy(tower)  # takes the tuned weights of one task after the other
-    blocks, others = (list(own.get_submodule(architecture.blocks).children()) for own in (tower, other))
+    blocks, tuned_blocks = blocks_of(tower, architecture), blocks_of(other, architecture)
     total = len(blocks) * len(architecture.stages) * len(tasks)
     on_step(0, total)
-    pairs = (tower, blocks[0]), (other, others[0])
+    first = blocks[0], tuned_blocks[0]
     runs = [
-        start_run(pairs, task.tuned, task.images, views, architecture, workspace / str(number))
+        start_run((tower, other), first, task.tuned, task.images, views, architecture, workspace / str(number))
         for number, task in enumerate(tasks)
     ]
     report: dict[str, dict[str, Any]] = {}
-    for index, (block, tuned) in enumerate(zip(blocks, others, strict=True)):
-        prefix = f"{architecture.prefix}{architecture.blocks}.{index}."
+    for block, tuned in zip(blocks, tuned_blocks, strict=True):
         for stage in architecture.stages:
             sums = []
             for task, run in zip(tasks, runs, strict=True):
-                load_weights(tuned, task.tuned, prefix)
-                profiles = {name: _profile(task, prefix + name) for name in stage.modules}
+                put_weights(tuned.parameters, task.tuned)
+                profiles = {name: _profile(task, f"{block.name}.{name}") for name in stage.layers}
                 sums.append(_moments(block, tuned, stage, run, profiles, is_last=stage is architecture.stages[-1]))
                 on_step(1, total)
-            for name in stage.modules:
-                curvature = [task.curvature.tensor(f"{prefix}{name}.weight.output_factor") for task in tasks]
-                moments = [own[name] for own in sums]
-                report[f"{prefix}{name}.weight"] = _solve(
-                    block.get_submodule(name), moments, curvature, weights, rho, share, prefix + name
-                )
+            for name in stage.layers:
+                layer = f"{block.name}.{name}"
+                curvature = [task.curvature.tensor(f"{layer}.weight.output_factor") for task in tasks]
+                moments = [of_task[name] for of_task in sums]
+                report[f"{layer}.weight"] = _solve(block.layers[name], moments, curvature, weights, rho, share, layer)
         for run in runs:
             run.advance(block)
     return report
@@ -142,12 +140,11 @@ def calibrated_layers(
         ArithmeticError: as in `calibrate`, or a value that does not fit into the merge's type.
     """
     layers = {layer.name: layer for layer in merged}
-    tower: nn.Module = load_vision(base_folder(plan.base))
-    parameters = {
-        CLIP_VISION.prefix + name.removeprefix(CLIP_VISION.prefix): own for name, own in tower.named_parameters()
-    }
-    for name, layer in layers.items():
-        parameters[name].data.copy_(layer.tensor)
+    tower = load_tower(base_folder(plan.base))
+    put_weights(
+        parameters_of(tower, plan.architecture),
+        StateDict("merge", {name: layer.tensor for name, layer in layers.items()}),
+    )
     pixels = partial(preprocess, load_processor(processor_folder(plan.base)))
     images = [ImageBatches(read_images(model.images), pixels, BATCH) for model in plan.models if model.images]
     tasks = list(map(CalibrationTask, ingredients.models, ingredients.curvature, images))
@@ -163,9 +160,7 @@ def calibrated_layers(
     shutil.rmtree(workspace)
     for seen in images:
         seen.report_broken()
-    parameters = {
-        CLIP_VISION.prefix + name.removeprefix(CLIP_VISION.prefix): own for name, own in tower.cpu().named_parameters()
-    }
+    parameters = parameters_of(tower.cpu(), plan.architecture)
     for name, layer in layers.items():
         value = parameters[name].detach()
         stored = value.to(layer.tensor.dtype)
@@ -187,42 +182,41 @@ class _Moments:
 
 
 def _moments(
-    block: nn.Module, tuned: nn.Module, stage: Stage, run: Run, profiles: Mapping[str, Tensor], *, is_last: bool
+    block: Block, tuned: Block, stage: Stage, run: Run, profiles: Mapping[str, Tensor], *, is_last: bool
 ) -> dict[str, _Moments]:
     """The sums of every layer of a stage over one task's images; the last stage takes them through the tuned block."""
-    linears = {name: block.get_submodule(name) for name in stage.modules}
-    first = linears[stage.modules[0]]
+    first = block.layers[stage.layers[0]]
     inputs = {first: "in"}
-    outputs = {tuned.get_submodule(name): "out" for name in stage.modules}
+    outputs = {tuned.layers[name]: "out" for name in stage.layers}
     if stage.residual:
-        inputs[block.get_submodule(stage.residual)] = "in"
-        outputs[tuned.get_submodule(stage.residual)] = "in"
-    found: dict[str, _Moments] = {}
-    for part, merged, own in run.batches():
+        inputs[block.layers[stage.residual]] = "in"
+        outputs[tuned.layers[stage.residual]] = "in"
+    moments: dict[str, _Moments] = {}
+    for part, merged_states, tuned_states in run.batches():
         with caught(inputs) as here, stopped():
-            block(merged, attention_mask=None)
+            run.run_block(block.module, merged_states)
         with caught(outputs) as there, stopped():
-            tuned(own, attention_mask=None)
+            run.run_block(tuned.module, tuned_states)
         x = here[first]
         x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
-        for name, linear in linears.items():
-            off = there[tuned.get_submodule(name)] - linear(here[first])
+        for name in stage.layers:
+            off = there[tuned.layers[name]] - block.layers[name](here[first])
             if stage.residual:
-                stream = there[tuned.get_submodule(stage.residual)]
-                off += stream - here[block.get_submodule(stage.residual)]
+                stream = there[tuned.layers[stage.residual]]
+                off += stream - here[block.layers[stage.residual]]
                 if is_last:
-                    run.tuned[part] = stream + there[tuned.get_submodule(name)]
+                    run.tuned[part] = stream + there[tuned.layers[name]]
             heard = profiles[name].to(x.device)
             kept = heard > 0
             flat = x[:, kept].flatten(0, 1)
             weighted = (x[:, kept] * heard[kept, None]).flatten(0, 1)
             gram, cross = _precise(weighted.mT @ flat), _precise(off[:, kept].flatten(0, 1).mT @ weighted)
-            if name in found:
-                found[name].gram += gram
-                found[name].cross += cross
+            if name in moments:
+                moments[name].gram += gram
+                moments[name].cross += cross
             else:
-                found[name] = _Moments(gram, cross)
-    return found
+                moments[name] = _Moments(gram, cross)
+    return moments
 
 
 def _precise(sums: Tensor) -> Tensor:
@@ -247,13 +241,18 @@ def _solve(
 ) -> dict[str, Any]:
     """One layer's step, added to it."""
     # solved in float32: rho keeps the system far from singular, and most GPUs are slow at float64
-    grams, crosses = (torch.stack([vars(own)[part].float() for own in moments]) for part in ("gram", "cross"))
+    grams = torch.stack([of_task.gram.float() for of_task in moments])
+    crosses = torch.stack([of_task.cross.float() for of_task in moments])
     outputs = torch.stack(list(curvature)).to(grams)
-    found = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
-    if not is_finite(found.x):
+    solution = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
+    if not is_finite(solution.x):
         raise ArithmeticError(f"{name}: calibration gave NaN or Inf")
-    step = found.x.to(linear.weight)
+    step = solution.x.to(linear.weight)
     relative = float(step[:, :-1].norm() / linear.weight.norm())
     linear.weight += step[:, :-1]
     linear.bias += step[:, -1]
-    return {"calibration_steps": found.steps, "calibration_residual": found.residual, "calibration_size": relative}
+    return {
+        "calibration_steps": solution.steps,
+        "calibration_residual": solution.residual,
+        "calibration_size": relative,
+    }
