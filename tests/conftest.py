@@ -26,7 +26,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel
 
 pytest.register_assert_rewrite("helpers")
 
@@ -35,6 +35,7 @@ from helpers.data import write_data
 from helpers.hub_server import WRITER, StandInHub
 from helpers.space_app import SpaceApp
 from hf_epimer.checkpoints.reader import Checkpoint
+from hf_epimer.demo.captions import clip_tokenizer
 from hf_epimer.hub import retry
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower, processor_class
@@ -86,8 +87,7 @@ def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP with two small towers of unlike widths and random weights."""
     folder = tmp_path_factory.mktemp("base")
     tokens = ["a", "b", ".", "a</w>", "b</w>", ".</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[("a", "b</w>")], model_max_length=8)
+    tokenizer = clip_tokenizer(tokens, [("a", "b</w>")], 8)
     special = {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 8}
     size = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 10}
     text = size | special | {"vocab_size": len(tokens), "hidden_size": 12, "max_position_embeddings": 8}

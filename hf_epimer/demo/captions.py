@@ -8,9 +8,12 @@ up earlier ones, and the same captions always give the same vocabulary.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from numpy.random import Generator
 from PIL import Image
@@ -84,8 +87,20 @@ def make_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
     tokens = [*letters, *(letter + WORD_END for letter in letters), *(left + right for left, right in merges)]
     # The end of the text comes last: CLIP's text tower may look for it as the largest number in a row.
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LONGEST_TEXT)  # type: ignore[arg-type]
+    return clip_tokenizer(tokens, merges, LONGEST_TEXT)
+
+
+def clip_tokenizer(tokens: Sequence[str], merges: Iterable[tuple[str, str]], longest: int) -> CLIPTokenizer:
+    """A tokenizer with these tokens, numbered from 0, and these merges; texts are cut to `longest` tokens.
+
+    By way of vocab.json and merges.txt, which every release of transformers reads.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=longest)
 
 
 def _join(pieces: list[str], pair: tuple[str, str]) -> list[str]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
+import huggingface_hub
 
 from hf_epimer.hub.retry import persist
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 BOT = "SFconvertbot"
 TITLE = "Adding `safetensors` variant of this model"
@@ -58,7 +61,7 @@ def find_conversion(repo_id: str, asked: Mapping[str, str]) -> tuple[int, ModelI
     Raises:
         HubError: one of its kinds.
     """
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     pickled = {name: content for name, content in asked.items() if _PICKLED.fullmatch(name)}
     pulls = persist(
         lambda: list(

@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 
 logger = logging.getLogger(__name__)
 
@@ -59,4 +58,6 @@ def _note(repo_type: str, repo_id: str, revision: str | None) -> Path:
 
 
 def _folder(repo_type: str, repo_id: str) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type)

@@ -7,19 +7,23 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalTokenNotFoundError
-from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from hf_epimer.errors import AccessError, EpimerError, HubError, NotFoundError, PushError, UsageError
 from hf_epimer.hub.refs import check_new_repo_id
 from hf_epimer.hub.retry import one_line, persist
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.hf_api import ModelInfo
+
 Content = Path | bytes
-CommitOperation = CommitOperationAdd | CommitOperationDelete
+CommitOperation: TypeAlias = "CommitOperationAdd | CommitOperationDelete"
 
 
 def check_push_access(repo_id: str, *, create_pr: bool = False, private: bool = False) -> str:
@@ -36,7 +40,7 @@ def check_push_access(repo_id: str, *, create_pr: bool = False, private: bool = 
     where = f"pushing to {repo_id}"
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"{where}: HF_HUB_OFFLINE is set")
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     try:
         user = persist(api.whoami, where, "whose token this is")
     except LocalTokenNotFoundError as error:
@@ -88,7 +92,7 @@ def push_folder(
     Raises:
         PushError: with the command that tries again.
     """
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     flags = ["--private"] * private + ["--create-pr"] * create_pr
     again = shlex.join(["hf-epimer", "push", str(folder), repo_id, *flags])
     retry = f"; the merged folder is complete, push it again with: {again}"
@@ -137,7 +141,7 @@ def push_beside(
     Raises:
         PushError: the weights have changed meanwhile, or the push failed; the files are kept.
     """
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     kept = "; what was measured is kept in the cache, run the same command again"
 
     def commit() -> str:
@@ -274,8 +278,11 @@ def _operations(contents: Mapping[str, Content], info: ModelInfo | None = None) 
     """All files to add; and of those that the repo has, the ones to delete that would speak of other weights."""
     present = [entry.rfilename for entry in (info.siblings if info else None) or []]
     return [
-        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()),
-        *(CommitOperationDelete(name) for name in present if _is_ours(name) and name not in contents),
+        *(
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+            for name, content in contents.items()
+        ),
+        *(huggingface_hub.CommitOperationDelete(name) for name in present if _is_ours(name) and name not in contents),
     ]
 
 

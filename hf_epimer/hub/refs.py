@@ -27,14 +27,14 @@ def check_new_repo_id(text: str, flag: str = "") -> None:
     Raises:
         UsageError: it is not of the form org/name, or the Hub allows no such name.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     given = f"{flag} {text!r}".strip()
     if not is_repo_id(text):
         raise UsageError(f"{given} is not of the form org/name")
     if not text.isascii():
         raise UsageError(f"{given} cannot be a repo's name: only ASCII letters, digits, - _ and . are allowed")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(text)
     except HFValidationError as error:

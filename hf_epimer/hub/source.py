@@ -13,10 +13,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.hf_api import ModelInfo
+import huggingface_hub  # its names are loaded when they are used, which a merge of local folders never does
+from huggingface_hub import constants
 
 from hf_epimer.errors import CheckpointError, HubError, NotFoundError
 from hf_epimer.hub.card import card_metadata
@@ -24,6 +24,9 @@ from hf_epimer.hub.conversion import BOT, Conversion, find_conversion, is_conver
 from hf_epimer.hub.notes import cached_commit, read_note, write_note
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.retry import one_line, persist
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +99,7 @@ class Source:
         commit = self.conversion.asked if self.conversion and name == CARD else self.ref.revision
 
         def download() -> Path:
-            return Path(hf_hub_download(self.ref.location, name, revision=commit, force_download=force))
+            return Path(huggingface_hub.hf_hub_download(self.ref.location, name, revision=commit, force_download=force))
 
         try:
             return persist(download, str(self), name)
@@ -164,7 +167,7 @@ def resolve(ref: ModelRef) -> Source:
     if constants.HF_HUB_OFFLINE:
         return _resolve_offline(ref, label)
     info = persist(
-        lambda: HfApi().model_info(ref.location, revision=ref.revision, files_metadata=True),
+        lambda: huggingface_hub.HfApi().model_info(ref.location, revision=ref.revision, files_metadata=True),
         str(ref),
         "its list of files",
     )
@@ -189,7 +192,7 @@ def dataset_commit(repo_id: str) -> str:
         if commit is None:
             raise HubError(f"{where}: not in the local cache, and HF_HUB_OFFLINE is set")
         return str(commit)
-    commit = persist(lambda: HfApi().dataset_info(repo_id), where, "its commit").sha
+    commit = persist(lambda: huggingface_hub.HfApi().dataset_info(repo_id), where, "its commit").sha
     write_note("dataset", repo_id, None, {"commit": commit})
     return str(commit)
 
@@ -203,7 +206,9 @@ def dataset_bytes(repo_id: str) -> int:
     if constants.HF_HUB_OFFLINE:
         return 0
     info = persist(
-        lambda: HfApi().dataset_info(repo_id, files_metadata=True), f"data set {repo_id}", "its list of files"
+        lambda: huggingface_hub.HfApi().dataset_info(repo_id, files_metadata=True),
+        f"data set {repo_id}",
+        "its list of files",
     )
     return sum(sibling.size or 0 for sibling in info.siblings or [])
 
@@ -318,7 +323,7 @@ def _resolve_from_cache(ref: ModelRef, label: str) -> Source:
     """The files that another program left in the cache, and those that a checkpoint or adapter has in any case."""
     commit = cached_commit("model", ref.location, ref.revision)
     configs = ("config.json", "adapter_config.json")  # of a checkpoint, of an adapter
-    found = [try_to_load_from_cache(ref.location, name, revision=commit) for name in configs if commit]
+    found = [huggingface_hub.try_to_load_from_cache(ref.location, name, revision=commit) for name in configs if commit]
     config = next((path for path in found if isinstance(path, str)), None)
     if config is None:
         raise HubError(f"{ref}: not in the local cache, and HF_HUB_OFFLINE is set")
