@@ -72,6 +72,7 @@ class Architecture:
         renamed: (name in the newest module, canonical name) of parts of a path, where they differ; tried in this order.
         library: the module of transformers with the classes.
         output_class, output_type: the class of a merged model, and its `model_type`.
+        since: the first transformers in which `output_class` has the names of `module_name`.
         tower_classes: classes with these parameters, for looking them up in a larger model.
         processors: classes of image processors, the first that the installed transformers has is used.
         carried: fields of the base's config.json that a merged model keeps beside its vision config.
@@ -95,6 +96,7 @@ class Architecture:
     library: str
     output_class: str
     output_type: str
+    since: str
     tower_classes: tuple[str, ...]
     processors: tuple[str, ...]
     features: Callable[[nn.Module, Tensor], Tensor]

@@ -83,6 +83,7 @@ CLIP = Architecture(
     library="transformers.models.clip.modeling_clip",
     output_class="CLIPVisionModel",
     output_type="clip_vision_model",
+    since="5.6",
     tower_classes=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
     processors=("CLIPImageProcessorPil", "CLIPImageProcessor"),  # the plain name needs no torchvision before the other
     carried=("projection_dim",),

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_epimer.hub.source import Source
 from hf_epimer.methods.base import Method
+from hf_epimer.models.architecture import Architecture
 from hf_epimer.pipeline.plan import PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
 
@@ -28,6 +29,7 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 def merge_card(
     recipe: MergeRecipe,
     method: Method,
+    architecture: Architecture,
     base: Source,
     models: Sequence[PlannedModel],
     diagnostics: dict[str, str],
@@ -50,12 +52,13 @@ def merge_card(
     parents = [base] if as_adapter else [model.source for model in models]
     on_hub = [source.title for source in parents if not source.ref.is_local]
     rank = {"out_rank": recipe.out_rank} if recipe.out_rank else {}
+    full = architecture.zero_shot
     data = ModelCardData(
         base_model=on_hub or None,
         base_model_relation="adapter" if as_adapter else "merge",
         library_name="peft" if as_adapter else "transformers",
         pipeline_tag="image-feature-extraction",
-        tags=["merge", "hf-epimer", "clip", *(["lora"] if as_adapter else []), method.name],
+        tags=["merge", "hf-epimer", architecture.tag, *(["lora"] if as_adapter else []), method.name],
         datasets=list(datasets) or None,
         model_name=name if results and not recipe.limit else None,
         eval_results=_eval_results(results) if results and not recipe.limit else None,
@@ -67,6 +70,9 @@ def merge_card(
         count=len(models),
         as_adapter=as_adapter,
         method=method,
+        architecture=architecture,
+        full=full,
+        classes=", ".join(sorted({architecture.output_class, *([full.model_class] if full else [])})),
         base=_row(base),
         models=[_row(model.source) | {"weight": f"{model.weight:.4g}"} for model in models],
         calibrated_on=recipe.samples if recipe.calibrate else None,

@@ -207,6 +207,7 @@ def _merge_into(
     card = merge_card(
         recipe,
         method,
+        plan.architecture,
         plan.base,
         plan.models,
         _diagnostics(report),

@@ -221,7 +221,7 @@ def test_the_code_in_the_card_runs(clip_zoo: Path, tmp_path: Path, run: Run, mon
     names: dict[str, Any] = {}
     exec(snippet[1], names)
     expected = folded(tmp_path / "out", tmp_path / "base")
-    tower = names["clip"].vision_model.state_dict()
+    tower = names["full"].vision_model.state_dict()
     assert torch.equal(tower[QUERY.removeprefix("vision_model.")], expected[QUERY])
 
 

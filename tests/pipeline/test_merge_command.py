@@ -87,10 +87,10 @@ def test_the_code_in_the_card_runs(tiny_zoo: Path, run: Run, monkeypatch: pytest
     monkeypatch.chdir(tiny_zoo)
     names: dict[str, object] = {}
     exec(snippet[1], names)
-    clip = names["clip"]
-    assert isinstance(clip, CLIPModel)
+    full = names["full"]
+    assert isinstance(full, CLIPModel)
     expected = load_file(out / "model.safetensors")["vision_model.post_layernorm.weight"]
-    assert torch.equal(clip.vision_model.post_layernorm.weight, expected)
+    assert torch.equal(full.vision_model.post_layernorm.weight, expected)
 
 
 def test_merge_config_repeats_the_merge_bit_for_bit(tiny_zoo: Path, run: Run) -> None:
