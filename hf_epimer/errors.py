@@ -11,6 +11,7 @@
     ├── StatisticsError       curvature or Gram matrices missing or unusable
     ├── TaskError             a task, task file or set of class names that makes no sense
     ├── DataError             images or labels that cannot be read
+    ├── NumericalError        merged values that are NaN or Inf, or do not fit into the type they are written in
     └── OutputError           the result cannot be written
 
 A message names what is at fault (reference, file, tensor or flag) and what to do about it, in one line.
@@ -65,6 +66,10 @@ class TaskError(EpimerError):
 
 class DataError(EpimerError):
     """A data set cannot be read."""
+
+
+class NumericalError(EpimerError, ArithmeticError):
+    """The result is not finite."""
 
 
 class OutputError(EpimerError):

@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from hf_epimer.checkpoints.reader import StateDict, TensorSource
 from hf_epimer.lora import Adapter, MergedUpdate, merge_adapters, read_adapter, write_adapter
 from hf_epimer.lora.adapter import ROOT
+from hf_epimer.merging.report import LayerReport
 from hf_epimer.methods import METHODS, Layer
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
 from hf_epimer.methods.statistic import PARTS
@@ -348,7 +349,7 @@ def measure(folder: Path, row: str) -> None:
     adapters = [read_adapter(path, base, CLIP.canonical) for path in sorted(folder.iterdir())]
     method, _, kind = row.partition(" ")
     config = FrechetLoraConfig(lora_mean=kind) if kind else METHODS[method].config()  # type: ignore[arg-type]
-    reports: list[dict[str, Any]] = []
+    reports: list[LayerReport] = []
 
     def noted(updates: Iterable[MergedUpdate]) -> Iterator[MergedUpdate]:
         for update in updates:
@@ -364,10 +365,10 @@ def measure(folder: Path, row: str) -> None:
         "cpu": time.process_time() - used,
         "peak": memory("VmHWM"),
         "before": before,
-        "unique": sum(report.get("unique", True) for report in reports),
+        "unique": sum(report.solve is None or report.solve.unique is not False for report in reports),
         "layers": len(reports),
-        "steps": sum(report.get("steps", 0) for report in reports) / len(reports),
-        "residual": max(report.get("residual", 0.0) for report in reports),
+        "steps": sum(report.solve.steps or 0 for report in reports if report.solve) / len(reports),
+        "residual": max((report.solve.residual or 0.0 for report in reports if report.solve), default=0.0),
     }
     print(json.dumps(found))
 

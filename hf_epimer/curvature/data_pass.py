@@ -22,6 +22,7 @@ from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal
 from hf_epimer.curvature.per_sample import Gradient, gradient_taps
 from hf_epimer.curvature.request import Labels, Precision
 from hf_epimer.errors import DataError, StatisticsError, UsageError
+from hf_epimer.merging.finite import is_finite
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.tasks.images import Batch
 
@@ -96,7 +97,7 @@ def sweep(
         raise StatisticsError("there are no samples to take statistics from")
     found = {name: tensor.cpu() for name, tensor in accumulator.finish(sums, samples).items()}
     for name, tensor in found.items():
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise StatisticsError(
                 f"the gradient of {name} is not finite; is the checkpoint damaged, or half precision on?"
             )

@@ -9,7 +9,7 @@ folder     adapter_config.json + adapter_model.safetensors that PeftModel.from_p
 from __future__ import annotations
 
 from hf_epimer.lora.adapter import Adapter, is_adapter, read_adapter
-from hf_epimer.lora.core_space import MergedUpdate, far_apart, merge_adapters, works_in_core
+from hf_epimer.lora.core_space import MergedUpdate, merge_adapters, works_in_core
 from hf_epimer.lora.dense import adapter_of, fold_updates
 from hf_epimer.lora.peft_writer import write_adapter
 
@@ -17,7 +17,6 @@ __all__ = [
     "Adapter",
     "MergedUpdate",
     "adapter_of",
-    "far_apart",
     "fold_updates",
     "is_adapter",
     "merge_adapters",

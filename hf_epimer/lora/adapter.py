@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hf_epimer.checkpoints.reader import PICKLED, WEIGHTS, WEIGHTS_INDEX, Checkpoint, TensorSource, read_json
 from hf_epimer.errors import CheckpointError, MismatchError
+from hf_epimer.merging.finite import check_weights
 from hf_epimer.numerics.lowrank import LowRank, factorize, low_rank
 from hf_epimer.types import Shape
 
@@ -173,8 +174,7 @@ class Adapter:
 
     def _read(self, key: str, dtype: torch.dtype) -> Tensor:
         values = self._stored.tensor(key).to(dtype)
-        if not bool(values.isfinite().all()):
-            raise CheckpointError(f"{self.label}: NaN or Inf in {key}; this adapter is damaged or diverged")
+        check_weights(values, self.label, key)
         return values
 
     # --- from stored names to parameters ---

@@ -23,9 +23,11 @@ from torch.nn.functional import pad
 from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.errors import MismatchError, StatisticsError, UsageError
 from hf_epimer.lora.adapter import Adapter
+from hf_epimer.merging.finite import check_merged, check_statistics
 from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.merging.report import AdapterReport, LayerReport
 from hf_epimer.merging.stream import stream_layers
-from hf_epimer.methods import Layer, Method
+from hf_epimer.methods import Layer, LayerMerge, Method
 from hf_epimer.methods.statistic import PARTS
 from hf_epimer.numerics.lowrank import LowRank, UnionCore, factorize, union_core
 from hf_epimer.numerics.subspace import TaggedBasis
@@ -42,7 +44,7 @@ class MergedUpdate:
     name: str
     shape: Shape
     update: LowRank | Tensor
-    report: dict[str, Any]
+    report: LayerReport
 
 
 def merge_adapters(
@@ -75,7 +77,7 @@ def merge_adapters(
     Raises:
         UsageError: unusable weights or rank.
         StatisticsError: the method needs statistics that are not there.
-        ArithmeticError: a merged update is not finite.
+        NumericalError: a merged update is not finite.
     """
     if out_rank is not None and out_rank < 1:
         raise UsageError(f"--out-rank must be at least 1, not {out_rank}")
@@ -117,21 +119,6 @@ def merge_adapters(
 def works_in_core(method: Method, config: Any) -> bool:
     """Whether adapters are merged in the core that they span; if not, their whole layers are."""
     return method.name in IN_THE_CORE and method.statistic(config) in (None, "kronecker")
-
-
-def far_apart(reports: Sequence[Mapping[str, Any]]) -> str | None:
-    """One line for all layers in which the adapters are too far apart for a unique mean, and what was done there."""
-    far = [report for report in reports if not report.get("unique", True)]
-    if not far:
-        return None
-    angle = max(report["angle"] for report in far) * 180 / math.pi
-    unsettled = sum("limit of steps" in report.get("note", "") for report in far)
-    ends = f"; in {unsettled} of them the iteration stopped at its limit of steps" if unsettled else ""
-    return (
-        f"in {len(far)} of {len(reports)} layers the adapters are too far apart for a unique mean (principal angles up "
-        f"to {angle:.0f} degrees, 45 is safe): the local mean that the chordal one leads to was taken{ends}; "
-        "--lora-mean chordal has no such limit"
-    )
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -213,8 +200,7 @@ def _curvature(statistics: Sequence[TensorSource], name: str, core: UnionCore) -
                     f"{source.label}: {stored} has shape {list(source.shapes[stored])}, not {[len(basis)] * 2}"
                 )
             values = source.tensor(stored).double()
-            if not bool(values.isfinite().all()):
-                raise StatisticsError(f"{source.label}: NaN or Inf in {stored}")
+            check_statistics(values, source.label, stored)
             factors.append(basis.mT @ values @ basis)
         found[part] = torch.stack(factors)
     return found
@@ -233,11 +219,10 @@ def _merged(
     out_rank: int | None,
 ) -> MergedUpdate:
     merged = method.merge(layer, config, survey)
-    _check_finite(layer.name, merged.task_vector, method)
+    check_merged(merged.task_vector, layer.name, method.name)
     if core is None:
-        return _unfactored(layer, merged.task_vector, merged.report)
-    update = core.expand(factorize(merged.task_vector))
-    return _cut(layer.name, adapters, update, merged.report, out_rank)
+        return _unfactored(layer, merged)
+    return _cut(layer.name, adapters, core.expand(factorize(merged.task_vector)), merged, out_rank)
 
 
 def _whole(
@@ -245,33 +230,32 @@ def _whole(
 ) -> MergedUpdate:
     """A layer that was merged as a whole, factorised."""
     merged = method.merge(layer, config, survey)
-    _check_finite(layer.name, merged.task_vector, method)
+    check_merged(merged.task_vector, layer.name, method.name)
     if layer.base.ndim < 2:
-        return _unfactored(layer, merged.task_vector.clone(), merged.report)
-    found = factorize(merged.task_vector.flatten(1).float())
-    update = LowRank(found.u.double(), found.s.double(), found.v.double())
-    return _cut(layer.name, adapters, update, merged.report, out_rank)
+        return _unfactored(layer, merged)
+    thin = factorize(merged.task_vector.flatten(1).float())
+    update = LowRank(thin.u.double(), thin.s.double(), thin.v.double())
+    return _cut(layer.name, adapters, update, merged, out_rank)
 
 
-def _unfactored(layer: Layer, task_vector: Tensor, report: Mapping[str, Any]) -> MergedUpdate:
-    shape = tuple(layer.base.shape)
-    facts = {"name": layer.name, "shape": list(shape), **report, "merged_norm": float(task_vector.norm())}
-    return MergedUpdate(layer.name, shape, task_vector, facts)
+def _unfactored(layer: Layer, merged: LayerMerge) -> MergedUpdate:
+    """A parameter that is no matrix: its whole task vector, in memory of its own."""
+    shape, norm = tuple(layer.base.shape), float(merged.task_vector.norm())
+    report = LayerReport(layer.name, shape, norm, rank=merged.rank, solve=merged.solve)
+    return MergedUpdate(layer.name, shape, merged.task_vector.clone(), report)
 
 
 def _cut(
-    name: str, adapters: Sequence[Adapter], update: LowRank, report: Mapping[str, Any], out_rank: int | None
+    name: str, adapters: Sequence[Adapter], update: LowRank, merged: LayerMerge, out_rank: int | None
 ) -> MergedUpdate:
+    """A matrix, cut to the rank that it may have."""
     shape = tuple(adapters[0].base.shapes[name])
     ranks = [adapter.rank(name) for adapter in adapters]
     limit = min(sum(ranks), shape[0], math.prod(shape[1:]))
     kept = update.truncated(limit if out_rank is None else min(out_rank, limit))
-    lost = float(update.s[kept.rank :].norm() / update.s.norm()) if update.rank else 0.0
-    facts = {"name": name, "shape": list(shape), "ranks": ranks, "out_rank": kept.rank, "cut_off": lost}
-    norms = {"merged_norm": float(kept.s.norm())}
-    return MergedUpdate(name, shape, kept, {**facts, **report, **norms})
-
-
-def _check_finite(name: str, task_vector: Tensor, method: Method) -> None:
-    if not bool(task_vector.isfinite().all()):
-        raise ArithmeticError(f"{name}: {method.name} gave NaN or Inf; try a larger --damping")
+    cut_off = float(update.s[kept.rank :].norm() / update.s.norm()) if update.rank else 0.0
+    adapter = AdapterReport(tuple(ranks), kept.rank, cut_off)
+    norm = float(kept.s.norm())
+    return MergedUpdate(
+        name, shape, kept, LayerReport(name, shape, norm, adapter=adapter, rank=merged.rank, solve=merged.solve)
+    )

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from hf_epimer.checkpoints.reader import StateDict, TensorSource
-from hf_epimer.errors import CheckpointError
 from hf_epimer.lora.adapter import ROOT, Adapter
 from hf_epimer.lora.core_space import MergedUpdate
+from hf_epimer.merging.finite import check_weights, stored_as
+from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.numerics.lowrank import LowRank
 
@@ -26,24 +27,20 @@ def fold_updates(
 
     Raises:
         CheckpointError: NaN or Inf in the base.
-        ArithmeticError: a sum does not fit into `dtype`.
+        NumericalError: a sum does not fit into `dtype`.
     """
     pending = iter(updates)
     merged = next(pending, None)
     for name, shape in base.shapes.items():
         tensor = base.tensor(name)
-        stored_as = dtype or tensor.dtype
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{base.label}: NaN or Inf in {name}; this checkpoint is damaged or diverged")
-        report = {"name": name, "shape": list(shape), "merged_norm": 0.0}
+        stored_dtype = dtype or tensor.dtype
+        check_weights(tensor, base.label, name)
+        report = LayerReport(name, shape, merged_norm=0.0)
         if merged is not None and merged.name == name:
             update = merged.update.dense().view(shape) if isinstance(merged.update, LowRank) else merged.update
             tensor, report = tensor.to(update.dtype) + update, merged.report
             merged = next(pending, None)
-        stored = tensor.to(stored_as)
-        if not bool(stored.isfinite().all()):
-            raise ArithmeticError(f"{name}: the merged values do not fit into {stored_as}; choose another --dtype")
-        yield MergedLayer(name, stored, report)
+        yield MergedLayer(name, stored_as(tensor, stored_dtype, name), report)
 
 
 def adapter_of(updates: Iterable[MergedUpdate], base: TensorSource, label: str = "merged") -> Adapter:

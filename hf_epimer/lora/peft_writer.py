@@ -25,6 +25,7 @@ from hf_epimer.checkpoints.writer import write_tensors
 from hf_epimer.errors import OutputError
 from hf_epimer.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROOT
 from hf_epimer.lora.core_space import MergedUpdate
+from hf_epimer.merging.finite import stored_as
 from hf_epimer.numerics.lowrank import LowRank
 
 _EMBEDDING = "position_embedding"
@@ -56,7 +57,8 @@ def write_adapter(
         The content of adapter_config.json.
 
     Raises:
-        OutputError: an update that PEFT cannot express, or none at all, or one that does not fit into `dtype`.
+        OutputError: an update that PEFT cannot express, or none at all.
+        NumericalError: an update that does not fit into `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -85,11 +87,7 @@ def write_adapter(
 
 
 def _stored_as(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    stored = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
-    for key, value in stored.items():
-        if not bool(value.isfinite().all()):
-            raise OutputError(f"{key}: the merged values do not fit into {dtype}; choose another --dtype")
-    return stored
+    return {key: stored_as(value, dtype, key).contiguous() for key, value in tensors.items()}
 
 
 def _factors(module: str, merged: MergedUpdate, update: LowRank, embedding: bool) -> dict[str, Tensor]:

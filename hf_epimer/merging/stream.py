@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from hf_epimer.checkpoints.reader import Checkpoint, TaskVectorSource, TensorSource
-from hf_epimer.errors import CheckpointError, StatisticsError
+from hf_epimer.errors import StatisticsError
+from hf_epimer.merging.finite import check_merged, check_statistics, check_weights, stored_as
 from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.merging.report import LayerReport
 from hf_epimer.methods import Layer, Method
 from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.statistic import PARTS, Statistic
@@ -38,7 +40,7 @@ class MergedLayer:
 
     name: str
     tensor: Tensor
-    report: dict[str, Any]
+    report: LayerReport
 
 
 def merge_layers(
@@ -66,7 +68,7 @@ def merge_layers(
 
     Raises:
         CheckpointError, StatisticsError: NaN or Inf in an input (tensor named), negative statistics.
-        ArithmeticError: a merged tensor is not finite, or does not fit into `dtype`.
+        NumericalError: a merged tensor is not finite, or does not fit into `dtype`.
     """
     needs = method.statistic(config)
 
@@ -163,18 +165,16 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any, dtype: torch.dtype) -> MergedLayer:
     merged = method.merge(layer, config, survey)
-    if not is_finite(merged.task_vector):
-        raise ArithmeticError(f"{layer.name}: {method.name} gave NaN or Inf; try a larger --damping or --exact")
-    report = {
-        "name": layer.name,
-        "shape": list(layer.base.shape),
-        **merged.report,
-        "merged_norm": float(torch.linalg.vector_norm(merged.task_vector)),
-        "task_vector_norms": _norms(layer.task_vectors).tolist(),
-    }
-    stored = (layer.base + merged.task_vector).to("cpu", dtype)
-    if not is_finite(stored):
-        raise ArithmeticError(f"{layer.name}: the merged values do not fit into {dtype}; choose another --dtype")
+    check_merged(merged.task_vector, layer.name, method.name)
+    report = LayerReport(
+        layer.name,
+        tuple(layer.base.shape),
+        merged_norm=float(torch.linalg.vector_norm(merged.task_vector)),
+        task_vector_norms=tuple(_norms(layer.task_vectors).tolist()),
+        rank=merged.rank,
+        solve=merged.solve,
+    )
+    stored = stored_as(layer.base + merged.task_vector, dtype, layer.name).cpu()
     return MergedLayer(layer.name, stored, report)
 
 
@@ -212,7 +212,7 @@ class _LayerReader:
 
     def read(self, name: str) -> Layer:
         base = self.ingredients.base.tensor(name).to(self.dtype)
-        _check_finite(self.ingredients.base.label, name, base)
+        check_weights(base, self.ingredients.base.label, name)
         task_vectors = self.task_vectors[:, : base.numel()].view(-1, *base.shape)
         for model, difference in zip(self.ingredients.models, task_vectors, strict=True):
             if isinstance(model, TaskVectorSource):
@@ -220,7 +220,7 @@ class _LayerReader:
             else:
                 model.copy_to(name, difference)
                 difference.sub_(base)
-            _check_finite(model.label, name, difference)
+            check_weights(difference, model.label, name)
         return Layer(
             name=name,
             base=base.to(self.device),
@@ -245,8 +245,7 @@ class _LayerReader:
         values = self.values[part][:, : math.prod(shape)].view(-1, *shape)
         for source, value in zip(self.statistics, values, strict=True):
             source.copy_to(name, value)
-            if not is_finite(value):
-                raise StatisticsError(f"{source.label}: NaN or Inf in {name}")
+            check_statistics(value, source.label, name)
             if float((value.diagonal() if part in ("input", "output", "projected") else value).amin()) < 0:
                 raise StatisticsError(f"{source.label}: negative values in {name}")
         return values.to(self.device)
@@ -256,17 +255,6 @@ def _read_ahead(sources: Sequence[TensorSource], name: str) -> None:
     for source in sources:
         if isinstance(source, Checkpoint) and name in source.shapes:
             source.read_ahead(name)
-
-
-def _check_finite(label: str, name: str, values: Tensor) -> None:
-    if not is_finite(values):
-        raise CheckpointError(f"{label}: NaN or Inf in {name}; this checkpoint is damaged or diverged")
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor Inf in it."""
-    # a sum is finite unless an entry is not, or it overflows: one fast pass decides nearly always
-    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(values.isfinite().all())
 
 
 def _norms(task_vectors: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hf_epimer.errors import StatisticsError
 from hf_epimer.methods.options import options_of
+from hf_epimer.methods.report import RankReport, SolveReport
 from hf_epimer.methods.statistic import Statistic
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class LayerMerge:
     """The merged task vector (shaped like W_0) and what the method has to say about the layer."""
 
     task_vector: Tensor
-    report: dict[str, Any] = field(default_factory=dict)
+    rank: RankReport | None = None
+    solve: SolveReport | None = None
 
 
 @dataclass(frozen=True)

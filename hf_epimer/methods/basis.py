@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_epimer.methods.base import Layer
+from hf_epimer.methods.report import RankReport
 
 if TYPE_CHECKING:
     from hf_epimer.numerics.subspace import TaggedBasis
 
 
-def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dict[str, Any]]:
-    """The layer's tagged basis at the capped rank, and the report entries that go with it.
+def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, RankReport | None]:
+    """The layer's tagged basis at the capped rank, and what is to be reported of it.
 
     None for parameters that are not matrices, matrices with fewer rows or columns than there are tasks, and layers
     that no task has changed.
@@ -19,11 +20,11 @@ def layer_basis(layer: Layer, rank: int | None) -> tuple[TaggedBasis | None, dic
     from hf_epimer.numerics.subspace import capped_rank, tagged_basis
 
     if not layer.is_matrix:
-        return None, {}
+        return None, None
     shape = (int(layer.base.shape[0]), int(layer.base.shape[1]))
     k = capped_rank(rank or min(shape), shape, layer.tasks)
-    report: dict[str, Any] = {"rank": k, "capped": rank is not None and k < rank}
     basis = layer.basis
     if basis is None and k:
         basis = tagged_basis(layer.task_vectors, k, exact=layer.exact, seed=layer.seed)
-    return basis, report | {"atoms": basis.size if basis else 0}
+    capped = rank is not None and k < rank
+    return basis, RankReport(rank=k, capped=capped, atoms=basis.size if basis else 0)

@@ -25,6 +25,7 @@ from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Pape
 from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.fisher_averaging import FisherConfig, merge_fisher
 from hf_epimer.methods.options import option
+from hf_epimer.methods.report import SolveReport
 from hf_epimer.methods.statistic import Statistic
 
 if TYPE_CHECKING:
@@ -64,27 +65,23 @@ def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> Lay
     """Solve one layer: basis, metrics, coordinates, one linear system."""
     from hf_epimer.numerics.frechet import frechet_mean
 
-    basis, report = layer_basis(layer, config.rank)
+    basis, rank = layer_basis(layer, config.rank)
     if basis is None:
         if config.vectors == "fisher" and not layer.is_matrix:
             fisher = merge_fisher(layer, FisherConfig(damping=config.damping))
-            return LayerMerge(fisher.task_vector * config.alpha, report)
-        return LayerMerge(layer.mean() * config.alpha, report)
+            return LayerMerge(fisher.task_vector * config.alpha, rank)
+        return LayerMerge(layer.mean() * config.alpha, rank)
     metrics = layer_metrics(layer, basis, config)
     coordinates = _coordinates(basis, layer, config)
     if metrics.flat:
-        solution, report = layer.weights @ coordinates, report | {"eta": 0.0, "flat": True}
+        solution, solve = layer.weights @ coordinates, SolveReport(eta=0.0, flat=True)
     else:
         mean = frechet_mean(metrics, coordinates, layer.weights, exact=layer.exact)
         solution = mean.value
-        report = report | {
-            "eta": mean.eta * metrics.scale,
-            "steps": mean.steps,
-            "residual": mean.residual,
-            "condition": mean.condition,
-        }
+        eta = mean.eta * metrics.scale
+        solve = SolveReport(eta=eta, steps=mean.steps, residual=mean.residual, condition=mean.condition)
     scale = config.alpha * (layer.tasks if config.aggregator == "sum" else 1)
-    return LayerMerge(basis.expand(solution * scale), report)
+    return LayerMerge(basis.expand(solution * scale), rank, solve)
 
 
 def layer_metrics(layer: Layer, basis: TaggedBasis, config: EpiMerConfig) -> ProjectedMetrics:

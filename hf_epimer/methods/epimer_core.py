@@ -28,6 +28,7 @@ from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.epimer import EPIMER
 from hf_epimer.methods.iso import IsoCConfig, merge_iso_c
 from hf_epimer.methods.options import option
+from hf_epimer.methods.report import SolveReport
 from hf_epimer.methods.statistic import Statistic
 
 if TYPE_CHECKING:
@@ -53,18 +54,18 @@ def merge_epimer_core(layer: Layer, config: EpiMerCoreConfig, survey: None = Non
     """Solve one layer: basis, projected factors, scaffold, one generalised Sylvester equation."""
     from hf_epimer.numerics.core import full_core
 
-    basis, report = layer_basis(layer, config.rank)
+    basis, rank = layer_basis(layer, config.rank)
     if basis is None:
-        return LayerMerge(layer.mean() * config.alpha, report)
+        return LayerMerge(layer.mean() * config.alpha, rank)
     scaffold = _scaffold(layer, basis, config.scaffold)
     inputs = _inputs(layer, config.metric)
-    core = scaffold
+    core, solve = scaffold, None
     if inputs is not None:
         outputs = list(layer.measured("output")) if config.metric == "kronecker" else None
         found = full_core(basis, layer.task_vectors, outputs, inputs, layer.weights, scaffold, config.rho)
         core = found.x.to(scaffold.dtype)
-        report |= {"steps": found.steps, "residual": found.residual, "condition": found.condition}
-    return LayerMerge((basis.u @ core @ basis.v.mT) * config.alpha, report)
+        solve = SolveReport(steps=found.steps, residual=found.residual, condition=found.condition)
+    return LayerMerge((basis.u @ core @ basis.v.mT) * config.alpha, rank, solve)
 
 
 def _inputs(layer: Layer, metric: str) -> list[Tensor] | None:

@@ -17,11 +17,12 @@ not matrices take the mean of the task vectors, times alpha.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hf_epimer.errors import UsageError
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
 from hf_epimer.methods.options import option
+from hf_epimer.methods.report import SolveReport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,38 +55,33 @@ def merge_frechet_lora(layer: Layer, config: FrechetLoraConfig, survey: None = N
     """alpha times the mean of one layer."""
     from hf_epimer.numerics.lowrank import low_rank_mean
 
-    mean = layer.mean()
     if not layer.is_matrix or not bool(layer.task_vectors.any()):
-        return LayerMerge(mean * config.alpha)
+        return LayerMerge(layer.mean() * config.alpha)
     if config.metric == "kronecker":
         return _merge_curved(layer, config)
     if config.lora_mean == "chordal" and config.common_rank is None:  # nothing is cut off: the mean as it is
-        return LayerMerge(mean * config.alpha)
+        return LayerMerge(layer.mean() * config.alpha)
     points = layer.factors or tuple(map(_factorized, layer.task_vectors))
-    found = low_rank_mean(config.lora_mean, points, layer.weights.double(), config.common_rank)
-    report: dict[str, Any] = {
-        "steps": found.steps,
-        "residual": found.residual,
-        "angle": found.angle,
-        "unique": found.unique,
-    }
-    value = found.value.dense().to(layer.base.dtype)
-    return LayerMerge(value * config.alpha, report | ({"note": found.note} if found.note else {}))
+    mean = low_rank_mean(config.lora_mean, points, layer.weights.double(), config.common_rank)
+    solve = SolveReport(
+        steps=mean.steps, residual=mean.residual, angle=mean.angle, unique=mean.unique, note=mean.note or None
+    )
+    return LayerMerge(mean.value.dense().to(layer.base.dtype) * config.alpha, solve=solve)
 
 
 def _factorized(task_vector: Tensor) -> LowRank:
     """Thin SVD in float64, cut where the rounding of the task vector's own precision begins."""
     from hf_epimer.numerics.lowrank import LowRank, factorize
 
-    found = factorize(task_vector)
-    return LowRank(found.u.double(), found.s.double(), found.v.double())
+    thin = factorize(task_vector)
+    return LowRank(thin.u.double(), thin.s.double(), thin.v.double())
 
 
 def _merge_curved(layer: Layer, config: FrechetLoraConfig) -> LayerMerge:
     from hf_epimer.numerics.lowrank import factorize
     from hf_epimer.numerics.lowrank.sylvester import kronecker_mean
 
-    found = kronecker_mean(
+    mean = kronecker_mean(
         layer.task_vectors.double(),
         layer.measured("output").double(),
         layer.measured("input").double(),
@@ -93,11 +89,11 @@ def _merge_curved(layer: Layer, config: FrechetLoraConfig) -> LayerMerge:
         damping=config.damping,
         normalize=config.normalize,
     )
-    value = found.value
+    value = mean.value
     if config.common_rank is not None:
         value = factorize(value).truncated(config.common_rank).dense()
-    report = {"eta": found.eta, "steps": found.steps, "residual": found.residual, "condition": found.condition}
-    return LayerMerge(value.to(layer.base.dtype) * config.alpha, report)
+    solve = SolveReport(eta=mean.eta, steps=mean.steps, residual=mean.residual, condition=mean.condition)
+    return LayerMerge(value.to(layer.base.dtype) * config.alpha, solve=solve)
 
 
 FRECHET_LORA = Method(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
 from hf_epimer.methods.options import option
+from hf_epimer.methods.report import RankReport
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,25 @@ def merge_iso_cts(layer: Layer, config: IsoCTSConfig, survey: None = None) -> La
     if not layer.is_matrix or not bool(total.any()):
         return LayerMerge(layer.mean() * config.alpha)
     smaller = min(total.shape)
-    own = round((smaller - int(smaller * config.common)) / layer.tasks)
-    if own * layer.tasks > smaller:
-        own = smaller // layer.tasks
-    common = smaller - own * layer.tasks
+    specific = round((smaller - int(smaller * config.common)) / layer.tasks)
+    if specific * layer.tasks > smaller:
+        specific = smaller // layer.tasks
+    common = smaller - specific * layer.tasks
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
     us, ss, vs = [u[:, :common]], [s[:common]], [vh[:common].mT]
     for task_vector in layer.task_vectors:
         outside = task_vector - us[0] @ (us[0].mT @ task_vector)
-        if own and bool(outside.any()):
-            found = truncated_svd(outside, own, exact=layer.exact, seed=layer.seed)
-            us.append(found.u)
-            ss.append(found.s)
-            vs.append(found.v)
+        if specific and bool(outside.any()):
+            svd = truncated_svd(outside, specific, exact=layer.exact, seed=layer.seed)
+            us.append(svd.u)
+            ss.append(svd.s)
+            vs.append(svd.v)
     spectrum = torch.cat(ss)
     kept = spectrum > _NULL * spectrum.max()
     left = polar_factor(torch.cat(us, dim=1)[:, kept], exact=True)
     right = polar_factor(torch.cat(vs, dim=1)[:, kept], exact=True)
-    return LayerMerge((left @ right.mT) * (config.alpha * spectrum.mean()), {"common": common, "specific": own})
+    task_vector = (left @ right.mT) * (config.alpha * spectrum.mean())
+    return LayerMerge(task_vector, RankReport(common=common, specific=specific))
 
 
 _NULL = 1e-6

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, weighted_sum
 from hf_epimer.methods.options import option
+from hf_epimer.methods.report import SolveReport
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def merge_regmean(layer: Layer, config: RegMeanConfig, survey: None = None) -> L
     grams = grams + ridge * torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
     factor, failed = torch.linalg.cholesky_ex(weighted_sum(weights, grams))
     if bool(failed):  # inputs that never move in some direction: nothing to regress on without a ridge
-        return LayerMerge(layer.mean(), {"singular": True})
+        return LayerMerge(layer.mean(), solve=SolveReport(singular=True))
     weighted = weighted_sum(weights, layer.task_vectors.double() @ grams)
     return LayerMerge(torch.cholesky_solve(weighted.mT, factor).mT.to(layer.base.dtype))
 

@@ -25,11 +25,11 @@ class TSVMConfig(MethodConfig):
 
 def merge_tsv(layer: Layer, config: TSVMConfig, survey: None = None) -> LayerMerge:
     """alpha U diag(s T l_tag) V^T."""
-    basis, report = layer_basis(layer, config.rank)
+    basis, rank = layer_basis(layer, config.rank)
     if basis is None:
-        return LayerMerge(layer.mean() * config.alpha, report)
+        return LayerMerge(layer.mean() * config.alpha, rank)
     x = basis.s * layer.weights[basis.tags] * layer.tasks
-    return LayerMerge(basis.expand(x * config.alpha), report)
+    return LayerMerge(basis.expand(x * config.alpha), rank)
 
 
 TSV_M = Method(

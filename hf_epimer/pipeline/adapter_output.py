@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hf_epimer.lora import Adapter, MergedUpdate, fold_updates, merge_adapters, works_in_core, write_adapter
 from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import MergedLayer, merge_layers
 from hf_epimer.pipeline.plan import Plan
 
@@ -28,7 +28,7 @@ def write_merged_adapter(
     plan: Plan,
     ingredients: Ingredients,
     dtype: torch.dtype,
-    note: Callable[[dict[str, Any]], None],
+    note: Callable[[LayerReport], None],
     on_layer: OnLayer,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors.

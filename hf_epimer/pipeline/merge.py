@@ -13,7 +13,6 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,9 +27,9 @@ from hf_epimer.errors import NotFoundError
 from hf_epimer.hub import push as pushing
 from hf_epimer.hub.refs import check_new_repo_id
 from hf_epimer.hub.source import Source
-from hf_epimer.lora import far_apart
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
 from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.report import LayerReport, totals_of
 from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.models.files import PROCESSOR_FILES, config_of
 from hf_epimer.pipeline.adapter_output import dense_layers, write_merged_adapter
@@ -69,7 +68,7 @@ class MergeReport:
     url: str | None
     method: str
     totals: dict[str, Any]
-    layers: list[dict[str, Any]]
+    layers: tuple[LayerReport, ...]
     seconds: dict[str, float]
     memory: dict[str, int]
     results: dict[str, Any] | None = None
@@ -82,7 +81,7 @@ class MergeReport:
             "seconds": self.seconds,
             "memory": self.memory,
             "results": self.results,
-            "layers": self.layers,
+            "layers": [layer.to_json() for layer in self.layers],
         }
         return _strict(content)
 
@@ -158,11 +157,11 @@ def _merge_into(
 ) -> MergeReport:
     recipe, method = plan.recipe, plan.method
     started = time.monotonic()
-    layers: list[dict[str, Any]] = []
+    layers: list[LayerReport] = []
     anonymous = 0
     total = len(plan.shapes)
 
-    def keep(report: dict[str, Any]) -> None:
+    def keep(report: LayerReport) -> None:
         nonlocal anonymous
         layers.append(report)
         anonymous = max(anonymous, _memory("RssAnon"))
@@ -187,8 +186,9 @@ def _merge_into(
         _write_json(folder / "config.json", _output_config(plan, dtype))
         _copy_processor(plan.base, folder)
     seconds = {**seconds, "merging": time.monotonic() - started}
-    if note := far_apart(layers):
-        logger.warning("%s", note)
+    totals = totals_of(layers)
+    if "note" in totals:
+        logger.warning("%s", totals["note"])
     results: Results | None = None
     if recipe.evaluate:
         results = _evaluate(folder, plan, progress)
@@ -197,11 +197,10 @@ def _merge_into(
     seconds["total"] = sum(seconds.values())
     memory = {"peak_anonymous": anonymous, "peak_resident": _memory("VmHWM")}
     accuracies = results.to_json() if results else None
-    totals = _totals(layers)
     if tried:
         totals["alpha"] = recipe.options.alpha
         totals["divergence_at_alpha"] = {f"{alpha:g}": value for alpha, value in tried.items()}
-    report = MergeReport(folder, None, method.name, totals, layers, seconds, memory, accuracies)
+    report = MergeReport(folder, None, method.name, totals, tuple(layers), seconds, memory, accuracies)
     _write_json(folder / "merge_config.json", recipe_to_json(recipe) | _conversions(plan) | {"versions": _versions()})
     _write_json(folder / "merge_report.json", report.to_json())
     card = merge_card(
@@ -249,31 +248,6 @@ def _copy_processor(base: Source, folder: Path) -> None:
             _write_json(folder / PROCESSOR, nested)
     if not (folder / PROCESSOR).exists():
         logger.warning("%s has no %s; the merged model has none either", base, PROCESSOR)
-
-
-def _totals(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    solved = [layer for layer in layers if "steps" in layer]
-    totals: dict[str, Any] = {
-        "parameters": sum(math.prod(layer["shape"]) for layer in layers),
-        "layers": len(layers),
-        "capped": [layer["name"] for layer in layers if layer.get("capped")],
-        "merged_norm": math.sqrt(math.fsum(layer["merged_norm"] ** 2 for layer in layers)),
-    }
-    if any("eta" in layer for layer in layers):
-        totals["eta"] = math.fsum(layer.get("eta", 0.0) for layer in layers)
-    if solved:
-        totals["steps"] = sum(layer["steps"] for layer in solved)
-        totals["worst_condition"] = max(layer.get("condition", 1.0) for layer in solved)
-    if calibrated := [layer for layer in layers if "calibration_size" in layer]:
-        totals["calibrated"] = len(calibrated)
-        totals["calibration_steps"] = sum(layer["calibration_steps"] for layer in calibrated)
-        totals["largest_calibration"] = max(layer["calibration_size"] for layer in calibrated)
-    if factored := [layer for layer in layers if "cut_off" in layer]:
-        totals["largest_rank"] = max(layer["out_rank"] for layer in factored)
-        totals["largest_cut_off"] = max(layer["cut_off"] for layer in factored)
-    if note := far_apart(layers):
-        totals["note"] = note
-    return totals
 
 
 def _diagnostics(report: MergeReport) -> dict[str, str]:

@@ -19,10 +19,19 @@ from helpers.adapters import FC1, LAYER, QUERY, folded, make, rewrite_config, re
 from helpers.checkpoints import TINY, StateDict, tiny_fisher, tiny_state
 from hf_epimer.checkpoints.reader import Checkpoint, TaskVectorSource
 from hf_epimer.checkpoints.reader import StateDict as InMemory
-from hf_epimer.errors import CheckpointError, EpimerError, MismatchError, OutputError, StatisticsError, UsageError
-from hf_epimer.lora import Adapter, adapter_of, far_apart, is_adapter, merge_adapters, read_adapter, write_adapter
+from hf_epimer.errors import (
+    CheckpointError,
+    EpimerError,
+    MismatchError,
+    NumericalError,
+    OutputError,
+    StatisticsError,
+    UsageError,
+)
+from hf_epimer.lora import Adapter, adapter_of, is_adapter, merge_adapters, read_adapter, write_adapter
 from hf_epimer.lora.adapter import adapter_weights
 from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.merging.report import totals_of
 from hf_epimer.merging.stream import merge_layers, stream_layers
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.epimer import EpiMerConfig
@@ -335,9 +344,9 @@ def test_out_rank_cuts_and_says_what_was_lost(zoo: list[Adapter]) -> None:
         merged = {u.name: u for u in merge_adapters(zoo, METHODS["frechet-lora"], config, out_rank=out_rank)}
         update = merged[QUERY].update
         assert isinstance(update, LowRank)
-        assert update.rank == expected == merged[QUERY].report["out_rank"]
-        assert (merged[QUERY].report["cut_off"] > 0.01) == (out_rank == 2)
-        assert merged[QUERY].report["ranks"] == [4, 2, 3]
+        assert update.rank == expected == merged[QUERY].report.adapter.out_rank
+        assert (merged[QUERY].report.adapter.cut_off > 0.01) == (out_rank == 2)
+        assert merged[QUERY].report.adapter.ranks == (4, 2, 3)
     with pytest.raises(UsageError, match="--out-rank"):
         updates_of(zoo, out_rank=0)
 
@@ -353,12 +362,13 @@ def test_alpha_scales_everything(base_folder: Path, base: Checkpoint) -> None:
 def test_distance_is_reported(zoo: list[Adapter]) -> None:
     config = FrechetLoraConfig(lora_mean="procrustes")
     reports = {u.name: u.report for u in merge_adapters(zoo, METHODS["frechet-lora"], config)}
-    assert reports[QUERY]["angle"] > 0.8 and not reports[QUERY]["unique"]
-    assert "degrees apart" in reports[QUERY]["note"]
-    json.dumps(reports)
-    said = far_apart(list(reports.values()))
-    assert said and re.match(r"in \d+ of 8 layers .*principal angles up to \d\d degrees.*local mean", said)
-    assert far_apart([u.report for u in merge_adapters(zoo, METHODS["frechet-lora"], FrechetLoraConfig())]) is None
+    solve = reports[QUERY].solve
+    assert solve and solve.angle > 0.8 and solve.unique is False
+    assert "degrees apart" in solve.note
+    said = totals_of(list(reports.values()))["note"]
+    assert re.match(r"in \d+ of 8 layers .*principal angles up to \d\d degrees.*local mean", said)
+    near = [u.report for u in merge_adapters(zoo, METHODS["frechet-lora"], FrechetLoraConfig())]
+    assert "note" not in totals_of(near)
 
 
 def test_a_full_model_from_adapters(zoo: list[Adapter], base: Checkpoint) -> None:
@@ -503,7 +513,7 @@ def test_what_peft_cannot_store_is_refused(zoo: list[Adapter], base: Checkpoint,
     with pytest.raises(OutputError, match="zero in every layer"):
         write_adapter(tmp_path, updates_nothing(zoo), base, **NEWEST)
     huge = [MergedUpdate(u.name, u.shape, u.update.scaled(1e12), {}) for u in updates if isinstance(u.update, LowRank)]
-    with pytest.raises(OutputError, match=r"do not fit into torch\.float16"):
+    with pytest.raises(NumericalError, match=r"do not fit into torch\.float16"):
         write_adapter(tmp_path, huge, base, **NEWEST, dtype=torch.float16)
     assert not (tmp_path / "adapter_config.json").exists()
 

@@ -128,7 +128,7 @@ def test_a_model_calibrated_on_itself_stays_as_it_is(clip_base: Path, tmp_path: 
     found, report = calibrated(tower, [task_of(tower, 1), task_of(tower, 2)], tmp_path / "w")
     for name, value in tower.named_parameters():
         assert torch.allclose(found.get_parameter(name), value, atol=1e-6), name
-    assert len(report) == len(LAYERS) and all(entry["calibration_size"] < 1e-5 for entry in report.values())
+    assert len(report) == len(LAYERS) and all(entry.calibration_size < 1e-5 for entry in report.values())
 
 
 def test_one_task_without_a_pull_gets_its_own_features_back(clip_base: Path, tmp_path: Path) -> None:

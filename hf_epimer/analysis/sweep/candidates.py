@@ -26,8 +26,9 @@ from torch import Tensor
 
 from hf_epimer.analysis.sweep.grid import Candidate
 from hf_epimer.errors import OutputError
+from hf_epimer.merging.finite import check_merged
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.merging.stream import is_finite, stream_layers
+from hf_epimer.merging.stream import stream_layers
 from hf_epimer.methods import Layer
 from hf_epimer.methods.statistic import Statistic
 from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, task_triples, whitened_basis
@@ -132,7 +133,7 @@ def merge_candidates(
 
     Raises:
         CheckpointError, StatisticsError: as in `merge_layers`.
-        ArithmeticError: a merged tensor is not finite.
+        NumericalError: a merged tensor is not finite.
     """
     needs = next((candidate.statistic for candidate in candidates.values() if candidate.statistic), None)
     ranks = sorted({candidate.rank for candidate in candidates.values() if candidate.rank is not None})
@@ -147,10 +148,7 @@ def merge_candidates(
             if key not in known:
                 at_rank = replace(layer, basis=basis) if basis else layer
                 known[key] = own.method.merge(at_rank, own.config, surveys[number]).task_vector
-                if not is_finite(known[key]):
-                    raise ArithmeticError(
-                        f"{layer.name}: {own.method.name} gave NaN or Inf; try a larger --damping or --exact"
-                    )
+                check_merged(known[key], layer.name, own.method.name)
             stored.write(number, layer.name, known[key])
 
     for _ in stream_layers(ingredients, work, needs, seed=seed, exact=exact, device=device):

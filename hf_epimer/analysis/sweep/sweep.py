@@ -35,8 +35,8 @@ from hf_epimer.curvature.files import FILE_OF
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import UsageError
 from hf_epimer.evaluation.results import TaskResult
+from hf_epimer.merging.finite import stored_as
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.merging.stream import is_finite
 from hf_epimer.models.files import PROCESSOR_FILES, base_folder
 from hf_epimer.models.head import check_head, classifier_for
 from hf_epimer.models.loading import load_tower
@@ -231,10 +231,8 @@ class _Bench:
         alpha = 1.0 if setting.alpha is None else setting.alpha
         for name in self.stored.shapes:
             step = self.stored.read(self.settings[setting], name).to(parameters[name].device)
-            merged = torch.add(self.base[name], step, alpha=alpha).to(self.dtype)
-            if not is_finite(merged):
-                raise ArithmeticError(f"{setting}: the merged values of {name} do not fit into {self.dtype}")
-            parameters[name].copy_(merged)
+            merged = torch.add(self.base[name], step, alpha=alpha)
+            parameters[name].copy_(stored_as(merged, self.dtype, f"{setting}: {name}"))
 
 
 # --- what is said of it ---------------------------------------------------------------------------------------------

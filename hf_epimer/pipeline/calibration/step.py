@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_epimer.checkpoints.reader import StateDict, TensorSource
+from hf_epimer.merging.finite import check_merged, stored_as
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.merging.stream import MergedLayer, is_finite
+from hf_epimer.merging.report import CalibrationReport
+from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.models.architecture import Architecture, Stage
 from hf_epimer.models.files import base_folder, processor_folder
 from hf_epimer.models.loading import load_processor, load_tower, preprocess
@@ -78,7 +80,7 @@ def calibrate(
     rho: float = RHO,
     share: float = SHARE,
     on_step: OnStep = lambda done, total: None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, CalibrationReport]:
     """Solve every linear layer of a merged tower again, in place.
 
     Args:
@@ -91,11 +93,11 @@ def calibrate(
         on_step: progress; a step is one task in one stage of one block.
 
     Returns:
-        Canonical name of every solved weight -> solver steps, residual and the step's norm relative to the weight.
+        Canonical name of every solved weight -> how its solve went.
 
     Raises:
         DataError: a task has no images.
-        ArithmeticError: a solution is not finite.
+        NumericalError: a solution is not finite.
     """
     other = copy.deepcopy(tower)  # takes the tuned weights of one task after the other
     blocks, tuned_blocks = blocks_of(tower, architecture), blocks_of(other, architecture)
@@ -106,7 +108,7 @@ def calibrate(
         start_run((tower, other), first, task.tuned, task.images, views, architecture, workspace / str(number))
         for number, task in enumerate(tasks)
     ]
-    report: dict[str, dict[str, Any]] = {}
+    reports: dict[str, CalibrationReport] = {}
     for block, tuned in zip(blocks, tuned_blocks, strict=True):
         for stage in architecture.stages:
             sums = []
@@ -119,10 +121,10 @@ def calibrate(
                 layer = f"{block.name}.{name}"
                 curvature = [task.curvature.tensor(f"{layer}.weight.output_factor") for task in tasks]
                 moments = [of_task[name] for of_task in sums]
-                report[f"{layer}.weight"] = _solve(block.layers[name], moments, curvature, weights, rho, share, layer)
+                reports[f"{layer}.weight"] = _solve(block.layers[name], moments, curvature, weights, rho, share, layer)
         for run in runs:
             run.advance(block)
-    return report
+    return reports
 
 
 def calibrated_layers(
@@ -137,7 +139,7 @@ def calibrated_layers(
 
     Raises:
         DataError: what is wrong with the images of a task.
-        ArithmeticError: as in `calibrate`, or a value that does not fit into the merge's type.
+        NumericalError: as in `calibrate`, or a value that does not fit into the merge's type.
     """
     layers = {layer.name: layer for layer in merged}
     tower = load_tower(base_folder(plan.base))
@@ -149,7 +151,7 @@ def calibrated_layers(
     images = [ImageBatches(read_images(model.images), pixels, BATCH) for model in plan.models if model.images]
     tasks = list(map(CalibrationTask, ingredients.models, ingredients.curvature, images))
     workspace = folder / "hidden-states.tmp"
-    report = calibrate(
+    reports = calibrate(
         tower.to(plan.recipe.device),
         tasks,
         plan.weights,
@@ -163,11 +165,10 @@ def calibrated_layers(
     parameters = parameters_of(tower.cpu(), plan.architecture)
     for name, layer in layers.items():
         value = parameters[name].detach()
-        stored = value.to(layer.tensor.dtype)
-        if not is_finite(stored):
-            raise ArithmeticError(f"{name}: the calibrated values do not fit into {stored.dtype}: try another --dtype")
+        stored = stored_as(value, layer.tensor.dtype, name)
         norm = float((value - ingredients.base.tensor(name).to(value)).norm())
-        yield MergedLayer(name, stored, layer.report | report.get(name, {}) | {"merged_norm": norm})
+        report = replace(layer.report, merged_norm=norm, calibration=reports.get(name))
+        yield MergedLayer(name, stored, report)
 
 
 # --- one stage ------------------------------------------------------------------------------------------------------
@@ -238,21 +239,16 @@ def _solve(
     rho: float,
     share: float,
     name: str,
-) -> dict[str, Any]:
+) -> CalibrationReport:
     """One layer's step, added to it."""
     # solved in float32: rho keeps the system far from singular, and most GPUs are slow at float64
     grams = torch.stack([of_task.gram.float() for of_task in moments])
     crosses = torch.stack([of_task.cross.float() for of_task in moments])
     outputs = torch.stack(list(curvature)).to(grams)
     solution = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
-    if not is_finite(solution.x):
-        raise ArithmeticError(f"{name}: calibration gave NaN or Inf")
+    check_merged(solution.x, name, "calibration")
     step = solution.x.to(linear.weight)
-    relative = float(step[:, :-1].norm() / linear.weight.norm())
+    size = float(step[:, :-1].norm() / linear.weight.norm())
     linear.weight += step[:, :-1]
     linear.bias += step[:, -1]
-    return {
-        "calibration_steps": solution.steps,
-        "calibration_residual": solution.residual,
-        "calibration_size": relative,
-    }
+    return CalibrationReport(solution.steps, solution.residual, size)
