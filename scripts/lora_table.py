@@ -36,7 +36,7 @@ from hf_epimer.lora.adapter import ROOT
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.methods import METHODS, Layer
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
-from hf_epimer.methods.statistic import PARTS
+from hf_epimer.methods.statistic import KRONECKER
 from hf_epimer.methods.ties import TIESConfig, merge_ties
 from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.lowrank import LowRank
@@ -156,7 +156,7 @@ def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDi
             rows = values.detach().flatten(0, -2)
             found[key] = found.get(key, torch.zeros(())) + rows.mT @ rows / samples
 
-        keys = [name + suffix for suffix in PARTS["kronecker"].values()]
+        keys = [name + part.suffix for part in KRONECKER.parts]
         hooks.append(module.register_forward_hook(lambda m, x, y, key=keys[0]: add(key, x[0])))
         hooks.append(module.register_full_backward_hook(lambda m, gx, gy, key=keys[1]: add(key, gy[0])))
     images, labels = bench.train

@@ -109,14 +109,10 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
 
 def _about(name: str) -> str:
     method = METHODS[name]
-    needs = {
-        "kronecker": " Needs Kronecker factors, which are estimated on training images.",
-        "fisher": " Needs Fisher information, which is estimated where it is missing.",
-        "gram": " Needs Gram matrices, which are estimated on training images.",
-    }
+    needs = f" Needs {method.needs.title}, estimated on training images where there are none." if method.needs else ""
     return (
         f"<div class='ep-about'><p>{escape(method.summary[:1].upper() + method.summary[1:])}."
-        f"{needs.get(method.needs or '', '')}</p><details><summary>Formula and source</summary>"
+        f"{needs}</p><details><summary>Formula and source</summary>"
         f"<code>{escape(method.formula)}</code>"
         f"<p>{escape(method.paper.title)} ({escape(method.paper.cited)})</p></details></div>"
     )

@@ -29,7 +29,7 @@ from hf_epimer.errors import StatisticsError, UsageError
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import stream_layers, tagged_bases
 from hf_epimer.methods import Layer
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import FISHER_DIAGONAL
 from hf_epimer.numerics.diagnostics import (
     CurvatureDiagnosis,
     cosines,
@@ -244,7 +244,7 @@ def diagnose_layers(
         ranks: ascending.
         seed, exact, device: as in `merge_layers`.
     """
-    needs: Statistic | None = "fisher" if ingredients.statistics else None
+    needs = FISHER_DIAGONAL if ingredients.statistics else None
     return stream_layers(
         ingredients, lambda layer: diagnose_layer(layer, ranks), needs, seed=seed, exact=exact, device=device
     )

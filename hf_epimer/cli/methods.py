@@ -25,7 +25,7 @@ def _run(namespace: argparse.Namespace) -> None:
         table.add_column(column, overflow="fold")
     for name, method in TABLE.items():
         options = ", ".join(f"{option.flag} ({option.default})" for option in options_of(method.config).values())
-        table.add_row(f"[bold]{name}", method.summary, method.needs or "", options, method.paper.cited)
+        table.add_row(f"[bold]{name}", method.summary, str(method.needs or ""), options, method.paper.cited)
     Console().print(table)
 
 
@@ -33,7 +33,7 @@ def _described(method: Method) -> dict[str, Any]:
     return {
         "summary": method.summary,
         "formula": method.formula,
-        "needs": method.needs,
+        "needs": method.needs and method.needs.name,
         "options": {name: option.default for name, option in options_of(method.config).items()},
         "paper": method.paper.title,
         "url": method.paper.url,

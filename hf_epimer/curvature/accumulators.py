@@ -12,13 +12,15 @@ accumulator holds sums only, so that those of several processes can be added; `f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hf_epimer.curvature.per_sample import Gradient, Outer
+from hf_epimer.curvature.request import Kind
+from hf_epimer.methods.statistic import FISHER_FILE, KRONECKER_FILE, StatisticsFile
 from hf_epimer.numerics.subspace import TaggedBasis
 
 
@@ -77,7 +79,7 @@ class SquaredMean:
 
 
 class KroneckerFactors:
-    """A, S and |g_t|^2 of every matrix, named as in `hf_epimer.methods.base.PARTS`; A is RegMean's Gram matrix."""
+    """A, S and |g_t|^2 of every matrix, named as in a file; A is RegMean's Gram matrix."""
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
         self.matrices = {name for name, shape in shapes.items() if len(shape) == 2}
@@ -93,6 +95,14 @@ class KroneckerFactors:
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
         return {name: total / samples for name, total in sums.items()}
+
+
+ACCUMULATORS: dict[tuple[StatisticsFile, Kind], Callable[[Mapping[str, torch.Size]], Accumulator]] = {
+    (FISHER_FILE, "per-sample"): FisherDiagonal,
+    (FISHER_FILE, "squared-mean"): SquaredMean,
+    (KRONECKER_FILE, "per-sample"): KroneckerFactors,
+}
+"""File, and which gradients -> what sums it up, made from the shapes of all parameters."""
 
 
 class ProjectedFisher:

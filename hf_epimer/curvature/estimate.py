@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
+from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator, ProjectedFisher
 from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import StatisticsFile
 from hf_epimer.models.files import model_folder
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
@@ -31,31 +30,26 @@ OnSamples = Callable[[int], None]
 
 def estimate_file(
     request: CurvatureRequest,
-    statistic: Statistic,
+    file: StatisticsFile,
     *,
     batch_size: int = 32,
     probe: bool = True,
     accelerator: Accelerator | None = None,
     on_samples: OnSamples = lambda count: None,
 ) -> Path:
-    """The file with a checkpoint's `fisher` or `kronecker` statistics: from the cache, or measured now.
+    """The file of a checkpoint's statistics: from the cache, or measured now.
 
     Raises:
         EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
     """
-    path = request.cached(statistic)
+    path = request.cached(file)
     if path.is_file():
         return path
-    kinds: dict[Any, Callable[[Mapping[str, torch.Size]], Accumulator]] = {
-        ("fisher", "per-sample"): FisherDiagonal,
-        ("fisher", "squared-mean"): SquaredMean,
-        ("kronecker", "per-sample"): KroneckerFactors,
-    }
-    make = kinds[statistic, request.gradients.kind]
+    make = ACCUMULATORS[file, request.gradients.kind]
     accelerator = accelerator or Accelerator()
     tensors, samples = _measure(request, lambda s, d: make(s.shapes), batch_size, probe, accelerator, on_samples)
     if accelerator.is_main_process:
-        save_statistics(path, tensors, _metadata(request, samples), statistic)
+        save_statistics(path, tensors, _metadata(request, samples), file)
     accelerator.wait_for_everyone()
     return path
 
@@ -68,8 +62,10 @@ def project_fisher(
     probe: bool = True,
     on_samples: OnSamples = lambda count: None,
 ) -> dict[str, Tensor]:
-    """The Fisher information on the tagged bases of one merge, as `PARTS["projected"]` names it. Not cached: another
-    set of checkpoints has other bases."""
+    """The Fisher information on the tagged bases of one merge, named as in its row of the table.
+
+    Not cached: another set of checkpoints has other bases.
+    """
 
     def make(subject: Subject, device: torch.device) -> Accumulator:
         return ProjectedFisher(bases, device)

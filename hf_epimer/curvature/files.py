@@ -1,4 +1,4 @@
-"""Files of statistics: fisher.safetensors and kronecker.safetensors, named as `hf_epimer.methods.base.PARTS` says.
+"""Files of statistics, their tensors named as the table in `hf_epimer.methods.statistic` says.
 
 Besides plain fp32 a Fisher file can be small, which its header notes under `compress`:
 
@@ -24,37 +24,14 @@ from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.checkpoints.reader import Checkpoint, TensorSource
 from hf_epimer.errors import StatisticsError
 from hf_epimer.merging.inputs import check_shapes
-from hf_epimer.methods.statistic import PARTS, Statistic
+from hf_epimer.methods.statistic import FISHER_FILE, STATISTICS_FILES, StatisticKind, StatisticsFile, split_name
 from hf_epimer.types import Shape
 
 logger = logging.getLogger(__name__)
 
 Compression = Literal["bf16", "rank1"]
 
-FORMATS: dict[Statistic, str] = {"fisher": "hf-epimer.fisher/1", "kronecker": "hf-epimer.kronecker/1"}
-FILE_OF: dict[Statistic, str] = {
-    "fisher": "fisher.safetensors",
-    "kronecker": "kronecker.safetensors",
-    "gram": "kronecker.safetensors",
-    "outputs": "kronecker.safetensors",
-    "projected": "",
-}
-"""Statistic -> the file that holds it; Gram matrices are the input factors. A projection is of one merge only."""
-
-
-def kind_of(statistic: Statistic) -> Statistic:
-    """The statistic that is measured where this one is needed: a file holds more than one."""
-    return next(kind for kind in FORMATS if FILE_OF[kind] == FILE_OF[statistic])
-
-
-NAMES: dict[Statistic, str] = {
-    "fisher": "Fisher information",
-    "gram": "Gram matrices",
-    "kronecker": "Kronecker factors",
-    "outputs": "curvature of the outputs",
-    "projected": "projected Fisher information",
-}
-"""What messages call them."""
+_RANK_ONE = {".rows", ".columns"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +59,7 @@ def save_statistics(
     path: str | Path,
     tensors: Mapping[str, Tensor],
     metadata: StatisticsMetadata,
-    statistic: Statistic = "fisher",
+    file: StatisticsFile = FISHER_FILE,
     compress: Compression | None = None,
 ) -> None:
     """Write an estimate; the file appears under its name only when it is complete.
@@ -92,10 +69,10 @@ def save_statistics(
         StatisticsError: only Fisher information can be compressed to rank 1.
     """
     path = Path(path)
-    header = {"format": FORMATS[statistic]} | {key: str(value) for key, value in asdict(metadata).items()}
+    header = {"format": file.format} | {key: str(value) for key, value in asdict(metadata).items()}
     if compress:
-        if statistic != "fisher":
-            raise StatisticsError(f"--compress is for Fisher information, not for {statistic} statistics")
+        if file is not FISHER_FILE:
+            raise StatisticsError(f"--compress is for {FISHER_FILE.title}, not for {file.title}")
         header["compress"] = compress
     stored = _COMPRESSORS[compress](tensors) if compress else {name: value.float() for name, value in tensors.items()}
     with atomic_file(path) as unfinished:
@@ -103,11 +80,16 @@ def save_statistics(
 
 
 def open_statistics(
-    path: Path, label: str, statistic: Statistic, shapes: Mapping[str, Shape], canonical: Callable[[str], str | None]
+    path: Path,
+    label: str,
+    kind: StatisticKind,
+    shapes: Mapping[str, Shape],
+    canonical: Callable[[str], str | None],
 ) -> TensorSource:
-    """A lazy reader of a file of statistics; compressed ones are expanded tensor by tensor, as they are read.
+    """A lazy reader of one statistic in a file; compressed ones are expanded tensor by tensor, as they are read.
 
     Args:
+        kind: one that is found in files.
         shapes: canonical name -> shape of every parameter of the model.
         canonical: maps a stored parameter's name to a canonical one.
 
@@ -116,36 +98,38 @@ def open_statistics(
         MismatchError: names or shapes are unlike the model's.
         StatisticsError: it says of itself that it holds something else.
     """
-    wanted = [".rows", ".columns", *PARTS[statistic].values()]
-    stored = {suffix for parts in PARTS.values() for suffix in parts.values()} | {".rows", ".columns"}
+    wanted = {part.suffix for part in kind.parts} | _RANK_ONE
 
     def renamed(name: str) -> str | None:
-        suffix = next((suffix for suffix in stored if suffix and name.endswith(suffix)), "")
-        own = canonical(name.removesuffix(suffix))
-        return None if own is None or (suffix and suffix not in wanted) else own + suffix
+        parameter, suffix = _split_name(name)
+        known = canonical(parameter)
+        return known + suffix if known is not None and suffix in wanted else None
 
     checkpoint = Checkpoint(label, [path], renamed)
-    own_format = checkpoint.metadata.get("format", "")
-    expected = FORMATS[kind_of(statistic)]
-    if own_format in FORMATS.values() and own_format != expected:
-        raise StatisticsError(f"{label}: {path} holds {own_format}, and {expected} is needed")
-    if own_format != expected:
-        logger.warning("%s: %s carries no %s metadata; taken as it is", label, path, expected)
+    _check_format(checkpoint, path, kind)
     source = _RankOne(checkpoint, shapes) if checkpoint.metadata.get("compress") == "rank1" else checkpoint
-    lengths = (shape for name, shape in source.shapes.items() if name.endswith(".positions"))
-    check_shapes(_expected_shapes(statistic, shapes, next(lengths, ())), source, "the file")
+    check_shapes(kind.shapes(shapes), source, "the file")
     return source
 
 
-def _expected_shapes(statistic: Statistic, shapes: Mapping[str, Shape], positions: Shape) -> dict[str, Shape]:
-    if statistic == "fisher":
-        return dict(shapes)
-    return {
-        name + suffix: {"input": shape[1:] * 2, "output": shape[:1] * 2, "positions": positions}[part]
-        for name, shape in shapes.items()
-        if len(shape) == 2
-        for part, suffix in PARTS[statistic].items()
-    }
+def _check_format(checkpoint: Checkpoint, path: Path, kind: StatisticKind) -> None:
+    """Whether the file holds this statistic, as far as it says what it holds.
+
+    Raises:
+        StatisticsError: it says that it holds another.
+    """
+    assert kind.file is not None
+    stated, expected = checkpoint.metadata.get("format", ""), kind.file.format
+    if stated != expected and stated in {file.format for file in STATISTICS_FILES}:
+        raise StatisticsError(f"{checkpoint.label}: {path} holds {stated}, and {expected} is needed")
+    if stated != expected:
+        logger.warning("%s: %s carries no %s metadata; taken as it is", checkpoint.label, path, expected)
+
+
+def _split_name(stored: str) -> tuple[str, str]:
+    """As `split_name`, and the names of tensors stored by their means."""
+    suffix = next((suffix for suffix in _RANK_ONE if stored.endswith(suffix)), "")
+    return (stored.removesuffix(suffix), suffix) if suffix else split_name(stored)
 
 
 def rank_one(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.curvature.card import statistics_section
 from hf_epimer.curvature.estimate import estimate_file
-from hf_epimer.curvature.files import FILE_OF, FORMATS, Compression, StatisticsMetadata, save_statistics
+from hf_epimer.curvature.files import Compression, StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest, Gradients
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.hub import push as pushing
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import Source
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import FISHER_FILE, KRONECKER_FILE, STATISTICS_FILES, StatisticsFile
 from hf_epimer.models.base import base_of
 from hf_epimer.models.files import weight_names
 from hf_epimer.models.head import check_head
@@ -103,8 +103,8 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
         EpimerError: one of its kinds. Nothing half-written is left; an estimate that could not be pushed is kept.
     """
     started = time.monotonic()
-    statistic: Statistic = "kronecker" if recipe.kronecker else "fisher"
-    out = _target(recipe.out, FILE_OF[statistic]) if recipe.out else None
+    file = KRONECKER_FILE if recipe.kronecker else FISHER_FILE
+    out = _target(recipe.out, file.name) if recipe.out else None
     task = find_task(recipe.task)
     if recipe.push:
         pushing.check_push_access(recipe.model.location)
@@ -123,7 +123,7 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     progress("measuring", 0, total)
     cached = estimate_file(
         request,
-        statistic,
+        file,
         batch_size=recipe.batch_size,
         probe=recipe.probe,
         accelerator=accelerator,
@@ -137,7 +137,7 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
                 shutil.copyfile(path, unfinished)
         else:
             progress("pushing", 0, 0)
-            url = _push(path, FILE_OF[statistic], recipe.model, model)
+            url = _push(path, file, recipe.model, model)
     metadata = _header(cached)
     accelerator.end_training()
     return StatisticsReport(out if accelerator.is_main_process else None, url, metadata, time.monotonic() - started)
@@ -150,7 +150,7 @@ def _target(out: Path, name: str) -> Path:
         OutputError: saying what is in the way.
     """
     out = out / name if out.is_dir() else out
-    if out.exists() and _header(out).get("format") not in FORMATS.values():
+    if out.exists() and _header(out).get("format") not in {file.format for file in STATISTICS_FILES}:
         raise OutputError(f"--out {out} exists and is no file of statistics: choose another name")
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -175,18 +175,18 @@ def _compressed(path: Path, compress: Compression | None) -> Path:
         header = _header(path)
         fields = {name: header[name] for name in StatisticsMetadata.__dataclass_fields__}
         origin = StatisticsMetadata(**{**fields, "samples": int(fields["samples"]), "seed": int(fields["seed"])})  # type: ignore[arg-type]
-        save_statistics(small, load_file(path), origin, "fisher", compress)
+        save_statistics(small, load_file(path), origin, FISHER_FILE, compress)
     return small
 
 
-def _push(path: Path, name: str, ref: ModelRef, measured: Source) -> str:
+def _push(path: Path, file: StatisticsFile, ref: ModelRef, measured: Source) -> str:
     """Add the file and a section of the card in one commit, to the weights that were measured and no others."""
     weights = {weight: measured.sha256.get(weight) for weight in weight_names(measured)}
     return pushing.push_beside(
         ref.location,
         ref.revision,
-        {name: path},
+        {file.name: path},
         expected=weights,
-        section=statistics_section(name, ref.location, _header(path)),
-        title=f"Add {name} (hf-epimer)",
+        section=statistics_section(file, ref.location, _header(path)),
+        title=f"Add {file.name} (hf-epimer)",
     )

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from huggingface_hub import constants
 
-from hf_epimer.curvature.files import FORMATS
 from hf_epimer.hub.source import Source
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import StatisticsFile
 from hf_epimer.models.files import content_sha
 from hf_epimer.tasks.dataset import TaskImages
 
@@ -51,10 +50,10 @@ class CurvatureRequest:
         """The commit of the checkpoint, or the sha256 of its local weights."""
         return content_sha(self.model)
 
-    def cached(self, statistic: Statistic) -> Path:
+    def cached(self, file: StatisticsFile) -> Path:
         """Where the file is, or will be, in the cache."""
-        identity = json.dumps([FORMATS[statistic], self._identity()], sort_keys=True)
-        name = f"{self.images.task.name}-{statistic}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
+        identity = json.dumps([file.format, self._identity()], sort_keys=True)
+        name = f"{self.images.task.name}-{file.key}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
         return Path(constants.HF_HOME) / "hf-epimer" / "statistics" / name
 
     def _identity(self) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from transformers import TrainerCallback
 
 from hf_epimer.curvature.accumulators import FisherDiagonal
 from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
-from hf_epimer.curvature.files import FILE_OF, StatisticsMetadata, save_statistics
+from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import Labels
 from hf_epimer.errors import DataError, StatisticsError
+from hf_epimer.methods.statistic import FISHER_FILE
 from hf_epimer.models import ARCHITECTURES
 from hf_epimer.models.weights import parameter_names
 from hf_epimer.tasks.images import Batch
@@ -89,7 +90,7 @@ class FisherCallback(TrainerCallback):
                 accelerator=accelerator,
             )
         if accelerator.is_main_process:
-            path = Path(args.output_dir) / FILE_OF["fisher"]
+            path = Path(args.output_dir) / FISHER_FILE.name
             name = getattr(args, "hub_model_id", None) or Path(args.output_dir).name
             save_statistics(
                 path, fisher, StatisticsMetadata(count, self.task, "", "", name, "", self.labels, self.seed)

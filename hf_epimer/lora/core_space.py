@@ -28,7 +28,7 @@ from hf_epimer.merging.inputs import Ingredients, normalized_weights
 from hf_epimer.merging.report import AdapterReport, LayerReport
 from hf_epimer.merging.stream import stream_layers
 from hf_epimer.methods import Layer, LayerMerge, Method
-from hf_epimer.methods.statistic import PARTS
+from hf_epimer.methods.statistic import KRONECKER
 from hf_epimer.numerics.lowrank import LowRank, UnionCore, factorize, union_core
 from hf_epimer.numerics.subspace import TaggedBasis
 from hf_epimer.types import Shape
@@ -67,7 +67,7 @@ def merge_adapters(
         method: from METHODS.
         config: an instance of `method.config`.
         weights: l_t, normalised to sum to 1.
-        statistics: one per adapter, tensors named as in `hf_epimer.methods.base.PARTS`.
+        statistics: one per adapter, tensors named as the table in `hf_epimer.methods.statistic` says.
         bases: where statistics were taken in a tagged basis, that basis by parameter (`tagged_bases`).
         out_rank: largest rank of the result; None for min(sum r_t, m, n) of each layer, which holds any core.
         seed: of everything random.
@@ -118,7 +118,7 @@ def merge_adapters(
 
 def works_in_core(method: Method, config: Any) -> bool:
     """Whether adapters are merged in the core that they span; if not, their whole layers are."""
-    return method.name in IN_THE_CORE and method.statistic(config) in (None, "kronecker")
+    return method.name in IN_THE_CORE and method.statistic(config) in (None, KRONECKER)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -185,8 +185,8 @@ def _curvature(statistics: Sequence[TensorSource], name: str, core: UnionCore) -
     """Kronecker factors in core coordinates: V_ref^T A_t V_ref and U_ref^T S_t U_ref."""
     sides = {"input": core.right, "output": core.left}
     found: dict[str, Tensor] = {}
-    for part, suffix in PARTS["kronecker"].items():
-        basis, stored = sides[part], name + suffix
+    for part in KRONECKER.parts:
+        basis, stored = sides[part.name], name + part.suffix
         present = [source for source in statistics if stored in source.shapes]
         if not present:
             return {}
@@ -202,7 +202,7 @@ def _curvature(statistics: Sequence[TensorSource], name: str, core: UnionCore) -
             values = source.tensor(stored).double()
             check_statistics(values, source.label, stored)
             factors.append(basis.mT @ values @ basis)
-        found[part] = torch.stack(factors)
+        found[part.name] = torch.stack(factors)
     return found
 
 

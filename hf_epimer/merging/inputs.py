@@ -20,7 +20,8 @@ class Ingredients:
         base: theta_0.
         models: theta_t, in any order, with unique labels.
         weights: l_t >= 0; normalised to sum to 1 on use.
-        statistics: per task, or None; a parameter missing there has no statistics. Tensors are named as in `PARTS`.
+        statistics: per task, or None; a parameter missing there has no statistics. Tensors are named as the table in
+            `hf_epimer.methods.statistic` says.
         bases: parameter -> the tagged basis in which statistics were taken; empty to compute bases as they are needed.
         curvature: per task, that of every linear layer's outputs, for a calibration; empty without one.
     """
@@ -62,12 +63,17 @@ def normalized_weights(weights: Sequence[float] | None, tasks: int) -> list[floa
 def check_shapes(reference: Mapping[str, Shape], source: TensorSource, what: str) -> None:
     """Compare names and shapes with the base's, before any weight is read.
 
+    Args:
+        reference: name -> shape, with -1 for a length that does not matter.
+        source: what is compared with it.
+        what: it is called in messages.
+
     Raises:
         MismatchError: naming what is missing, extra or shaped differently.
     """
     missing = [name for name in reference if name not in source.shapes]
     extra = [name for name in source.shapes if name not in reference]
-    unlike = [name for name, shape in reference.items() if source.shapes.get(name, shape) != shape]
+    unlike = [name for name, shape in reference.items() if not _fits(source.shapes.get(name, shape), shape)]
     problems = []
     if missing:
         problems.append(f"missing {_some(missing)}")
@@ -79,6 +85,10 @@ def check_shapes(reference: Mapping[str, Shape], source: TensorSource, what: str
         problems.append(f"{name} has shape {list(source.shapes[name])} instead of {list(reference[name])}{others}")
     if problems:
         raise MismatchError(f"{source.label}: {what} does not fit the base: {'; '.join(problems)}")
+
+
+def _fits(shape: Shape, reference: Shape) -> bool:
+    return len(shape) == len(reference) and all(own in (length, -1) for own, length in zip(reference, shape))
 
 
 def _some(names: list[str], shown: int = 3) -> str:

@@ -16,8 +16,9 @@ from hf_epimer.errors import StatisticsError, UsageError
 from hf_epimer.merging.inputs import Ingredients, check_shapes, normalized_weights
 from hf_epimer.merging.stream import merge_layers
 from hf_epimer.methods import find_method
-from hf_epimer.methods.statistic import PARTS
+from hf_epimer.methods.statistic import StatisticKind, split_name
 from hf_epimer.numerics.subspace import TaggedBasis
+from hf_epimer.types import Shape
 
 
 def merge_state_dicts(
@@ -43,7 +44,8 @@ def merge_state_dicts(
         config: an instance of that method's config dataclass; its defaults for None.
         statistics: one mapping per task: Fisher diagonals (shaped like the parameters; `epimer` can do without those
             of non-matrices) for `epimer`, `fisher` and `gradient-matching`, Gram matrices (n x n) for `regmean`;
-            for other metrics of `epimer`, tensors named as in `hf_epimer.methods.base.PARTS`.
+            for other metrics of `epimer`, tensors named as the table in
+            `hf_epimer.methods.statistic` says. One with a single part may go by the parameters' names.
         bases: where statistics were taken in a tagged basis, that basis by parameter (`tagged_bases`).
         weights: l_t, normalised to sum to 1.
         labels: unique task names; only random masks depend on them.
@@ -79,17 +81,30 @@ def merge_state_dicts(
             raise StatisticsError(f"{method} needs {needs} statistics, one mapping per model")
         if len(statistics) != len(models):
             raise StatisticsError(f"{len(models)} models but {len(statistics)} sets of statistics")
-        if needs == "gram":  # given under the parameters' own names
-            (suffix,) = PARTS[needs].values()
-            statistics = [{name + suffix: gram for name, gram in tensors.items()} for tensors in statistics]
-        measured = [StateDict(label, tensors) for label, tensors in zip(names, statistics, strict=True)]
-        if needs == "fisher":
-            for entry in measured:
-                expected = {name: shape for name, shape in everything.items() if name in entry.shapes}
-                check_shapes(expected, entry, "its Fisher information")
+        measured = [
+            _statistics(needs, label, given, everything) for label, given in zip(names, statistics, strict=True)
+        ]
     ingredients = Ingredients(source, models, normalized_weights(weights, len(models)), measured, bases or {})
     merged = {
         layer.name: layer.tensor
         for layer in merge_layers(ingredients, chosen, config, seed=seed, exact=exact, device=device)
     }
     return {name: merged.get(name, tensor) for name, tensor in base.items()}  # counters and the like stay the base's
+
+
+def _statistics(
+    kind: StatisticKind, label: str, given: Mapping[str, Tensor], parameters: Mapping[str, Shape]
+) -> StateDict:
+    """One model's statistics under the names that they have in files.
+
+    Raises:
+        MismatchError: a tensor is of no parameter, or of another shape than the parameter asks for.
+    """
+    if len(kind.parts) == 1:
+        suffix = kind.parts[0].suffix
+        given = {name + suffix if name in parameters else name: tensor for name, tensor in given.items()}
+    source = StateDict(label, given)
+    known = {name: shape for name, shape in source.shapes.items() if split_name(name)[0] in parameters}
+    checked = {name: shape for name, shape in kind.shapes(parameters).items() if name in known}
+    check_shapes(known | checked, source, f"its {kind.title}")
+    return source

@@ -28,7 +28,7 @@ from hf_epimer.merging.inputs import Ingredients, normalized_weights
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.methods import Layer, Method
 from hf_epimer.methods.basis import layer_basis
-from hf_epimer.methods.statistic import PARTS, Statistic
+from hf_epimer.methods.statistic import Part, StatisticKind
 from hf_epimer.numerics.subspace import TaggedBasis
 
 Result = TypeVar("Result")
@@ -89,7 +89,7 @@ def merge_layers(
 def stream_layers(
     ingredients: Ingredients,
     work: Callable[[Layer], Result],
-    needs: Statistic | None = None,
+    needs: StatisticKind | None = None,
     *,
     seed: int = 0,
     exact: bool = False,
@@ -182,10 +182,10 @@ class _LayerReader:
     """Reads layers into buffers that are reused: a layer is valid until the next one is read."""
 
     def __init__(
-        self, ingredients: Ingredients, needs: Statistic | None, *, seed: int, exact: bool, device: str
+        self, ingredients: Ingredients, needs: StatisticKind | None, *, seed: int, exact: bool, device: str
     ) -> None:
         self.ingredients = ingredients
-        self.parts = PARTS[needs] if needs else {}
+        self.parts = needs.parts if needs else ()
         self.device = device
         self.dtype = torch.float64 if exact else torch.float32
         weights = normalized_weights(ingredients.weights, len(ingredients.models))
@@ -198,8 +198,8 @@ class _LayerReader:
         self.statistics = list(ingredients.statistics or ()) if needs else []
         self.task_vectors = self._buffer(ingredients.models, list(ingredients.base.shapes))
         self.values = {
-            part: self._buffer(self.statistics, [name + suffix for name in ingredients.base.shapes])
-            for part, suffix in self.parts.items()
+            part.name: self._buffer(self.statistics, [name + part.suffix for name in ingredients.base.shapes])
+            for part in self.parts
         }
 
     def _buffer(self, sources: Sequence[TensorSource], names: Sequence[str]) -> Tensor:
@@ -227,26 +227,26 @@ class _LayerReader:
             task_vectors=task_vectors.to(self.device),
             is_matrix=base.ndim == 2,
             statistics={
-                part: values
-                for part, suffix in self.parts.items()
-                if (values := self._read_statistics(part, name + suffix)) is not None
+                part.name: values
+                for part in self.parts
+                if (values := self._read_statistics(part, name + part.suffix)) is not None
             },
             basis=self.ingredients.bases.get(name),
             **self.common,
         )
 
-    def _read_statistics(self, part: str, name: str) -> Tensor | None:
+    def _read_statistics(self, part: Part, name: str) -> Tensor | None:
         present = [name in source.shapes for source in self.statistics]
         if not any(present):
             return None
         if not all(present):
             raise StatisticsError(f"{self.statistics[present.index(False)].label}: no statistics for {name}")
         shape = self.statistics[0].shapes[name]
-        values = self.values[part][:, : math.prod(shape)].view(-1, *shape)
+        values = self.values[part.name][:, : math.prod(shape)].view(-1, *shape)
         for source, value in zip(self.statistics, values, strict=True):
             source.copy_to(name, value)
             check_statistics(value, source.label, name)
-            if float((value.diagonal() if part in ("input", "output", "projected") else value).amin()) < 0:
+            if float((value.diagonal() if part.is_symmetric else value).amin()) < 0:
                 raise StatisticsError(f"{source.label}: negative values in {name}")
         return values.to(self.device)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from hf_epimer.errors import StatisticsError
 from hf_epimer.methods.options import options_of
 from hf_epimer.methods.report import RankReport, SolveReport
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import StatisticKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class Layer:
         weights: l_t, length T, summing to 1.
         is_matrix: whether spectral methods treat it as a matrix; then W_0 is m x n.
         labels: one name per task, unique: keys for random masks, so that the order of tasks does not matter.
-        statistics: part (see `PARTS`) -> one tensor per task, T x ...; without those that were not asked for or are
+        statistics: part's name -> one tensor per task, T x ...; without those that were not asked for or are
             not available for this parameter.
         basis: the tagged basis, where statistics were taken in one; None to compute it.
         factors: the task vectors by their thin SVDs, where they are known (adapters); None to compute them.
@@ -183,11 +183,11 @@ class Method:
     paper: Paper
     config: type[Any]
     merge: Callable[[Layer, Any, Any], LayerMerge]
-    needs: Statistic | None = None
+    needs: StatisticKind | None = None
     survey: Callable[[Any, OverLayers], Any] | None = None
-    needs_with: Callable[[Any], Statistic | None] | None = None
+    needs_with: Callable[[Any], StatisticKind | None] | None = None
     calibrates: bool = False
 
-    def statistic(self, config: Any) -> Statistic | None:
+    def statistic(self, config: Any) -> StatisticKind | None:
         """What it needs with these options."""
         return self.needs_with(config) if self.needs_with else self.needs

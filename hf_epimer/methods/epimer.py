@@ -26,7 +26,7 @@ from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.fisher_averaging import FisherConfig, merge_fisher
 from hf_epimer.methods.options import option
 from hf_epimer.methods.report import SolveReport
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import FISHER_DIAGONAL, KRONECKER, PROJECTED_FISHER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ def _coordinates(basis: TaggedBasis, layer: Layer, config: EpiMerConfig) -> Tens
     return projected_coordinates(basis, layer.task_vectors)
 
 
-_STATISTICS: dict[str, Statistic] = {"diagonal": "fisher", "projected": "projected", "kronecker": "kronecker"}
+_STATISTICS = {"diagonal": FISHER_DIAGONAL, "projected": PROJECTED_FISHER, "kronecker": KRONECKER}
 
 EPIMER = Method(
     "epimer",
@@ -131,6 +131,6 @@ EPIMER = Method(
     ),
     EpiMerConfig,
     merge_epimer,
-    needs="fisher",
+    needs=FISHER_DIAGONAL,
     needs_with=lambda config: _STATISTICS[config.metric],
 )

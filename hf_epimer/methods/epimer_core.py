@@ -29,7 +29,7 @@ from hf_epimer.methods.epimer import EPIMER
 from hf_epimer.methods.iso import IsoCConfig, merge_iso_c
 from hf_epimer.methods.options import option
 from hf_epimer.methods.report import SolveReport
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import GRAM, KRONECKER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def _scaffold(layer: Layer, basis: TaggedBasis, name: str) -> Tensor:
     return basis.u.mT @ merge_iso_c(layer, IsoCConfig()).task_vector @ basis.v
 
 
-_STATISTICS: dict[str, Statistic | None] = {"kronecker": "kronecker", "inputs": "gram", "task-vectors": None}
+_STATISTICS = {"kronecker": KRONECKER, "inputs": GRAM, "task-vectors": None}
 
 EPIMER_CORE = Method(
     "epimer-core",
@@ -91,7 +91,7 @@ EPIMER_CORE = Method(
     replace(EPIMER.paper, extension="the full core is an extension by hf-epimer"),
     EpiMerCoreConfig,
     merge_epimer_core,
-    needs="kronecker",
+    needs=KRONECKER,
     needs_with=lambda config: _STATISTICS[config.metric],
     calibrates=True,
 )

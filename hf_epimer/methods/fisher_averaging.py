@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, weighted_sum
 from hf_epimer.methods.options import option
+from hf_epimer.methods.statistic import FISHER_DIAGONAL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ FISHER = Method(
     ),
     FisherConfig,
     merge_fisher,
-    needs="fisher",
+    needs=FISHER_DIAGONAL,
 )
 
 GRADIENT_MATCHING = Method(
@@ -101,5 +102,5 @@ GRADIENT_MATCHING = Method(
     ),
     GradientMatchingConfig,
     merge_gradient_matching,
-    needs="fisher",
+    needs=FISHER_DIAGONAL,
 )

@@ -23,6 +23,7 @@ from hf_epimer.errors import UsageError
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper
 from hf_epimer.methods.options import option
 from hf_epimer.methods.report import SolveReport
+from hf_epimer.methods.statistic import KRONECKER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,5 +111,5 @@ FRECHET_LORA = Method(
     ),
     FrechetLoraConfig,
     merge_frechet_lora,
-    needs_with=lambda config: "kronecker" if config.metric == "kronecker" else None,
+    needs_with=lambda config: KRONECKER if config.metric == "kronecker" else None,
 )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, weighted_sum
 from hf_epimer.methods.options import option
 from hf_epimer.methods.report import SolveReport
+from hf_epimer.methods.statistic import GRAM
 
 
 @dataclass(frozen=True)
@@ -55,5 +56,5 @@ REGMEAN = Method(
     ),
     RegMeanConfig,
     merge_regmean,
-    needs="gram",
+    needs=GRAM,
 )

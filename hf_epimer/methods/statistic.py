@@ -1,27 +1,152 @@
-"""The statistics that methods ask for, and of which tensors each consists."""
+"""The curvature statistics: what a method wants to know of every task beside its weights. One visible table.
+
+For a weight W, m x n, that acts as y = W x at every position of a sequence, g the gradient of the loss at y, G the
+gradient of the loss at W of one sample, S the tagged basis of p atoms, and E the mean over samples:
+
+    fisher       v = E[G o G], shaped like W, for every parameter
+    gram         A = E[mean over positions of x x^T], n x n
+    kronecker    A and S = E[sum over positions of g g^T], m x m
+    outputs      S and E[|g|^2] of every position: how much the loss hears of it
+    projected    H = E[z z^T] with z = S^T vec(G), p x p, and the share of (tr H / p) I that Ledoit and Wolf's estimate
+                 mixes into it, in [0, 1]
+
+Adding a statistic: its row here, and what sums it up in `hf_epimer.curvature.accumulators`. Files, caches, checks,
+messages and cards follow.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-Statistic = Literal["fisher", "gram", "kronecker", "projected", "outputs"]
-"""What a method wants to know of every task beside its weights; `PARTS` says of which tensors it consists."""
+from hf_epimer.types import Shape
 
 
-PARTS: dict[Statistic, dict[str, str]] = {
-    "fisher": {"fisher": ""},
-    "gram": {"input": ".input_factor"},
-    "kronecker": {"input": ".input_factor", "output": ".output_factor"},
-    "projected": {"projected": "", "shrinkage": ".shrinkage"},
-    "outputs": {"output": ".output_factor", "positions": ".positions"},
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a statistic.
+
+    Attributes:
+        name: as methods ask for it (`Layer.measured`).
+        suffix: what a file of such statistics adds to the parameter's name.
+        shape: of the parameter -> of the tensor, with -1 for a length that the parameter does not tell; None where
+            such a parameter has none.
+        is_symmetric: whether it is a symmetric positive semidefinite matrix; otherwise no entry is negative.
+    """
+
+    name: str
+    suffix: str
+    shape: Callable[[Shape], Shape | None]
+    is_symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class StatisticsFile:
+    """Statistics that are measured in one pass and lie in one file.
+
+    Attributes:
+        key: in the cache.
+        name: beside a checkpoint's weights.
+        format: in its header, with a version.
+        title: of what it holds, as messages and cards call it.
+        description: for the card of the checkpoint; goes on from "holds".
+    """
+
+    key: str
+    name: str
+    format: str
+    title: str
+    description: str
+
+
+@dataclass(frozen=True)
+class StatisticKind:
+    """One row of the table.
+
+    Attributes:
+        name: for lists and JSON.
+        title: as messages call it.
+        parts: the tensors of every parameter.
+        file: where they are found; None for what is measured anew for every merge, since it holds for no other.
+    """
+
+    name: str
+    title: str
+    parts: tuple[Part, ...]
+    file: StatisticsFile | None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def shapes(self, parameters: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Name in a file -> shape, for a model of these parameters; -1 for lengths that they do not tell."""
+        stored = {name + part.suffix: part.shape(shape) for name, shape in parameters.items() for part in self.parts}
+        return {name: shape for name, shape in stored.items() if shape is not None}
+
+
+def _of_parameter(shape: Shape) -> Shape:
+    return shape
+
+
+def _of_inputs(shape: Shape) -> Shape | None:
+    return (shape[1], shape[1]) if len(shape) == 2 else None
+
+
+def _of_outputs(shape: Shape) -> Shape | None:
+    return (shape[0], shape[0]) if len(shape) == 2 else None
+
+
+def _of_positions(shape: Shape) -> Shape | None:
+    return (-1,) if len(shape) == 2 else None
+
+
+def _of_atoms(shape: Shape) -> Shape | None:
+    return (-1, -1) if len(shape) == 2 else None
+
+
+def _of_share(shape: Shape) -> Shape | None:
+    return (1,) if len(shape) == 2 else None
+
+
+_INPUT = Part("input", ".input_factor", _of_inputs, is_symmetric=True)
+_OUTPUT = Part("output", ".output_factor", _of_outputs, is_symmetric=True)
+_POSITIONS = Part("positions", ".positions", _of_positions)
+
+FISHER_FILE = StatisticsFile(
+    "fisher",
+    "fisher.safetensors",
+    "hf-epimer.fisher/1",
+    "Fisher information",
+    "the diagonal of this model's Fisher information (the mean square of every entry of the per-sample gradients)",
+)
+KRONECKER_FILE = StatisticsFile(
+    "kronecker",
+    "kronecker.safetensors",
+    "hf-epimer.kronecker/1",
+    "Kronecker factors",
+    "Kronecker factors of this model's curvature: the second moments of every layer's inputs and output gradients",
+)
+
+FISHER_DIAGONAL = StatisticKind("fisher", "Fisher information", (Part("fisher", "", _of_parameter),), FISHER_FILE)
+GRAM = StatisticKind("gram", "Gram matrices", (_INPUT,), KRONECKER_FILE)
+KRONECKER = StatisticKind("kronecker", "Kronecker factors", (_INPUT, _OUTPUT), KRONECKER_FILE)
+OUTPUTS = StatisticKind("outputs", "curvature of the outputs", (_OUTPUT, _POSITIONS), KRONECKER_FILE)
+PROJECTED_FISHER = StatisticKind(
+    "projected",
+    "projected Fisher information",
+    (Part("projected", "", _of_atoms, is_symmetric=True), Part("shrinkage", ".shrinkage", _of_share)),
+    None,
+)
+
+STATISTICS: dict[str, StatisticKind] = {
+    kind.name: kind for kind in (FISHER_DIAGONAL, GRAM, KRONECKER, OUTPUTS, PROJECTED_FISHER)
 }
-"""Statistic -> part -> what is added to a parameter's name in a file of such statistics.
+STATISTICS_FILES: tuple[StatisticsFile, ...] = (FISHER_FILE, KRONECKER_FILE)
 
-For a weight W, m x n, that acts as y = W x, and the tagged basis of p atoms:
+_SUFFIXES = {part.suffix for kind in STATISTICS.values() for part in kind.parts if part.suffix}
 
-    fisher       v_t, the mean square of every entry of the per-sample gradient, shaped like W
-    input        A_t = E[x x^T], n x n                output       S_t = E[g g^T], g the gradient of y, m x m
-    projected    H_t = E[z z^T], z = S^T vec(dL/dW), p x p
-    positions    the mean of |g|^2 at every position of the sequence: how much the loss hears of it
-    shrinkage    the share of (tr H_t / p) I that Ledoit and Wolf's estimate mixes into H_t, in [0, 1], length 1
-"""
+
+def split_name(stored: str) -> tuple[str, str]:
+    """The name of a tensor in a file of statistics as the parameter's name and the part's suffix."""
+    suffix = next((suffix for suffix in _SUFFIXES if stored.endswith(suffix)), "")
+    return stored.removesuffix(suffix), suffix

@@ -13,7 +13,7 @@ from hf_epimer.errors import UsageError
 from hf_epimer.merging.state_dicts import merge_state_dicts
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.base import MethodConfig
-from hf_epimer.methods.statistic import PARTS
+from hf_epimer.methods.statistic import split_name
 from hf_epimer.models import recognise
 
 
@@ -36,19 +36,15 @@ def merge_models(
     names = {canonical(name) or name: name for name in target}  # canonical -> in the base
 
     def in_the_base(name: str) -> str:
-        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
-        found = canonical(name.removesuffix(suffix)) or name.removesuffix(suffix)
-        return names.get(found, found) + suffix
+        parameter, suffix = split_name(name)
+        known = canonical(parameter) or parameter
+        return names.get(known, known) + suffix
 
     aligned = [{in_the_base(name): value for name, value in _tensors(model).items()} for model in tuned]
     measured = None
     if statistics is not None:
         measured = [{in_the_base(name): value for name, value in _statistics(entry).items()} for entry in statistics]
     return merge_state_dicts(target, aligned, method.name, config, measured)
-
-
-_SUFFIXES = {suffix for parts in PARTS.values() for suffix in parts.values() if suffix}
-"""What is put behind a parameter's name in a file of statistics with several tensors for each."""
 
 
 def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

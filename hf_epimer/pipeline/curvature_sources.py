@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hf_epimer.curvature.files import FILE_OF, NAMES, kind_of
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import DataError, HubError, NotFoundError, StatisticsError, UsageError
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import Source
 from hf_epimer.methods import METHODS
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import StatisticKind
 from hf_epimer.models.files import architecture_of, has_text_tower
 from hf_epimer.models.head import can_classify, check_head
 from hf_epimer.pipeline.plan import CurvatureFile, PlannedModel
@@ -27,7 +26,7 @@ from hf_epimer.tasks.task import Task
 
 def with_curvature(
     recipe: MergeRecipe,
-    needs: Statistic | None,
+    needs: StatisticKind | None,
     asked_by: str,
     base: Source,
     models: tuple[PlannedModel, ...],
@@ -95,21 +94,21 @@ def with_images(
 
 
 def _find_curvature(
-    recipe: MergeRecipe, needs: Statistic, base: Source, model: PlannedModel
+    recipe: MergeRecipe, needs: StatisticKind, base: Source, model: PlannedModel
 ) -> CurvatureFile | CurvatureRequest | None:
     """The file beside the weights or in the cache, else what is to be measured; None where that is not possible.
 
     Raises:
         HubError, DataError: the task's data cannot be reached.
     """
-    if needs != "projected" and FILE_OF[needs] in model.source.files:
-        return CurvatureFile(model.source, FILE_OF[needs])
+    if needs.file and needs.file.name in model.source.files:
+        return CurvatureFile(model.source, needs.file.name)
     if model.task is None or not can_classify(base, model.task):
         return None
     request = CurvatureRequest(model.source, base, _images(recipe, model.task))
-    if needs == "projected":
+    if needs.file is None:
         return request
-    path = request.cached(kind_of(needs))
+    path = request.cached(needs.file)
     return _curvature_file(ModelRef(str(path), label=model.label), needs) if path.is_file() else request
 
 
@@ -120,10 +119,10 @@ def _images(recipe: MergeRecipe, task: Task) -> TaskImages:
 # --- --fisher -------------------------------------------------------------------------------------------------------
 
 
-def _given_files(recipe: MergeRecipe, models: Sequence[PlannedModel], needs: Statistic) -> dict[str, CurvatureFile]:
+def _given_files(recipe: MergeRecipe, models: Sequence[PlannedModel], needs: StatisticKind) -> dict[str, CurvatureFile]:
     """--fisher references by the label of the model they belong to."""
-    if recipe.fisher and needs == "projected":
-        raise UsageError("--fisher: the projected metric is measured anew for every merge, no file can hold it")
+    if recipe.fisher and needs.file is None:
+        raise UsageError(f"--fisher: the {needs.title} is measured anew for every merge, no file can hold it")
     labelled = [ref for ref in recipe.fisher if ref.label]
     if labelled and len(labelled) < len(recipe.fisher):
         raise UsageError("--fisher: label all references (dtd=REF) or none of them")
@@ -144,16 +143,17 @@ def _given_files(recipe: MergeRecipe, models: Sequence[PlannedModel], needs: Sta
     return given
 
 
-def _curvature_file(ref: ModelRef, needs: Statistic) -> CurvatureFile:
+def _curvature_file(ref: ModelRef, needs: StatisticKind) -> CurvatureFile:
     """The file that a reference names, or that lies in the folder or repo that it names."""
     path = Path(ref.location)
     if ref.is_local and path.is_file():
         source = Source(ref, str(ref.label), frozenset({path.name}), {path.name: path.stat().st_size})
         return CurvatureFile(source, path.name)
     source = hub.resolve(ref)
-    if FILE_OF[needs] not in source.files:
-        raise NotFoundError(f"--fisher {ref}: there is no {FILE_OF[needs]}")
-    return CurvatureFile(source, FILE_OF[needs])
+    name = needs.file.name if needs.file else ""
+    if name not in source.files:
+        raise NotFoundError(f"--fisher {ref}: there is no {name}")
+    return CurvatureFile(source, name)
 
 
 # --- complaints -----------------------------------------------------------------------------------------------------
@@ -165,10 +165,12 @@ def _refuse_unused(recipe: MergeRecipe, asked_by: str) -> None:
         raise UsageError(f"--fisher: {asked_by} uses no Fisher information; {users} do")
 
 
-def _no_way(needs: Statistic, asked_by: str, base: Source, lacking: Sequence[str], reason: str) -> str:
+def _no_way(needs: StatisticKind, asked_by: str, base: Source, lacking: Sequence[str], reason: str) -> str:
     """What can be done about curvature that cannot be had."""
     free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
-    ways = [f"give it with --fisher, put {FILE_OF[needs]} beside the weights (hf-epimer fisher makes it)"]
+    ways = []
+    if needs.file:
+        ways.append(f"give it with --fisher, put {needs.file.name} beside the weights (hf-epimer fisher makes it)")
     zero_shot = architecture_of(base).zero_shot
     if zero_shot and not has_text_tower(base):
         full = zero_shot.model_class
@@ -179,6 +181,6 @@ def _no_way(needs: Statistic, asked_by: str, base: Source, lacking: Sequence[str
             f"label the checkpoint with its task (dtd=REF), or add --task FILE{with_head}, so that it can be estimated"
         )
     return (
-        f"{asked_by} needs the {NAMES[needs]} of {', '.join(lacking)}: {', '.join(ways[needs == 'projected' :])}"
+        f"{asked_by} needs the {needs.title} of {', '.join(lacking)}: {', '.join(ways)}"
         f"{reason}, or choose a method that needs no data: {free}"
     )

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from hf_epimer.checkpoints.reader import Checkpoint, StateDict, TensorSource
 from hf_epimer.curvature.estimate import estimate_file, project_fisher
-from hf_epimer.curvature.files import NAMES, kind_of, open_statistics
+from hf_epimer.curvature.files import open_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub import source as hub
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import OUTPUTS, PROJECTED_FISHER, StatisticKind
 from hf_epimer.models.files import model_folder, open_checkpoint, weight_names
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.types import Progress
@@ -55,43 +55,44 @@ def gather(plan: Plan, progress: Progress) -> Ingredients:
     if plan.to_estimate and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
     if plan.recipe.calibrate:
-        ingredients = replace(ingredients, curvature=_open_curvature(plan, "outputs", progress))
+        ingredients = replace(ingredients, curvature=_open_curvature(plan, OUTPUTS, progress))
     if plan.statistic is None:
         return ingredients
-    if plan.statistic == "projected":
+    if plan.statistic is PROJECTED_FISHER:
         return _with_projected_fisher(plan, ingredients, progress)
     return replace(ingredients, statistics=_open_curvature(plan, plan.statistic, progress))
 
 
-def _open_curvature(plan: Plan, statistic: Statistic, progress: Progress) -> list[TensorSource]:
+def _open_curvature(plan: Plan, statistic: StatisticKind, progress: Progress) -> list[TensorSource]:
     """One file of statistics per model, opened; estimated now where there is none."""
+    assert statistic.file is not None
     step = _announced(plan, statistic, progress)
     opened = []
     for model in plan.models:
         entry = model.curvature[statistic]
         if isinstance(entry, CurvatureRequest):
-            path = estimate_file(entry, kind_of(statistic), on_samples=step)
+            path = estimate_file(entry, statistic.file, on_samples=step)
         else:
             path = entry.fetch()
-        label = f"{NAMES[statistic]} of {model.label} ({path.name})"
+        label = f"{statistic.title} of {model.label} ({path.name})"
         opened.append(open_statistics(path, label, statistic, plan.shapes, plan.architecture.canonical))
     return opened
 
 
 def _with_projected_fisher(plan: Plan, ingredients: Ingredients, progress: Progress) -> Ingredients:
     """The Fisher information of every model on the tagged bases of this very merge, always estimated now."""
-    step = _announced(plan, "projected", progress)
+    step = _announced(plan, PROJECTED_FISHER, progress)
     bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
     projected = []
     for model in plan.models:
-        request = model.curvature["projected"]
+        request = model.curvature[PROJECTED_FISHER]
         assert isinstance(request, CurvatureRequest)  # no file can hold it
         tensors = project_fisher(request, bases, on_samples=step)
-        projected.append(StateDict(f"{NAMES['projected']} of {model.label}", tensors))
+        projected.append(StateDict(f"{PROJECTED_FISHER.title} of {model.label}", tensors))
     return replace(ingredients, statistics=projected, bases=bases)
 
 
-def _announced(plan: Plan, statistic: Statistic, progress: Progress) -> Callable[[int], None]:
+def _announced(plan: Plan, statistic: StatisticKind, progress: Progress) -> Callable[[int], None]:
     """A stage of its own for what is to be estimated: takes the number of samples done."""
     total = sum(request.images.sampling.samples or 0 for asked, request in plan.to_estimate if asked == statistic)
     progress("estimating curvature", 0, total)

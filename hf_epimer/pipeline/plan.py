@@ -14,7 +14,7 @@ from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import works_in_core
 from hf_epimer.methods import Method
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import StatisticKind
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.files import weight_names
 from hf_epimer.numerics.subspace import capped_rank
@@ -75,7 +75,7 @@ class PlannedModel:
     config: Mapping[str, Any] = field(repr=False)
     weight_files: tuple[str, ...]
     is_adapter: bool
-    curvature: Mapping[Statistic, CurvatureFile | CurvatureRequest] = field(default_factory=dict)
+    curvature: Mapping[StatisticKind, CurvatureFile | CurvatureRequest] = field(default_factory=dict)
     images: TaskImages | None = None
 
     @property
@@ -114,7 +114,7 @@ class Plan:
         return list({model.task.name: model.task for model in self.models if model.task}.values())
 
     @property
-    def statistic(self) -> Statistic | None:
+    def statistic(self) -> StatisticKind | None:
         """The curvature that the method is given beside the weights; None where it needs none or does without."""
         needed = self.method.statistic(self.recipe.options)
         return needed if all(needed in model.curvature for model in self.models) else None
@@ -142,7 +142,7 @@ class Plan:
         return [entry for _, entry in self._curvature() if isinstance(entry, CurvatureFile)]
 
     @property
-    def to_estimate(self) -> list[tuple[Statistic, CurvatureRequest]]:
+    def to_estimate(self) -> list[tuple[StatisticKind, CurvatureRequest]]:
         """Curvature that is to be measured first."""
         return [(statistic, entry) for statistic, entry in self._curvature() if isinstance(entry, CurvatureRequest)]
 
@@ -191,7 +191,7 @@ class Plan:
             "push_to": self.recipe.push_to,
         }
 
-    def _curvature(self) -> list[tuple[Statistic, CurvatureFile | CurvatureRequest]]:
+    def _curvature(self) -> list[tuple[StatisticKind, CurvatureFile | CurvatureRequest]]:
         """All curvature that will be read, one statistic after the other."""
         statistics = dict.fromkeys(statistic for model in self.models for statistic in model.curvature)
         return [(statistic, model.curvature[statistic]) for statistic in statistics for model in self.models]

@@ -25,6 +25,7 @@ from hf_epimer.hub.source import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
 from hf_epimer.methods import Method, find_method
+from hf_epimer.methods.statistic import KRONECKER, OUTPUTS
 from hf_epimer.models.base import check_same_architecture, find_base
 from hf_epimer.models.files import (
     adapter_config,
@@ -244,8 +245,8 @@ def _with_calibration(
         try:
             seen = with_images(recipe, "calibrate", base, models)
             # Kronecker factors that are given for the method serve its calibration, too
-            given = recipe if method.statistic(recipe.options) == "kronecker" else replace(recipe, fisher=())
-            return with_curvature(given, "outputs", "--calibrate", base, seen)
+            given = recipe if method.statistic(recipe.options) is KRONECKER else replace(recipe, fisher=())
+            return with_curvature(given, OUTPUTS, "--calibrate", base, seen)
         except (UsageError, StatisticsError, HubError, DataError) as error:
             if recipe.calibrate:
                 raise
@@ -262,7 +263,7 @@ def _pin(recipe: MergeRecipe, method: Method, base: Source, models: tuple[Planne
     given = [model.curvature.get(statistic) for model in models] if recipe.fisher and statistic else []
     pinned = replace(
         recipe,
-        calibrate=all("outputs" in model.curvature for model in models),
+        calibrate=all(OUTPUTS in model.curvature for model in models),
         base=replace(base.pinned, label=None),
         models=tuple(model.source.pinned for model in models),
         fisher=tuple(file.source.pinned for file in given if isinstance(file, CurvatureFile)),

@@ -21,10 +21,10 @@ from torch.nn.functional import kl_div, nll_loss
 
 from hf_epimer import METHODS, ModelRef, merge_state_dicts
 from hf_epimer.checkpoints.reader import StateDict
-from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal, KroneckerFactors
+from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator
 from hf_epimer.curvature.data_pass import Labels, Subject, sweep
 from hf_epimer.hub import source as hub
-from hf_epimer.methods.statistic import PARTS, Statistic
+from hf_epimer.methods.statistic import OUTPUTS, StatisticKind, StatisticsFile
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.head import classifier_for
@@ -78,7 +78,7 @@ class Bench:
             task = load_task_file(zoo / ("task_files" if nested else "tasks") / f"{name}.yaml")
             self.samples.append(read_samples(task, task.train_split, seed=0))
             self.models.append(classifier_for(self.tower, home, task, self.samples[-1].class_names))
-        self._statistics: dict[tuple[str, Look], list[Tensors]] = {}
+        self._statistics: dict[tuple[StatisticsFile | None, Look], list[Tensors]] = {}
 
     def pictures(self, number: int, start: int, count: int) -> ImageBatches:
         """Some pictures of a task, in its seeded order."""
@@ -103,17 +103,16 @@ class Bench:
             found.append(list(ImageBatches(part, model.pixels, 50)))
         return found
 
-    def statistics(self, statistic: Statistic, look: Look = USUAL) -> list[Tensors]:
-        """One mapping per task, named as in PARTS."""
-        kind = "fisher" if statistic == "fisher" else "kronecker"
-        if look.at is None and (kind, look) in self._statistics:
-            return self._statistics[kind, look]
+    def statistics(self, statistic: StatisticKind, look: Look = USUAL) -> list[Tensors]:
+        """One mapping per task, named as in files."""
+        if look.at is None and (statistic.file, look) in self._statistics:
+            return self._statistics[statistic.file, look]
         found = []
         for number in range(len(self.names)):
-            made = FisherDiagonal if kind == "fisher" else KroneckerFactors
+            made = ACCUMULATORS[statistic.file, "per-sample"]
             found.append(self.swept(number, made(self._subject(number, look).shapes), look))
         if look.at is None:
-            self._statistics[kind, look] = found
+            self._statistics[statistic.file, look] = found
         return found
 
     def swept(self, number: int, accumulator: Accumulator, look: Look = USUAL) -> Tensors:
@@ -131,15 +130,12 @@ class Bench:
         config = METHODS[method].config(**options)
         needs = METHODS[method].statistic(config)
         measured = self.statistics(needs, look) if needs else None
-        if measured and needs == "gram":
-            (suffix,) = PARTS["gram"].values()
-            measured = [{n.removesuffix(suffix): v for n, v in own.items() if n.endswith(suffix)} for own in measured]
         return merge_state_dicts(self.base, self.tuned, method, config, measured, labels=self.names)
 
     def calibrated(self, merged: Tensors, look: Look = USUAL, **options: Any) -> Tensors:
         """A merge, calibrated."""
         self.put(merged)
-        curvature = self.statistics("outputs", look)
+        curvature = self.statistics(OUTPUTS, look)
         self.put(merged)
         tasks = [
             CalibrationTask(StateDict(name, tuned), StateDict(name, own), self.looked_at(number, look))

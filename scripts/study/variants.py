@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from hf_epimer.curvature.per_sample import Gradient, Outer
-from hf_epimer.methods.statistic import PARTS
+from hf_epimer.methods.statistic import FISHER_DIAGONAL, KRONECKER
 from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, tagged_basis, task_triples
 from hf_epimer.numerics.sylvester import solve_sylvester
 
-INPUT, OUTPUT = PARTS["kronecker"]["input"], PARTS["kronecker"]["output"]
+INPUT, OUTPUT = (part.suffix for part in KRONECKER.parts)
 RANK = 16
 
 
@@ -39,7 +39,7 @@ def with_layers(start: Tensors, bench: Bench, change: Callable[[str, Tensor], Te
 
 def plain_bases(bench: Bench, rho: float = 1.0) -> Tensors:
     """`epimer-core` on concatenated singular vectors as they are: not whitened, M_0 of truncated task arithmetic."""
-    measured = bench.statistics("kronecker")
+    measured = bench.statistics(KRONECKER)
 
     def change(name: str, _: Tensor) -> Tensor | None:
         if f"{name}{INPUT}" not in measured[0]:
@@ -148,7 +148,7 @@ def calibrated_spectrum(bench: Bench, start: Tensors) -> Tensors:
 
 def vectors_by_curvature(bench: Bench, start: Tensors) -> Tensors:
     """Biases and layer norms averaged by their own Fisher information, every task's of mean 1."""
-    measured = bench.statistics("fisher")
+    measured = bench.statistics(FISHER_DIAGONAL)
     found = dict(start)
     for name, value in start.items():
         if value.ndim == 1:

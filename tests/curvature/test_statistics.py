@@ -23,6 +23,7 @@ from hf_epimer.curvature.files import StatisticsMetadata, open_statistics, save_
 from hf_epimer.curvature.hessian import projected_hessian
 from hf_epimer.curvature.per_sample import Outer, gradient_taps
 from hf_epimer.errors import DataError, MismatchError, StatisticsError, UsageError
+from hf_epimer.methods.statistic import FISHER_DIAGONAL, GRAM, KRONECKER, KRONECKER_FILE, OUTPUTS
 from hf_epimer.models.classifier import Classifier, ZeroShotHead
 from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.subspace import TaggedBasis, tagged_basis
@@ -374,7 +375,7 @@ def test_a_small_file_reads_like_a_large_one(compress: Any, tolerance: float, tm
             expected[name] = (torch.outer(matrix.mean(1), matrix.mean(0)) / matrix.mean()).view_as(fisher[name])
     path = tmp_path / "fisher.safetensors"
     save_statistics(path, fisher, ORIGIN, compress=compress)
-    source = open_statistics(path, "x", "fisher", SHAPES, same)
+    source = open_statistics(path, "x", FISHER_DIAGONAL, SHAPES, same)
     assert dict(source.shapes) == SHAPES
     for name, value in expected.items():
         out = torch.empty(SHAPES[name])
@@ -392,7 +393,9 @@ def test_rank_one_is_a_fraction_of_the_size(tmp_path: Path) -> None:
         sizes[compress] = path.stat().st_size
     assert sizes["bf16"] < 0.51 * sizes[None]
     assert sizes["rank1"] < 0.01 * sizes[None]
-    source = open_statistics(tmp_path / "rank1.safetensors", "x", "fisher", {"w": (300, 400), "zero": (30, 40)}, same)
+    source = open_statistics(
+        tmp_path / "rank1.safetensors", "x", FISHER_DIAGONAL, {"w": (300, 400), "zero": (30, 40)}, same
+    )
     assert not source.tensor("zero").any()
 
 
@@ -400,29 +403,29 @@ def test_a_file_of_the_wrong_kind_or_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "fisher.safetensors"
     save_statistics(path, some_fisher(), ORIGIN)
     with pytest.raises(StatisticsError, match=r"holds hf-epimer\.fisher/1, and hf-epimer\.kronecker/1 is needed"):
-        open_statistics(path, "x", "gram", SHAPES, same)
+        open_statistics(path, "x", GRAM, SHAPES, same)
     with pytest.raises(MismatchError, match=r"vision_model\.a\.weight has shape \[6, 4\] instead of \[4, 6\]"):
-        open_statistics(path, "x", "fisher", SHAPES | {"vision_model.a.weight": (4, 6)}, same)
+        open_statistics(path, "x", FISHER_DIAGONAL, SHAPES | {"vision_model.a.weight": (4, 6)}, same)
     save_statistics(path, some_fisher(), ORIGIN, compress="rank1")
     with pytest.raises(MismatchError, match=r"vision_model\.a\.weight has shape"):
-        open_statistics(path, "x", "fisher", SHAPES | {"vision_model.a.weight": (4, 6)}, same)
+        open_statistics(path, "x", FISHER_DIAGONAL, SHAPES | {"vision_model.a.weight": (4, 6)}, same)
     with pytest.raises(StatisticsError, match="--compress is for Fisher information"):
-        save_statistics(path, {}, ORIGIN, "kronecker", "bf16")
+        save_statistics(path, {}, ORIGIN, KRONECKER_FILE, "bf16")
 
 
 def test_kronecker_files_serve_regmean_too(tmp_path: Path) -> None:
     factors = {"vision_model.a.weight.input_factor": torch.eye(4), "vision_model.a.weight.output_factor": torch.eye(6)}
     path = tmp_path / "kronecker.safetensors"
-    save_statistics(path, factors, ORIGIN, "kronecker")
-    assert set(open_statistics(path, "x", "kronecker", SHAPES, same).shapes) == set(factors)
+    save_statistics(path, factors, ORIGIN, KRONECKER_FILE)
+    assert set(open_statistics(path, "x", KRONECKER, SHAPES, same).shapes) == set(factors)
     with pytest.raises(MismatchError, match=r"missing vision_model\.a\.weight\.positions"):
-        open_statistics(path, "x", "outputs", SHAPES, same)
-    save_statistics(path, factors | {"vision_model.a.weight.positions": torch.ones(5)}, ORIGIN, "kronecker")
-    for statistic in ("kronecker", "gram"):  # which do not look at it
-        assert not any("positions" in name for name in open_statistics(path, "x", statistic, SHAPES, same).shapes)
-    assert len(open_statistics(path, "x", "outputs", SHAPES, same).shapes) == 2
-    save_statistics(path, factors, ORIGIN, "kronecker")
-    gram = open_statistics(path, "x", "gram", SHAPES, same)
+        open_statistics(path, "x", OUTPUTS, SHAPES, same)
+    save_statistics(path, factors | {"vision_model.a.weight.positions": torch.ones(5)}, ORIGIN, KRONECKER_FILE)
+    for kind in (KRONECKER, GRAM):  # which do not look at it
+        assert not any("positions" in name for name in open_statistics(path, "x", kind, SHAPES, same).shapes)
+    assert len(open_statistics(path, "x", OUTPUTS, SHAPES, same).shapes) == 2
+    save_statistics(path, factors, ORIGIN, KRONECKER_FILE)
+    gram = open_statistics(path, "x", GRAM, SHAPES, same)
     assert dict(gram.shapes) == {"vision_model.a.weight.input_factor": (4, 4)}
 
 

@@ -6,6 +6,7 @@ import torch
 
 from helpers.checkpoints import StateDict, tiny_fisher, tiny_state
 from hf_epimer.methods import METHODS
+from hf_epimer.methods.statistic import FISHER_DIAGONAL, GRAM, KRONECKER
 
 
 def grams(seed: int) -> StateDict:
@@ -34,5 +35,5 @@ def statistics(method: str, tasks: int) -> list[StateDict] | None:
     needs = METHODS[method].needs
     if needs is None:
         return None
-    make = {"fisher": tiny_fisher, "gram": grams, "kronecker": factors}[needs]
+    make = {FISHER_DIAGONAL: tiny_fisher, GRAM: grams, KRONECKER: factors}[needs]
     return [make(100 + t) for t in range(tasks)]

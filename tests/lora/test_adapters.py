@@ -36,7 +36,7 @@ from hf_epimer.merging.stream import merge_layers, stream_layers
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.epimer import EpiMerConfig
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
-from hf_epimer.methods.statistic import PARTS
+from hf_epimer.methods.statistic import KRONECKER
 from hf_epimer.methods.ties import TIESConfig
 from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.lowrank import LowRank
@@ -289,9 +289,9 @@ def kronecker(base: Checkpoint, seed: int) -> InMemory:
     tensors = {}
     for name, shape in base.shapes.items():
         if len(shape) == 2:
-            for suffix, size in zip(PARTS["kronecker"].values(), (shape[1], shape[0]), strict=True):
+            for part, size in zip(KRONECKER.parts, (shape[1], shape[0]), strict=True):
                 x = torch.randn(50, size, generator=generator) * torch.logspace(0, -2, size)
-                tensors[name + suffix] = x.mT @ x / 50
+                tensors[name + part.suffix] = x.mT @ x / 50
     return InMemory(f"curvature {seed}", tensors)
 
 
@@ -302,7 +302,7 @@ def test_kronecker_curvature_in_the_core(zoo: list[Adapter], base: Checkpoint) -
     def loss(update: Tensor, name: str) -> float:
         total = 0.0
         for adapter, statistics in zip(zoo, curvature, strict=True):
-            a, s = (statistics.tensor(name + suffix).double() for suffix in PARTS["kronecker"].values())
+            a, s = (statistics.tensor(name + part.suffix).double() for part in KRONECKER.parts)
             d = update - dense(adapter, name)
             total += float(((s @ d @ a) * d).sum())
         return total

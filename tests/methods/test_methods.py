@@ -16,6 +16,7 @@ from hf_epimer.methods import METHODS
 from hf_epimer.methods.epimer_core import EpiMerCoreConfig
 from hf_epimer.methods.linear import NANConfig, TaskArithmeticConfig
 from hf_epimer.methods.regmean import RegMeanConfig
+from hf_epimer.methods.statistic import FISHER_DIAGONAL, PROJECTED_FISHER
 from hf_epimer.methods.ties import TIESConfig
 from hf_epimer.methods.tsv import TSVMConfig
 from hf_epimer.methods.wudi import WUDIConfig
@@ -446,7 +447,7 @@ def test_any_architecture_and_any_kind_of_tensor() -> None:
     tuned = [{n: v.detach() + 1 if v.is_floating_point() else v for n, v in base.items()} for _ in range(2)]
     fisher = [{n: torch.ones_like(v) for n, v in base.items() if v.ndim == 2 and v.numel()} for _ in tuned]
     for method in ALL:
-        measured = fisher if METHODS[method].needs == "fisher" else [{} for _ in tuned]
+        measured = fisher if METHODS[method].needs is FISHER_DIAGONAL else [{} for _ in tuned]
         if method in ("fisher", "gradient-matching"):
             measured = [{n: torch.ones_like(v) for n, v in base.items() if v.is_floating_point()} for _ in tuned]
         result = merge_state_dicts(base, tuned, method=method, statistics=measured)
@@ -536,8 +537,8 @@ def test_options_that_belong_to_another_metric_are_refused() -> None:
         EpiMerConfig(metric="kronecker", vectors="fisher")
     with pytest.raises(UsageError, match="--shrinkage is of the projected metric"):
         EpiMerConfig(shrinkage=0.5)
-    assert METHODS["epimer"].statistic(EpiMerConfig(metric="projected")) == "projected"
-    assert METHODS["epimer"].statistic(EpiMerConfig()) == METHODS["epimer"].needs == "fisher"
+    assert METHODS["epimer"].statistic(EpiMerConfig(metric="projected")) is PROJECTED_FISHER
+    assert METHODS["epimer"].statistic(EpiMerConfig()) is METHODS["epimer"].needs is FISHER_DIAGONAL
 
 
 def test_papers_are_cited_by_their_authors() -> None:

@@ -15,6 +15,7 @@ from helpers.checkpoints import TINY, StateDict, rewrite, tiny_fisher, tiny_stat
 from helpers.command import Run, contents, fails
 from hf_epimer import MergeRecipe, ModelRef, merge
 from hf_epimer.methods import METHODS
+from hf_epimer.methods.statistic import FISHER_DIAGONAL
 from hf_epimer.models.clip import CLIP
 
 
@@ -106,7 +107,9 @@ def test_merge_config_repeats_the_merge_bit_for_bit(tiny_zoo: Path, run: Run) ->
     assert load_file(second / "model.safetensors")["vision_model.post_layernorm.bias"].dtype == torch.float16
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs in (None, "fisher")])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if method.needs in (None, FISHER_DIAGONAL)]
+)
 def test_every_method_merges_files(method: str, tiny_zoo: Path, run: Run) -> None:
     out = tiny_zoo / "out"
     words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--method", method, "--out", out]

@@ -30,7 +30,7 @@ from hf_epimer.merging.finite import check_merged
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import stream_layers
 from hf_epimer.methods import Layer
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import StatisticKind
 from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, task_triples, whitened_basis
 from hf_epimer.types import Shape
 
@@ -101,13 +101,13 @@ def group_candidates(candidates: Sequence[Candidate]) -> list[list[int]]:
 
     A projected metric is measured in one basis, so every rank of it needs a pass of its own.
     """
-    groups: dict[tuple[Statistic | None, int | None], list[int]] = {}
+    groups: dict[tuple[StatisticKind | None, int | None], list[int]] = {}
     for number, candidate in enumerate(candidates):
         needs = candidate.statistic
-        groups.setdefault((needs, candidate.rank if needs == "projected" else None), []).append(number)
+        groups.setdefault((needs, candidate.rank if needs and needs.file is None else None), []).append(number)
     free = groups.pop((None, None), [])
     for (needs, _), members in groups.items():
-        if needs != "projected" and free:
+        if needs and needs.file and free:
             groups[needs, None] = sorted(members + free)
             free = []
             break

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from hf_epimer.errors import UsageError
 from hf_epimer.methods import METHODS, Method, find_method
-from hf_epimer.methods.statistic import Statistic
+from hf_epimer.methods.statistic import StatisticKind
 
 RANKS = (8, 16, 32)
 ALPHAS = (0.5, 0.75, 1.0, 1.25, 1.5)
@@ -39,7 +39,7 @@ class Candidate:
         return rank
 
     @property
-    def statistic(self) -> Statistic | None:
+    def statistic(self) -> StatisticKind | None:
         """What it needs to know beside the weights."""
         return self.method.statistic(self.config)
 

@@ -31,7 +31,6 @@ from hf_epimer.analysis.sweep.grid import Candidate, Grid, Setting, config_of
 from hf_epimer.analysis.sweep.report import Row, SweepReport, best_rows, merge_command, write_report
 from hf_epimer.analysis.sweep.validation import check_disjoint, measure, validation_samples
 from hf_epimer.checkpoints.atomic import atomic_folder
-from hf_epimer.curvature.files import FILE_OF
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import UsageError
 from hf_epimer.evaluation.results import TaskResult
@@ -137,7 +136,7 @@ def _plans(recipe: MergeRecipe, grid: Grid) -> tuple[list[tuple[Plan, list[int]]
     candidates = grid.candidates(largest_rank(plan.shapes, len(plan.models)))
     groups = group_candidates(candidates)
     leads = [next((candidates[n] for n in own if candidates[n].statistic), candidates[own[0]]) for own in groups]
-    files = {FILE_OF[own.statistic]: own.method.name for own in leads if own.statistic}
+    files = {own.statistic.file: own.method.name for own in leads if own.statistic}
     if recipe.fisher and len(files) > 1:
         raise UsageError(
             f"--fisher: {' and '.join(files.values())} need files of different kinds: sweep them one after the other"
