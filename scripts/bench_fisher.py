@@ -58,7 +58,7 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
     from torch.nn.functional import cross_entropy
 
     from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher
-    from hf_epimer.curvature.data_pass import Subject, sweep
+    from hf_epimer.curvature.data_pass import Subject, accumulate
     from hf_epimer.models.classifier import Classifier, ZeroShotHead
     from hf_epimer.models.clip import CLIP
     from hf_epimer.numerics.subspace import TaggedBasis, capped_rank
@@ -102,9 +102,9 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
         return vmapped
     if name == "projected":
         own = bases()
-        return lambda: sweep(subject, [batch], ProjectedFisher(own))
+        return lambda: accumulate(subject, [batch], ProjectedFisher(own))
     kinds: dict[str, Any] = {"diagonal": FisherDiagonal, "kronecker": KroneckerFactors}
-    return lambda: sweep(subject, [batch], kinds[name](subject.shapes))
+    return lambda: accumulate(subject, [batch], kinds[name](subject.shapes))
 
 
 def fusionbench_pass(pixels: Any) -> Callable[[], Any]:

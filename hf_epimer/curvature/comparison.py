@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal, KroneckerFactors, ProjectedFisher
-from hf_epimer.curvature.data_pass import sweep
+from hf_epimer.curvature.data_pass import accumulate
 from hf_epimer.curvature.estimate import load_subject
 from hf_epimer.curvature.hessian import projected_hessian
 from hf_epimer.curvature.request import CurvatureRequest
@@ -48,7 +48,7 @@ def compare_with_hessian(
         "projected": ProjectedFisher(bases),
         "kronecker": KroneckerFactors(subject.shapes),
     }
-    found = {name: sweep(subject, batches, accumulator)[0] for name, accumulator in makers.items()}
+    found = {name: accumulate(subject, batches, accumulator)[0] for name, accumulator in makers.items()}
     agreements = {}
     for name, statistics in found.items():
         pairs = [(_metric(name, statistics, parameter, basis), exact[parameter]) for parameter, basis in bases.items()]

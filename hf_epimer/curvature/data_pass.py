@@ -1,4 +1,4 @@
-"""One pass over a task's samples: an ordinary forward and backward pass per batch, with taps on every layer.
+"""One pass over a task's samples: an ordinary forward and backward pass per batch, observed layer by layer.
 
 Under `accelerate launch` every process holds the whole model and takes its share of the samples; sums are added up
 once, at the end, so uneven shares are neither dropped nor counted twice. The result does not depend on the batch size
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal
-from hf_epimer.curvature.per_sample import Gradient, gradient_taps
+from hf_epimer.curvature.per_sample import Gradient, per_sample_gradients
 from hf_epimer.curvature.request import Labels, Precision
 from hf_epimer.errors import DataError, StatisticsError, UsageError
 from hf_epimer.merging.finite import is_finite
@@ -47,7 +47,7 @@ class Subject:
         return {name: self.model.get_parameter(own).shape for own, name in self.names.items()}
 
 
-def sweep(
+def accumulate(
     subject: Subject,
     batches: Iterable[Batch],
     accumulator: Accumulator,
@@ -84,7 +84,7 @@ def sweep(
 
     subject.model.to(device)
     count = 0
-    with gradient_taps(subject.model, subject.names, consume) as forward:
+    with per_sample_gradients(subject.model, subject.names, consume) as forward:
         for batch in batches:
             _loss(subject, forward, batch, device, labels, seed, precision).backward()
             count += len(batch.labels)
@@ -118,14 +118,14 @@ def estimate_fisher(
         model: inputs to logits [n, classes]. Of a `Classifier` only the vision tower is measured, under the names it
             has on disk; of any other model every parameter, under its own name.
         batches: (inputs [n, ...], labels [n]) pairs; may be read again from the start.
-        labels, seed: as in `sweep`.
+        labels, seed: as in `accumulate`.
         probe: pass the first batch twice first, and refuse a model or data in which anything is random.
 
     Returns:
         Name -> tensor shaped like the parameter, never negative.
 
     Raises:
-        StatisticsError: as in `sweep` and `probe_determinism`.
+        StatisticsError: as in `accumulate` and `probe_determinism`.
         DataError: a label that no class of the model has.
     """
     if probe and iter(batches) is batches:
@@ -138,7 +138,7 @@ def estimate_fisher(
     try:
         if probe:
             probe_determinism(subject, numbered)
-        return sweep(subject, numbered, FisherDiagonal(subject.shapes), labels=labels, seed=seed)[0]
+        return accumulate(subject, numbered, FisherDiagonal(subject.shapes), labels=labels, seed=seed)[0]
     finally:
         model.train(was_training)
 
@@ -186,7 +186,7 @@ def _fingerprint(subject: Subject, batches: Iterable[Batch], accelerator: Accele
         return {}
     found = _Fingerprint()
     subject.model.to(accelerator.device)
-    with gradient_taps(subject.model, subject.names, found.add) as forward:
+    with per_sample_gradients(subject.model, subject.names, found.add) as forward:
         loss = _loss(subject, forward, batch, accelerator.device)
         loss.backward()
     tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]

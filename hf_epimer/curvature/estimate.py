@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator, ProjectedFisher
-from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
+from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.methods.statistic import StatisticsFile
@@ -81,12 +81,12 @@ def _measure(
     accelerator: Accelerator,
     on_samples: OnSamples,
 ) -> tuple[dict[str, Tensor], int]:
-    """Load model and data, and sweep over them. All processes take part."""
+    """Load model and data, and pass over them once. All processes take part."""
     gradients = request.gradients
     subject, batches = load_subject(request, batch_size, accelerator)
     if probe:
         probe_determinism(subject, batches, accelerator)
-    found, count = sweep(
+    found, count = accumulate(
         subject,
         batches,
         make(subject, accelerator.device),

@@ -56,7 +56,7 @@ Consume = Callable[[str, Gradient], None]
 
 
 @contextmanager
-def gradient_taps(model: nn.Module, names: Mapping[str, str], consume: Consume) -> Iterator[Callable[..., Any]]:
+def per_sample_gradients(model: nn.Module, names: Mapping[str, str], consume: Consume) -> Iterator[Callable[..., Any]]:
     """Hand the per-sample gradients of some parameters to `consume` during every backward pass.
 
     All parameters are frozen meanwhile, since autograd's own gradients of weights are not wanted, and released after.
@@ -67,19 +67,19 @@ def gradient_taps(model: nn.Module, names: Mapping[str, str], consume: Consume) 
         consume: called once per parameter and backward pass.
 
     Yields:
-        forward(samples, *arguments, **keywords): the model's output with the taps on. Sample n must stand at index n of
+        forward(samples, *arguments, **keywords): the model's output, observed. Sample n must stand at index n of
         the first dimension of every tapped layer's input.
 
     Raises:
         StatisticsError: a parameter belongs to two layers, or to a kind of layer that is not known here.
     """
-    taps = _Taps(model, names, consume)
+    observer = _Observer(model, names, consume)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    hooks = [module.register_forward_hook(taps.on_forward) for module in taps.owned]
+    hooks = [module.register_forward_hook(observer.on_forward) for module in observer.owned]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        yield taps.forward
+        yield observer.forward
     finally:
         for hook in hooks:
             hook.remove()
@@ -87,7 +87,7 @@ def gradient_taps(model: nn.Module, names: Mapping[str, str], consume: Consume) 
             parameter.requires_grad_(flag)
 
 
-class _Taps:
+class _Observer:
     def __init__(self, model: nn.Module, names: Mapping[str, str], consume: Consume) -> None:
         self.model = model
         self.consume = consume

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from hf_epimer.curvature.accumulators import FisherDiagonal
-from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
+from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import Labels
 from hf_epimer.errors import DataError, StatisticsError
@@ -81,7 +81,7 @@ class FisherCallback(TrainerCallback):
         accelerator = Accelerator()
         with _evaluating(given["model"]) as model:
             subject = _tower_subject(model)
-            fisher, count = sweep(
+            fisher, count = accumulate(
                 subject,
                 self._batches(args, given["train_dataloader"]),
                 FisherDiagonal(subject.shapes),

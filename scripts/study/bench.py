@@ -22,7 +22,8 @@ from torch.nn.functional import kl_div, nll_loss
 from hf_epimer import METHODS, ModelRef, merge_state_dicts
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator
-from hf_epimer.curvature.data_pass import Labels, Subject, sweep
+from hf_epimer.curvature.data_pass import Subject, accumulate
+from hf_epimer.curvature.request import Labels
 from hf_epimer.hub import source as hub
 from hf_epimer.methods.statistic import OUTPUTS, StatisticKind, StatisticsFile
 from hf_epimer.models.classifier import Classifier
@@ -119,7 +120,7 @@ class Bench:
         """Per-sample gradients of one task's loss, in an accumulator."""
         self.put(self.tuned[number] if look.at is None else look.at)
         pictures = self.looked_at(number, look)
-        return sweep(self._subject(number, look), pictures, accumulator, labels=look.labels)[0]
+        return accumulate(self._subject(number, look), pictures, accumulator, labels=look.labels)[0]
 
     def _subject(self, number: int, look: Look) -> Subject:
         model = self.models[number]

@@ -1,4 +1,4 @@
-"""Per-sample gradients, what is accumulated from them, and the sweep, each against plain autograd in float64."""
+"""Per-sample gradients, what is accumulated from them, and the pass over data, each against autograd in float64."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from helpers.checkpoints import TINY
 from hf_epimer import estimate_fisher
 from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
-from hf_epimer.curvature.data_pass import Subject, probe_determinism, sweep
+from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.files import StatisticsMetadata, open_statistics, save_statistics
 from hf_epimer.curvature.hessian import projected_hessian
-from hf_epimer.curvature.per_sample import Outer, gradient_taps
+from hf_epimer.curvature.per_sample import Outer, per_sample_gradients
 from hf_epimer.errors import DataError, MismatchError, StatisticsError, UsageError
 from hf_epimer.methods.statistic import FISHER_DIAGONAL, GRAM, KRONECKER, KRONECKER_FILE, OUTPUTS
 from hf_epimer.models.classifier import Classifier, ZeroShotHead
@@ -132,7 +132,7 @@ def test_the_squared_mean_is_the_square_of_the_mean(model: Classifier, samples: 
     subject = Subject(model, model.tower_names())
     gradients = list(per_sample(model, model.tower_names(), samples))
     expected = {name: torch.stack([g[name] for g in gradients]).mean(0).square() for name in gradients[0]}
-    found, count = sweep(subject, numbered(samples), SquaredMean(subject.shapes))
+    found, count = accumulate(subject, numbered(samples), SquaredMean(subject.shapes))
     assert count == 7
     assert_equal(found, expected)
 
@@ -148,7 +148,7 @@ def numbered(samples: tuple[Tensor, Tensor], *sizes: int) -> list[Batch]:
 def test_kronecker_factors_are_the_second_moments(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
     """From the layer's own input and output gradient, caught by plain hooks, one sample at a time."""
     subject = Subject(model, model.tower_names())
-    found, _ = sweep(subject, numbered(samples, 3, 4), KroneckerFactors(subject.shapes))
+    found, _ = accumulate(subject, numbered(samples, 3, 4), KroneckerFactors(subject.shapes))
     layer = model.tower.get_submodule("encoder.layers.0.mlp.fc1")
     caught: dict[str, Tensor] = {}
     hooks = [
@@ -188,7 +188,7 @@ def test_the_projected_fisher_is_the_projection_of_the_per_sample_fisher(
 ) -> None:
     bases = bases_of([FC1, POSITIONS], rank=2)
     subject = Subject(model, model.tower_names())
-    found, _ = sweep(subject, numbered(samples, 3, 4), ProjectedFisher(bases))
+    found, _ = accumulate(subject, numbered(samples, 3, 4), ProjectedFisher(bases))
     gradients = list(per_sample(model, model.tower_names(), samples))
     for name, basis in bases.items():
         z = torch.stack([basis.project(g[name]) for g in gradients])
@@ -316,8 +316,8 @@ def test_half_precision_is_for_the_passes_only(model: Classifier, samples: tuple
     single = copy.deepcopy(model).float()
     subject = Subject(single, single.tower_names())
     batch = [Batch(samples[0].float(), samples[1], range(7))]
-    full, _ = sweep(subject, batch, FisherDiagonal(subject.shapes))
-    half, _ = sweep(subject, batch, FisherDiagonal(subject.shapes), precision="bf16")
+    full, _ = accumulate(subject, batch, FisherDiagonal(subject.shapes))
+    half, _ = accumulate(subject, batch, FisherDiagonal(subject.shapes), precision="bf16")
     assert all(value.dtype == torch.float32 for value in half.values())
     change = float((half[FC1] - full[FC1]).norm() / full[FC1].norm())
     assert 1e-4 < change < 0.1
@@ -327,7 +327,7 @@ def test_no_copy_of_the_model_per_sample_is_held() -> None:
     """What a consumer sees of a large layer is two thin factors; their product exists for one sample at a time."""
     layer = nn.Linear(300, 200, bias=False)
     seen: list[Any] = []
-    with gradient_taps(layer, {"weight": "weight"}, lambda name, gradient: seen.append(gradient)) as forward:
+    with per_sample_gradients(layer, {"weight": "weight"}, lambda name, gradient: seen.append(gradient)) as forward:
         forward(16, torch.randn(16, 300)).sum().backward()
     (gradient,) = seen
     assert isinstance(gradient, Outer)
@@ -431,9 +431,9 @@ def test_kronecker_files_serve_regmean_too(tmp_path: Path) -> None:
 
 def test_accumulators_of_several_processes_add_up(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:
     subject = Subject(model, model.tower_names())
-    whole, _ = sweep(subject, numbered(samples), FisherDiagonal(subject.shapes))
+    whole, _ = accumulate(subject, numbered(samples), FisherDiagonal(subject.shapes))
     parts = [FisherDiagonal(subject.shapes) for _ in range(2)]
     for part, accumulator in zip(batched(samples, 3, 4), parts, strict=True):
-        sweep(subject, [Batch(*part, range(len(part[1])))], accumulator)
+        accumulate(subject, [Batch(*part, range(len(part[1])))], accumulator)
     sums = {name: parts[0].sums[name] + parts[1].sums[name] for name in whole}
     assert_equal(parts[0].finish(sums, 7), whole)
