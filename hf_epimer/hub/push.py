@@ -98,15 +98,17 @@ def push_folder(
     retry = f"; the merged folder is complete, push it again with: {again}"
     try:
         contents = {name: published(folder / name) for name in sorted(files)}
+        info = _existing(api, repo_id, repo_id)
         if create_pr:
-            return _open_pull_request(api, repo_id, contents, title)
-        persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id, "a new repo")
+            return _open_pull_request(api, info.id if info else repo_id, contents, title)
+        if info is None:
+            persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id, "a new repo")
 
         def commit() -> str:
             info = api.model_info(repo_id)
             operations = _operations(contents, info)
             # a commit whose answer was lost may still be under way: then the branch moves, and this one is refused
-            return str(api.create_commit(repo_id, operations, commit_message=title, parent_commit=info.sha).commit_url)
+            return str(api.create_commit(info.id, operations, commit_message=title, parent_commit=info.sha).commit_url)
 
         return persist(commit, repo_id, "the commit")
     except EpimerError as error:

@@ -87,6 +87,8 @@ def explained(error: Exception, subject: str, what: str) -> HubError | None:
     """What a failed request comes to in our words; None for an error that has nothing to do with the Hub."""
     root = _root(error)
     response = getattr(root, "response", None)
+    if upload := _UPLOAD.match(str(error)):
+        what = f"the upload of {upload[1]}"
     if isinstance(root, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub cannot be asked ({one_line(root)})"
         return HubError(f"{subject}: {what} is not in the cache, and {why}")
@@ -126,13 +128,15 @@ def one_line(error: BaseException) -> str:
     return _QUERY.sub(r"\1", text if said in text else f"{text}: {said}")
 
 
+_UPLOAD = re.compile(r"Error while uploading '(.+)' to the Hub")  # how huggingface_hub wraps a failed one
 _QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")
 
 
 def _root(error: BaseException) -> BaseException:
     """The failure inside the errors that huggingface_hub wraps failed downloads and uploads in."""
-    wrappers = (LocalEntryNotFoundError, RuntimeError, ValueError)
-    while isinstance(error, wrappers) and not isinstance(error, _NOT_LIKE_A_HUB) and error.__cause__ is not None:
+    while isinstance(error, (LocalEntryNotFoundError, RuntimeError, ValueError)) and error.__cause__ is not None:
+        if isinstance(error, _NOT_LIKE_A_HUB) or getattr(error, "response", None) is not None:
+            break
         error = error.__cause__
     return error
 

@@ -22,7 +22,7 @@ from hf_epimer.errors import CheckpointError, HubError, NotFoundError
 from hf_epimer.hub.card import card_metadata
 from hf_epimer.hub.conversion import BOT, Conversion, find_conversion, is_convertible
 from hf_epimer.hub.notes import cached_commit, read_note, write_note
-from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.refs import ModelRef, is_repo_id
 from hf_epimer.hub.retry import one_line, persist
 
 if TYPE_CHECKING:
@@ -38,10 +38,9 @@ class Source:
     """A resolved reference: a local folder, or a Hub repo at one commit with the list of its files.
 
     Attributes:
-        ref: the reference, its revision a commit.
+        ref: the reference, its revision a commit; a repo by the name that the Hub itself has for it.
         label: unique among the models of a merge.
         files: names at the top level.
-        repo_id: what the Hub itself calls the repo, which may be reached by other names; "" for a folder.
         sizes, sha256, blob_ids: by name, as far as they are known; a file has a sha256 or git's blob id.
         conversion: where the weights were converted, and `ref` is the commit of that pull request.
         unconverted: why there is no conversion although there are pickled weights only.
@@ -56,7 +55,6 @@ class Source:
     sha256: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     blob_ids: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     intact: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
-    repo_id: str = ""
     conversion: Conversion | None = None
     unconverted: str = ""
     is_listed: bool = True
@@ -71,12 +69,12 @@ class Source:
         """What makes two references the same checkpoint."""
         if self.ref.is_local:
             return str(Path(self.ref.location).resolve())
-        return f"{self.title.lower()}@{self.ref.revision}"
+        return f"{self.ref.location.lower()}@{self.ref.revision}"
 
     @property
     def title(self) -> str:
         """For cards and tables: the Hub id, or the folder's name."""
-        return self.ref.name if self.ref.is_local else self.repo_id or self.ref.location
+        return self.ref.name if self.ref.is_local else self.ref.location
 
     def fetch(self, name: str) -> Path:
         """The local path of one of its files, downloaded and checked if need be."""
@@ -174,8 +172,8 @@ def resolve(ref: ModelRef) -> Source:
     source = _source(ref, info)
     if is_convertible(source.files):
         source = _converted(ref, source)
-    for revision in {ref.revision, source.ref.revision}:
-        write_note("model", ref.location, revision, _to_note(source))
+    for name, revision in {(ref.location, ref.revision), (source.ref.location, source.ref.revision)}:
+        write_note("model", name, revision, _to_note(source))
     return source
 
 
@@ -237,13 +235,12 @@ def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] =
 def _source(ref: ModelRef, info: ModelInfo) -> Source:
     siblings = info.siblings or []
     return Source(
-        ModelRef(ref.location, info.sha, ref.label),
+        ModelRef(info.id if is_repo_id(info.id) else ref.location, info.sha, ref.label),
         ref.label or ref.name,
         frozenset(sibling.rfilename for sibling in siblings),
         {sibling.rfilename: sibling.size or 0 for sibling in siblings},
         {sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs},
         {sibling.rfilename: sibling.blob_id for sibling in siblings if sibling.blob_id and not sibling.lfs},
-        repo_id=info.id,
     )
 
 
@@ -285,12 +282,12 @@ def _with_card_of(asked: Source, source: Source) -> Source:
 
 def _to_note(source: Source) -> dict[str, Any]:
     return {
+        "repo_id": source.ref.location,
         "commit": source.ref.revision,
         "files": sorted(source.files),
         "sizes": source.sizes,
         "sha256": source.sha256,
         "blob_ids": source.blob_ids,
-        "repo_id": source.repo_id,
         "conversion": asdict(source.conversion) if source.conversion else None,
         "unconverted": source.unconverted,
     }
@@ -307,13 +304,12 @@ def _resolve_offline(ref: ModelRef, label: str) -> Source:
 
 def _from_note(ref: ModelRef, label: str, note: dict[str, Any]) -> Source:
     return Source(
-        ModelRef(ref.location, note["commit"], ref.label),
+        ModelRef(note["repo_id"], note["commit"], ref.label),
         label,
         frozenset(note["files"]),
         note["sizes"],
         note["sha256"],
         note["blob_ids"],
-        repo_id=note["repo_id"],
         conversion=Conversion(**note["conversion"]) if note["conversion"] else None,
         unconverted=note["unconverted"],
     )

@@ -108,7 +108,7 @@ def base_from_cards(cards: Sequence[tuple[Source, dict[str, Any]]]) -> tuple[Mod
         choices = base if isinstance(base, list) else [base]
         if len(choices) == 1 and choices[0]:
             named[source.label] = _named_base(source, str(choices[0]), card)
-    bases = {ref.location for ref in named.values()}
+    bases = {ref.location if ref.is_local else ref.location.lower() for ref in named.values()}
     revisions = {ref.revision for ref in named.values()} - {None}
     if len(bases) == 1 and len(revisions) <= 1:  # one that names no revision agrees with one that does
         return max(named.values(), key=lambda ref: ref.revision or ""), ""

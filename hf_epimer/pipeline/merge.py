@@ -128,7 +128,7 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
         The address of the commit or pull request.
 
     Raises:
-        UsageError: `repo_id` is no name for a repo.
+        UsageError: `repo_id` is no name for a repo, or one of the models that were merged.
         NotFoundError: it is no merged folder.
         AccessError, PushError: as in `merge`.
     """
@@ -138,7 +138,10 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
     content = read_json(folder / "merge_config.json", str(folder))
     if not content.get("models") or "method" not in content:
         raise NotFoundError(f"{folder} is no merged folder: its merge_config.json names no models")
-    pushing.check_push_access(repo_id, create_pr=create_pr, private=private)
+    named = [str(text) for text in (content.get("base"), *content["models"])]
+    inputs = [text.rpartition("=")[2].partition("@")[0] for text in named]
+    pushing.check_not_an_input(repo_id, inputs)
+    pushing.check_not_an_input(pushing.check_push_access(repo_id, create_pr=create_pr, private=private), inputs)
     title = _commit_title(len(content["models"]), content["method"], (folder / ADAPTER_CONFIG).is_file())
     return pushing.push_folder(folder, _files_of(folder), repo_id, private=private, create_pr=create_pr, title=title)
 

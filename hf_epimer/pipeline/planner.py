@@ -21,6 +21,7 @@ from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError, HubError, MismatchError, StatisticsError, UsageError
 from hf_epimer.hub import push as pushing
 from hf_epimer.hub import source as hub
+from hf_epimer.hub.card import names_in
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
@@ -56,15 +57,18 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
         EpimerError: one of its kinds: a reference cannot be resolved, something does not fit or is not possible.
     """
     method, recipe = _complete(recipe)
-    sources, cards = _resolve(recipe)
+    push_to = _check_targets(recipe)
+    sources = [hub.resolve(ref) for ref in recipe.models]
+    cards = [source.card() for source in sources]
     models = _label(recipe, sources, cards)
     base = _find_base(recipe, models, cards)
+    _check_not_an_input(recipe, push_to, base, models)
     _check(recipe, method, base, models)
     needs = method.statistic(recipe.options)
     models = with_curvature(recipe, needs, method.name, base, models, optional=statistics_optional)
     models = _with_calibration(recipe, method, base, models)
     plan = _pin(recipe, method, base, models)
-    _check_local_weights(plan)
+    _check_weights(plan)
     return plan
 
 
@@ -95,25 +99,29 @@ def _complete(recipe: MergeRecipe) -> tuple[Method, MergeRecipe]:
     return method, replace(recipe, options=options)
 
 
-def _resolve(recipe: MergeRecipe) -> tuple[list[Source], list[dict[str, Any]]]:
-    """Every checkpoint at its commit with its card, once the merge is known to have a place to go to."""
+def _check_targets(recipe: MergeRecipe) -> str | None:
+    """Refuse a folder or repo that may not be written to; the repo's name as the Hub has it, if it is to be pushed."""
     named = (*recipe.models, *([recipe.base] if recipe.base else []), *recipe.fisher)
     local = [Path(ref.location) for ref in named if ref.is_local] + [Path(task) for task in recipe.tasks]
     check_target(recipe.target, recipe.overwrite, local)
-    if recipe.push_to in {ref.location for ref in named if not ref.is_local}:
-        raise UsageError(f"--push-to {recipe.push_to} is one of the checkpoints to merge: push to another repo")
-    if recipe.push_to:
-        pushing.check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
-    sources = [hub.resolve(ref) for ref in recipe.models]
-    return sources, [source.card() for source in sources]
+    if recipe.push_to is None:
+        return None
+    pushing.check_not_an_input(recipe.push_to, [ref.location for ref in named if not ref.is_local])
+    return pushing.check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
 
 
 def _find_base(recipe: MergeRecipe, models: Sequence[PlannedModel], cards: Sequence[dict[str, Any]]) -> Source:
-    """The base on which all models agree, which must not be overwritten either."""
-    base = find_base(recipe.base, [model.source for model in models], cards)
-    if base.ref.is_local:  # a base that a card names is an input too
+    """The base on which all models agree."""
+    return find_base(recipe.base, [model.source for model in models], cards)
+
+
+def _check_not_an_input(recipe: MergeRecipe, push_to: str | None, base: Source, models: Sequence[PlannedModel]) -> None:
+    """Refuse to write over what is merged: known by all its names, and the base too that was found only now."""
+    if base.ref.is_local:
         check_target(recipe.target, recipe.overwrite, [Path(base.ref.location)])
-    return base
+    if push_to is not None:
+        sources = [base, *(model.source for model in models)]
+        pushing.check_not_an_input(push_to, [source.title for source in sources if not source.ref.is_local])
 
 
 # --- label ----------------------------------------------------------------------------------------------------------
@@ -153,8 +161,7 @@ def _planned(source: Source, task: Task | None, weight: float) -> PlannedModel:
 
 
 def _task_of(source: Source, card: dict[str, Any], known: Mapping[str, Task], needed: bool) -> Task | None:
-    datasets = card.get("datasets") or ()
-    task = infer_task(source.ref.label, [datasets] if isinstance(datasets, str) else datasets, source.ref.name, known)
+    task = infer_task(source.ref.label, names_in(card.get("datasets")), source.ref.name, known)
     if task is None and needed:
         raise UsageError(
             f"{source}: to measure accuracy its task must be known: label it (mnist={source.ref.location}) or add "
@@ -185,7 +192,8 @@ def _check(recipe: MergeRecipe, method: Method, base: Source, models: Sequence[P
         raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
     check_same_architecture(base, full)
     _check_distinct(base, models)
-    weight_names(base)
+    if not _writes_adapter(recipe, models):
+        weight_names(base)
     if recipe.calibrate and _writes_adapter(recipe, models):
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
     if recipe.tune_alpha and "alpha" not in method.config.__dataclass_fields__:
@@ -209,10 +217,17 @@ def _writes_adapter(recipe: MergeRecipe, models: Sequence[PlannedModel]) -> bool
     return all(model.is_adapter for model in models) and not recipe.dense
 
 
-def _check_local_weights(plan: Plan) -> None:
-    """Compare what lies on this machine already with what the base's config promises; the rest is compared later."""
-    full = [model.source for model in plan.models if not model.is_adapter]
-    for source in (plan.base, *full):
+def _check_weights(plan: Plan) -> None:
+    """Compare what lies on this machine already with what the base's config promises; the rest is compared later.
+
+    Raises:
+        CheckpointError, MismatchError: it does not fit, or the base has no weights that may be read and is to be read.
+    """
+    read = [model.source for model in plan.models if not model.is_adapter]
+    if plan.reads_base:
+        weight_names(plan.base)
+        read.insert(0, plan.base)
+    for source in read:
         if source.ref.is_local:
             open_checkpoint(source, plan.architecture, plan.shapes)
     promised = StateDict("base", {name: torch.empty(shape, device="meta") for name, shape in plan.shapes.items()})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_epimer.errors import TaskError
+from hf_epimer.hub.refs import same_repo
 
 TASK_FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -81,8 +82,7 @@ def infer_task(
     known = benchmark_tasks() if tasks is None else tasks
     if label is not None:
         return next((task for task in known.values() if _words(task.name) == _words(label)), None)
-    listed = set(datasets)
-    of_card = [task for task in known.values() if task.dataset in listed]
+    of_card = [task for task in known.values() if any(same_repo(task.dataset, listed) for listed in datasets)]
     if len(of_card) == 1:
         return of_card[0]
     name = _words(repo_name.rsplit("/", 1)[-1])

@@ -210,6 +210,7 @@ class StandInHub:
         self.users: dict[str, User] = {}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.moved: dict[tuple[str, str], str] = {}  # old id in small letters -> new id
+        self.signature = ""  # a query on the addresses that files are sent to
         self.lock = threading.RLock()
         self.closed = False
         self._root = Path(tempfile.mkdtemp(prefix="stand-in-hub-"))
@@ -696,7 +697,10 @@ class StandInHub:
             return Answer.json({})
         objects = []
         for item in asked["objects"]:
-            actions = {"upload": {"href": f"{base}/objects/{item['oid']}"}, "verify": {"href": f"{base}/verify"}}
+            actions = {
+                "upload": {"href": f"{base}/objects/{item['oid']}{self.signature}"},
+                "verify": {"href": f"{base}/verify"},
+            }
             objects.append(item if item["oid"] in repo.uploaded else {**item, "actions": actions})
         return Answer.json({"transfer": "basic", "objects": objects})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,3 +25,14 @@ def hub(empty_hub: StandInHub, tmp_path: Path, base_state: StateDict) -> StandIn
         )
         empty_hub.add_repo(f"org/vit-b32-{task}", folder)
     return empty_hub
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits between tries, huggingface_hub too, waits no time."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    clock = SimpleNamespace(sleep=lambda seconds: None, time=time.time)
+    for module in (file_download, _http):
+        monkeypatch.setattr(module, "time", clock)
