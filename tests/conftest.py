@@ -31,7 +31,7 @@ from transformers import CLIPConfig, CLIPModel
 pytest.register_assert_rewrite("helpers")
 
 from helpers.checkpoints import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
-from helpers.data import write_data
+from helpers.data import write_benchmark, write_data
 from helpers.hub_server import WRITER, StandInHub
 from helpers.space_app import SpaceApp
 from hf_epimer.checkpoints.reader import Checkpoint
@@ -39,6 +39,7 @@ from hf_epimer.demo.captions import clip_tokenizer
 from hf_epimer.hub import retry
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower, processor_class
+from hf_epimer.tasks.task import benchmark_tasks
 
 
 @pytest.fixture
@@ -146,6 +147,20 @@ def page_at_home(space_home: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the package keeps in an HF_HOME of this test alone; the working folder is tmp_path."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home" / "hf-epimer"
+
+
+@pytest.fixture
+def own_cache(own_home: Path) -> Path:
+    """The statistics kept there."""
+    return own_home / "statistics"
+
+
+@pytest.fixture
 def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
     """A Hub to which the client of this process talks as ann, who may write to org; the working folder is tmp_path."""
     with StandInHub() as stand_in:
@@ -158,3 +173,17 @@ def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand
         monkeypatch.setattr(retry, "BACKOFF", (0.01, 0.02))
         monkeypatch.chdir(tmp_path)
         yield stand_in
+
+
+@pytest.fixture
+def benchmark_hub(empty_hub: StandInHub, tmp_path: Path, clip_zoo: Path) -> StandInHub:
+    """A Hub with org/base, two checkpoints without statistics, and small data sets of their benchmarks' schema."""
+    empty_hub.add_user("hf_reader_secret", "ann", role="read", orgs=["org"])
+    empty_hub.add_repo("org/base", clip_zoo / "base")
+    for folder, name in (("a", "dtd"), ("b", "svhn")):
+        shutil.copytree(clip_zoo / folder, tmp_path / "src" / folder)
+        (tmp_path / "src" / folder / "README.md").write_text("---\nbase_model: org/base\n---\n\n# A model\n")
+        empty_hub.add_repo(f"org/vit-b32-{name}", tmp_path / "src" / folder)
+        task = benchmark_tasks()[name]
+        empty_hub.add_repo(task.dataset, write_benchmark(tmp_path / "src" / name, task), repo_type="dataset")
+    return empty_hub

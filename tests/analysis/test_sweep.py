@@ -1,385 +1,33 @@
-"""`hf-epimer sweep`: the same weights as merges one by one, chosen on validation alone, and what it writes."""
+"""`hf-epimer sweep`: what it writes, what it draws, what it refuses."""
 
 from __future__ import annotations
 
 import csv
 import json
 import shlex
-import shutil
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers.checkpoints import StateDict as Tensors
-from helpers.checkpoints import tiny_state
-from helpers.command import Run, contents, fails
-from helpers.statistics import statistics
-from hf_epimer import Grid, MergeRecipe, ModelRef, merge_state_dicts, sweep
+from helpers.command import Run, contents, fails, strict
+from helpers.hub_cases import in_a_process
+from helpers.hub_server import StandInHub
+from helpers.sweeps import recipe, words
+from hf_epimer import Grid, merge_state_dicts, sweep
 from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.sweep import sweep as sweeping
 from hf_epimer.analysis.sweep import validation as validation
-from hf_epimer.analysis.sweep.candidates import group_candidates, largest_rank, merge_candidates, task_vector_file
-from hf_epimer.analysis.sweep.grid import Candidate, Setting, config_of
-from hf_epimer.analysis.sweep.report import Row, best_rows
-from hf_epimer.analysis.sweep.validation import validation_samples
-from hf_epimer.checkpoints.reader import StateDict
-from hf_epimer.errors import EpimerError, OutputError, UsageError
 from hf_epimer.evaluation.accuracy import evaluate_folder
-from hf_epimer.evaluation.results import TaskResult
-from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.methods import METHODS
-from hf_epimer.tasks.images import read_samples
+from hf_epimer.models.classifier import Classifier
 from hf_epimer.tasks.task import load_task_file
 
-ALL = list(METHODS)
-FREE = [name for name, method in METHODS.items() if method.needs is None]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of statistics for every test, and a folder to write to."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "home" / "hf-epimer" / "statistics"
-
-
-class Counting(StateDict):
-    """A source that notes what is read of it."""
-
-    def __init__(self, label: str, tensors: Tensors) -> None:
-        super().__init__(label, tensors)
-        self.reads: Counter[str] = Counter()
-
-    def tensor(self, name: str) -> Tensor:
-        self.reads[name] += 1
-        return super().tensor(name)
-
-
-def swept(
-    candidates: list[Candidate], base: Tensors, tuned: list[Tensors], folder: Path, **arguments: Any
-) -> tuple[list[Tensors], Ingredients]:
-    """Task vectors of all candidates, and the sources with their counts."""
-    needs = next((own.method.name for own in candidates if own.statistic), None)
-    measured = statistics(needs, len(tuned)) if needs else None
-    if needs == "regmean" and measured:
-        measured = [{f"{name}.input_factor": gram for name, gram in own.items()} for own in measured]
-    ingredients = Ingredients(
-        Counting("base", base),
-        [Counting(f"model {number}", own) for number, own in enumerate(tuned)],
-        [1 / len(tuned)] * len(tuned),
-        [Counting(f"statistics {number}", own) for number, own in enumerate(measured)] if measured else None,
-    )
-    shapes = ingredients.base.shapes
-    with task_vector_file(folder / "vectors", shapes, len(candidates)) as stored:
-        merge_candidates(ingredients, dict(enumerate(candidates)), stored, **arguments)
-        found = [{name: stored.read(number, name) for name in shapes} for number in range(len(candidates))]
-    assert not (folder / "vectors").exists()
-    return found, ingredients
-
-
-def words(zoo: Path, *more: object) -> tuple[object, ...]:
-    models = (f"{name}={zoo / name}" for name in "ab")
-    return ("sweep", *models, "--base", zoo / "base", "--task", zoo / "a.json", zoo / "b.json", *more)
-
-
-def recipe(zoo: Path, **arguments: Any) -> MergeRecipe:
-    models = tuple(ModelRef.parse(f"{name}={zoo / name}") for name in "ab")
-    tasks = (str(zoo / "a.json"), str(zoo / "b.json"))
-    return MergeRecipe(models, ModelRef.parse(str(zoo / "base")), **{"tasks": tasks, "samples": 30} | arguments)
-
-
-def strict(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(
-        file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
-    )
-    return content
-
-
-# --- the weights ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ALL)
-@pytest.mark.parametrize("exact", [False, True])
-def test_every_setting_is_the_merge_of_its_own(method: str, exact: bool, base_state: Tensors, tmp_path: Path) -> None:
-    tuned = [tiny_state(t + 1, base_state) for t in range(3)]
-    grid = Grid((method, "tsv-m", "mean"), (2, 5, 64), (0.5, 1.0, 1.7))
-    candidates = grid.candidates(64)
-    found, _ = swept(candidates, base_state, tuned, tmp_path, exact=exact, seed=3)
-    measured = statistics(method, 3)
-    for number, own in enumerate(candidates):
-        for setting in grid.settings(own):
-            needs = measured if own.method.name == method else None
-            expected = merge_state_dicts(
-                base_state, tuned, own.method.name, config_of(own, setting), needs, seed=3, exact=exact
-            )
-            for name, start in base_state.items():
-                merged = start + (1.0 if setting.alpha is None else setting.alpha) * found[number][name]
-                assert torch.allclose(merged, expected[name], rtol=1e-6, atol=2e-6), (setting, name)
-
-
-def test_large_matrices_agree_within_the_decompositions_tolerance(tmp_path: Path) -> None:
-    """Where ranks share an iterative decomposition at the largest of them."""
-    generator = torch.Generator().manual_seed(0)
-    base = {"w": torch.randn(200, 160, generator=generator)}
-    decay = torch.logspace(0, -2, 160)
-    tuned = [
-        {
-            "w": base["w"]
-            + (torch.randn(200, 160, generator=generator) * decay) @ torch.randn(160, 160, generator=generator)
-        }
-        for _ in range(2)
-    ]
-    grid = Grid(("tsv-m",), (4, 16), (1.0,))
-    found, _ = swept(grid.candidates(80), base, tuned, tmp_path)
-    for number, rank in enumerate((4, 16)):
-        expected = merge_state_dicts(base, tuned, "tsv-m", METHODS["tsv-m"].config(rank=rank))["w"] - base["w"]
-        assert float((found[number]["w"] - expected).norm() / expected.norm()) < 1e-3
-
-
-def test_one_pass_serves_the_grid(base_state: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor of every file once, every task vector decomposed once, every distinct rank solved once."""
-    from hf_epimer.analysis.sweep import candidates as module
-    from hf_epimer.methods import epimer
-
-    calls: Counter[str] = Counter()
-
-    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            calls[name] += 1
-            return function(*arguments, **named)
-
-        return call
-
-    monkeypatch.setattr(module, "task_triples", counted("decompose", module.task_triples))
-    monkeypatch.setattr(epimer, "frechet_mean", counted("solve", epimer.frechet_mean))
-    tuned = [tiny_state(t + 1, base_state) for t in range(3)]
-    grid = Grid(("epimer", "tsv-m", "mean", "iso-c", "fisher"), (2, 4, 50), (0.5, 1.0, 1.5, 2.0))
-    _, ingredients = swept(grid.candidates(50), base_state, tuned, tmp_path)
-    for source in ingredients.sources():
-        assert set(source.reads.values()) == {1}, source.label  # type: ignore[attr-defined]
-    matrices = [name for name, value in base_state.items() if value.ndim == 2]
-    assert calls["decompose"] == len(matrices)
-    position = next(name for name in matrices if "position" in name)  # 5 x 32: rank 1 for all three
-    assert calls["solve"] == 3 * len(matrices) - 2 * (base_state[position].shape[0] // 3 == 1)
-
-
-def test_surveys_take_passes_of_their_own_and_no_statistics(base_state: Tensors, tmp_path: Path) -> None:
-    tuned = [tiny_state(t + 1, base_state) for t in range(2)]
-    _, ingredients = swept(Grid(("ties", "epimer"), (4, 8)).candidates(8), base_state, tuned, tmp_path)
-    assert set(ingredients.models[0].reads.values()) == {3}  # type: ignore[attr-defined]
-    assert ingredients.statistics
-    assert set(ingredients.statistics[0].reads.values()) == {1}  # type: ignore[attr-defined]
-
-
-def test_a_merge_that_is_not_finite_is_an_error(base_state: Tensors, tmp_path: Path) -> None:
-    tuned = [{name: value * 3e38 for name, value in tiny_state(1, base_state).items()}] * 2
-    with pytest.raises(EpimerError, match="NaN or Inf"):
-        swept(Grid(("mean",)).candidates(8), base_state, tuned, tmp_path)
-
-
-def test_too_little_room_is_said_before_the_work(tmp_path: Path) -> None:
-    with (
-        pytest.raises(OutputError, match=r"4000\.0 GB beside --out"),
-        task_vector_file(tmp_path / "x", {"w": (10**9, 100)}, 10),
-    ):
-        pass
-    assert [name for name in contents(tmp_path) if name != "home"] == []  # heads are kept there
-
-
-# --- the grid -------------------------------------------------------------------------------------------------------
-
-
-def test_methods_without_rank_or_alpha_appear_once() -> None:
-    grid = Grid(("tsv-m", "ties", "mean", "mean"), (16, 4, "max", 4), (1, 0.5))
-    settings = [setting for own in grid.candidates(12) for setting in grid.settings(own)]
-    assert [str(setting) for setting in settings] == [
-        "tsv-m, rank 4, alpha 0.5", "tsv-m, rank 4, alpha 1", "tsv-m, rank 12, alpha 0.5", "tsv-m, rank 12, alpha 1",
-        "tsv-m, rank 16, alpha 0.5", "tsv-m, rank 16, alpha 1", "ties, alpha 0.5", "ties, alpha 1", "mean",
-    ]  # fmt: skip
-    assert len(Grid(("tsv-m",), (12, "max")).candidates(12)) == 1
-
-
-def test_options_go_to_the_methods_that_have_them() -> None:
-    grid = Grid(("epimer", "fisher", "mean"), (4,), options={"damping": 0.5, "normalize": "trace"})
-    epimer, fisher, mean = (own.config for own in grid.candidates(4))
-    assert (epimer.damping, epimer.normalize, epimer.alpha, fisher.damping) == (0.5, "trace", 1.0, 0.5)
-    assert mean == METHODS["mean"].config()
-    with pytest.raises(UsageError, match=r"none of these methods has an option --density; ties has it"):
-        Grid(("epimer",), options={"density": 0.5})
-    with pytest.raises(UsageError, match="--damping must be at least 0"):
-        Grid(("epimer",), options={"damping": -1.0})
-
-
-def test_the_largest_rank_is_the_first_that_changes_nothing() -> None:
-    assert largest_rank({"a": (30, 20), "b": (9, 40), "c": (100,)}, 3) == 6
-    assert largest_rank({"a": (2, 2)}, 3) == 1
-
-
-def test_passes_are_shared_by_what_needs_the_same_statistics() -> None:
-    def groups(*names: str, **options: Any) -> list[list[str]]:
-        candidates = Grid(names, (2, 4), options=options).candidates(4)
-        return [[str(candidates[n].method.name) for n in own] for own in group_candidates(candidates)]
-
-    assert groups("mean", "epimer", "ties", "fisher") == [["mean", "epimer", "epimer", "ties", "fisher"]]
-    assert groups("mean", "ties") == [["mean", "ties"]]
-    assert groups("epimer", "regmean", "mean") == [["epimer", "epimer", "mean"], ["regmean"]]
-    projected = groups("epimer", "tsv-m", metric="projected")
-    assert projected == [["epimer"], ["epimer"], ["tsv-m", "tsv-m"]]  # another basis, other statistics
-
-
-# --- validation -----------------------------------------------------------------------------------------------------
-
-
-def test_validation_rows_are_the_end_of_the_fisher_permutation(clip_zoo: Path) -> None:
-    task = load_task_file(clip_zoo / "a.json")
-    for seed in (0, 7):
-        chosen, before = validation_samples(task, seed)
-        assert (len(chosen), before) == (4, 36)
-        everything = read_samples(task, "train", seed=seed)
-        assert list(chosen.numbers) == list(everything.numbers[36:])
-        fisher = read_samples(task, "train", seed=seed, limit=before)
-        assert not set(fisher.numbers) & set(chosen.numbers)
-        assert set(fisher.numbers) | set(chosen.numbers) == set(range(40))
-        labels = [row["label"] for row in read_samples(task, "train").rows]
-        assert [row["label"] for row in chosen.rows] == [labels[number] for number in chosen.numbers]
-        fewer, before = validation_samples(task, seed, limit=3)
-        assert (list(fewer.numbers), before) == (list(chosen.numbers[1:]), 37)
-
-
-def test_statistics_never_see_validation_samples(
-    clip_zoo: Path, run: Run, own_cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    grid = ("--rank", 4, "--alpha", 1, "--limit", 4)
-    fails(run(*words(clip_zoo), *grid), r"--samples 256: .*'a' has 36 samples .* at most --samples 36", 2)
-    fails(run(*words(clip_zoo), *grid, "--samples", 37), r"at most --samples 36", 2)
-    assert not own_cache.exists()
-    assert run(*words(clip_zoo), *grid, "--samples", 36)[::2] == (0, "")
-    # files that are there already: a warning, if they say what they were measured on
-    for name in "ab":
-        task = ("--task", clip_zoo / f"{name}.json", "--base", clip_zoo / "base", "--out", f"{name}.safetensors")
-        assert run("fisher", clip_zoo / name, *task, "--samples", 38)[0] == 0
-    given = ("--fisher", "a=a.safetensors", "b=b.safetensors", "--overwrite")
-    code, _, complaint = run(*words(clip_zoo), *grid, *given)
-    assert code == 0
-    assert complaint.count("warning: ") == 2
-    assert "a.safetensors of 'a' was measured on 2 of the 4 images" in complaint
-    code, _, complaint = run(*words(clip_zoo), *grid, *given, "--seed", 1)  # another permutation: counted, not guessed
-    task = load_task_file(clip_zoo / "a.json")
-    used = set(read_samples(task, "train", seed=0, limit=38).numbers)
-    shared = len(used & set(validation_samples(task, 1)[0].numbers))
-    assert (f"'a' was measured on {shared} of" in complaint) == (shared > 0)
-    task_words = ("--task", clip_zoo / "a.json", "--base", clip_zoo / "base", "--out", "a.safetensors")
-    assert run("fisher", clip_zoo / "a", *task_words, "--samples", 30, "--seed", 5)[0] == 0
-    used = set(read_samples(task, "train", seed=5, limit=30).numbers)
-    shared = len(used & set(validation_samples(task, 0)[0].numbers))
-    assert shared > 0
-    assert f"'a' was measured on {shared} of" in run(*words(clip_zoo), *grid, *given)[2]
-
-
-def test_a_training_split_that_is_the_test_split_is_refused(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
-    content = json.loads((clip_zoo / "a.json").read_text())
-    (tmp_path / "a.json").write_text(
-        json.dumps(content | {"dataset": str(clip_zoo / "data" / "a"), "train_split": "test"})
-    )
-    fails(
-        run("sweep", f"a={clip_zoo / 'a'}", "--base", clip_zoo / "base", "--task", "a.json", "--method", "mean"),
-        "never chosen on test",
-    )
-
-
-def test_accuracies_are_those_of_the_merged_folders(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
-    """The command that the report gives makes a model with the reported test accuracy."""
-    found = sweep(recipe(clip_zoo), Grid(("tsv-m", "epimer"), (1, 4), (0.5, 2.0)), test=True)
-    tasks = [load_task_file(clip_zoo / f"{name}.json") for name in "ab"]
-    assert {row.setting for row in found.test} == set(found.commands)
-    for number, row in enumerate(found.test):
-        command = shlex.split(found.commands[row.setting])
-        assert command[:2] == ["hf-epimer", "merge"]
-        assert run(*command[1:], "--out", f"merged-{number}")[0] == 0
-        expected = evaluate_folder(tmp_path / f"merged-{number}", clip_zoo / "base", tasks, name="")
-        assert {name: own.correct for name, own in row.tasks.items()} == {
-            name: own.correct for name, own in expected.tasks.items()
-        }
-
-
-def test_pictures_are_decoded_once_in_bounded_memory(clip_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_epimer.tasks import images as data
-
-    decoded: list[int] = []
-    original = data.decode
-    monkeypatch.setattr(data, "decode", lambda value: decoded.append(1) or original(value))
-    grid = Grid(("mean", "task-arithmetic"), alphas=(0.1, 0.3, 0.5, 0.7))
-    whole = sweep(recipe(clip_zoo), grid, "whole")
-    assert len(decoded) == 8
-    monkeypatch.setattr(validation, "MEMORY_FOR_PIXELS", 1)
-    original_measure, loads = validation.measure, []
-
-    def measure(model: Any, samples: Any, loaders: Any, **named: Any) -> Any:
-        noted = [lambda load=load: loads.append(1) or load() for load in loaders]
-        return original_measure(model, samples, noted, batch_size=3, **named)
-
-    monkeypatch.setattr(sweeping, "measure", measure)
-    parts = sweep(recipe(clip_zoo), grid, "parts")
-    assert len(decoded) == 16
-    assert len(loads) == 2 * len(parts.rows) * 2  # tasks, settings, batches that had to be let go
-    assert [row.tasks for row in parts.rows] == [row.tasks for row in whole.rows]
-
-
-# --- the choice -----------------------------------------------------------------------------------------------------
-
-
-def row(name: str, rank: int | None, alpha: float | None, *correct: int) -> Row:
-    return Row(Setting(name, rank, alpha), {f"t{i}": TaskResult(own, 100) for i, own in enumerate(correct)})
-
-
-def test_best_by_average_and_by_worst_task() -> None:
-    rows = [
-        row("x", 4, 0.5, 90, 40), row("x", 4, 1.0, 70, 60), row("x", 8, 0.5, 90, 40), row("x", 8, 1.0, 60, 70),
-        row("y", None, None, 62, 62),
-    ]  # fmt: skip
-    best = best_rows(rows)
-    assert best["x"]["average"] is rows[1]  # 65 as well as three others, but a better worst task
-    assert best["x"]["worst"] is rows[1]  # and the smaller rank of two
-    assert best["y"] == {"average": rows[4], "worst": rows[4]}
-    assert rows[0].error == pytest.approx((0.9 * 0.1 / 100 + 0.4 * 0.6 / 100) ** 0.5 / 2)
-
-
-def test_test_splits_have_no_say(clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two zoos that differ in their test labels alone choose the same settings, and report different test numbers."""
-    shutil.copytree(clip_zoo, tmp_path / "zoo")
-    for name in "ab":
-        file = tmp_path / "zoo" / "data" / name / "data" / "test-00000-of-00001.parquet"
-        rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
-        turned = rows.map(lambda row: {"label": (row["label"] + 1) % 3}, features=rows.features)
-        turned.to_parquet(file)
-    grid = Grid(("mean", "task-arithmetic", "tsv-m"), (1, 4), (-1.0, 0.5, 1.0, 3.0))
-    one, two = (sweep(recipe(zoo), grid, f"out-{n}", test=True) for n, zoo in enumerate((clip_zoo, tmp_path / "zoo")))
-    assert [own.tasks for own in one.rows] == [own.tasks for own in two.rows]
-    chosen = [{m: {c: r.setting for c, r in own.items()} for m, own in found.best.items()} for found in (one, two)]
-    assert chosen[0] == chosen[1]
-    assert [own.tasks for own in one.test] != [own.tasks for own in two.test]
-    read: list[str] = []
-
-    def noted(task: Any, split: str, **arguments: Any) -> Any:
-        read.append(split)
-        return read_samples(task, split, **arguments)
-
-    monkeypatch.setattr(validation, "read_samples", noted)
-    monkeypatch.setattr(sweeping, "read_samples", noted)
-    sweep(recipe(clip_zoo), grid, "untested")
-    assert set(read) == {"train"}
-
-
-# --- the command ----------------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_a_sweep_is_complete(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
@@ -524,14 +172,14 @@ def test_what_a_sweep_finds_is_not_calibrated_and_its_command_says_so(clip_zoo: 
 def test_the_tower_holds_the_merge_rounded_as_it_would_be_stored(
     clip_zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Tensors] = []
-    original = validation.hits
+    seen: list[dict[str, Tensor]] = []
+    original = Classifier.top1
 
-    def noted(model: Any, *rest: Any) -> int:
+    def noted(model: Classifier, inputs: Tensor) -> Tensor:
         seen.append({name: value.detach().clone() for name, value in model.tower_parameters().items()})
-        return original(model, *rest)
+        return original(model, inputs)
 
-    monkeypatch.setattr(validation, "hits", noted)
+    monkeypatch.setattr(Classifier, "top1", noted)
     sweep(recipe(clip_zoo, dtype="bfloat16"), Grid(("mean",)))
     assert all(torch.equal(value, value.bfloat16().float()) for value in seen[0].values())
     base, *tuned = (load_file(clip_zoo / name / "model.safetensors") for name in ("base", "a", "b"))
@@ -597,3 +245,23 @@ def test_without_matplotlib_the_report_is_there(clip_zoo: Path, run: Run, monkey
     assert "sweep.json is complete" in complaint
     assert contents(Path("sweep")) == ["sweep.csv", "sweep.json", "sweep.md"]
     assert "best on average" in output
+
+
+def test_a_sweep_of_repos_gives_a_command_with_their_commits(benchmark_hub: StandInHub, tmp_path: Path) -> None:
+
+    def command(*words: object) -> None:
+        done = in_a_process(benchmark_hub, tmp_path, *words)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    grid = ("--method", "epimer", "regmean", "--rank", 2, 4, "--alpha", 1, "--samples", 11, "--test")
+    command("sweep", "org/vit-b32-dtd", "org/vit-b32-svhn", *grid)
+    report = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    chosen = report["best"]["average"]
+    words = shlex.split(chosen["command"])
+    commits = [benchmark_hub.commits(f"org/{name}")[0].oid for name in ("vit-b32-dtd", "vit-b32-svhn", "base")]
+    assert [word.split("@")[1] for word in (*words[2:4], words[5])] == commits
+    command(*words[1:], "--evaluate", "--out", "merged")
+    results = json.loads((tmp_path / "merged" / "results.json").read_text())
+    tested = next(own for own in report["test"] if (own["method"], own["rank"]) == (chosen["method"], chosen["rank"]))
+    for task, row in tested["tasks"].items():
+        assert row["correct"] == results["tasks"][task]["correct"]

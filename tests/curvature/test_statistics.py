@@ -1,15 +1,13 @@
-"""Per-sample gradients, what is accumulated from them, and the pass over data, each against autograd in float64."""
+"""Per-sample gradients, what is accumulated from them, and the pass, each against plain autograd in float64."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -19,18 +17,20 @@ from helpers.checkpoints import TINY
 from hf_epimer import estimate_fisher
 from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
 from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
-from hf_epimer.curvature.files import StatisticsMetadata, open_statistics, save_statistics
 from hf_epimer.curvature.hessian import projected_hessian
 from hf_epimer.curvature.per_sample import Outer, per_sample_gradients
-from hf_epimer.errors import DataError, MismatchError, StatisticsError, UsageError
-from hf_epimer.methods.statistic import FISHER_DIAGONAL, GRAM, KRONECKER, KRONECKER_FILE, OUTPUTS
+from hf_epimer.errors import DataError, StatisticsError, UsageError
 from hf_epimer.models.classifier import Classifier, ZeroShotHead
 from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.subspace import TaggedBasis, tagged_basis
 from hf_epimer.tasks.images import Batch
 
 Batches = list[tuple[Tensor, Tensor]]
+
+
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
+
+
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
 
 
@@ -333,100 +333,6 @@ def test_no_copy_of_the_model_per_sample_is_held() -> None:
     assert isinstance(gradient, Outer)
     assert gradient.left.numel() + gradient.right.numel() == 16 * 500
     assert len({one.data_ptr() for one in gradient.per_sample()}) == 1
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-ORIGIN = StatisticsMetadata(3, "dtd", "org/dtd", "abc", "org/model", "def", "true", 7)
-SHAPES = {"vision_model.a.weight": (6, 4), "vision_model.conv.weight": (6, 3, 2, 2), "vision_model.a.bias": (6,)}
-
-
-def some_fisher() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.rand(shape, generator=generator).exp() for name, shape in SHAPES.items()}
-
-
-def same(name: str) -> str:
-    return name
-
-
-def test_a_fisher_file_says_where_it_comes_from(tmp_path: Path) -> None:
-    path = tmp_path / "fisher.safetensors"
-    fisher = some_fisher()
-    save_statistics(path, fisher, ORIGIN)
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {
-            "format": "hf-epimer.fisher/1", "samples": "3", "task": "dtd", "dataset": "org/dtd", "labels": "true",
-            "dataset_revision": "abc", "model": "org/model", "model_sha": "def", "seed": "7", "kind": "per-sample",
-        }  # fmt: skip
-        for name, value in fisher.items():
-            assert torch.equal(file.get_tensor(name), value)
-            assert file.get_tensor(name).dtype == torch.float32
-    assert [entry.name for entry in tmp_path.iterdir()] == ["fisher.safetensors"]
-
-
-@pytest.mark.parametrize(("compress", "tolerance"), [("bf16", 4e-3), ("rank1", 1e-6)])
-def test_a_small_file_reads_like_a_large_one(compress: Any, tolerance: float, tmp_path: Path) -> None:
-    fisher = some_fisher()
-    expected = dict(fisher)
-    if compress == "rank1":
-        for name in ("vision_model.a.weight", "vision_model.conv.weight"):
-            matrix = fisher[name].flatten(1)
-            expected[name] = (torch.outer(matrix.mean(1), matrix.mean(0)) / matrix.mean()).view_as(fisher[name])
-    path = tmp_path / "fisher.safetensors"
-    save_statistics(path, fisher, ORIGIN, compress=compress)
-    source = open_statistics(path, "x", FISHER_DIAGONAL, SHAPES, same)
-    assert dict(source.shapes) == SHAPES
-    for name, value in expected.items():
-        out = torch.empty(SHAPES[name])
-        source.copy_to(name, out)
-        torch.testing.assert_close(out, value, rtol=tolerance, atol=0)
-        torch.testing.assert_close(source.tensor(name).float(), value, rtol=tolerance, atol=0)
-
-
-def test_rank_one_is_a_fraction_of_the_size(tmp_path: Path) -> None:
-    fisher = {"w": torch.rand(300, 400), "zero": torch.zeros(30, 40)}
-    sizes = {}
-    for compress in (None, "bf16", "rank1"):
-        path = tmp_path / f"{compress}.safetensors"
-        save_statistics(path, fisher, ORIGIN, compress=compress)
-        sizes[compress] = path.stat().st_size
-    assert sizes["bf16"] < 0.51 * sizes[None]
-    assert sizes["rank1"] < 0.01 * sizes[None]
-    source = open_statistics(
-        tmp_path / "rank1.safetensors", "x", FISHER_DIAGONAL, {"w": (300, 400), "zero": (30, 40)}, same
-    )
-    assert not source.tensor("zero").any()
-
-
-def test_a_file_of_the_wrong_kind_or_shape_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "fisher.safetensors"
-    save_statistics(path, some_fisher(), ORIGIN)
-    with pytest.raises(StatisticsError, match=r"holds hf-epimer\.fisher/1, and hf-epimer\.kronecker/1 is needed"):
-        open_statistics(path, "x", GRAM, SHAPES, same)
-    with pytest.raises(MismatchError, match=r"vision_model\.a\.weight has shape \[6, 4\] instead of \[4, 6\]"):
-        open_statistics(path, "x", FISHER_DIAGONAL, SHAPES | {"vision_model.a.weight": (4, 6)}, same)
-    save_statistics(path, some_fisher(), ORIGIN, compress="rank1")
-    with pytest.raises(MismatchError, match=r"vision_model\.a\.weight has shape"):
-        open_statistics(path, "x", FISHER_DIAGONAL, SHAPES | {"vision_model.a.weight": (4, 6)}, same)
-    with pytest.raises(StatisticsError, match="--compress is for Fisher information"):
-        save_statistics(path, {}, ORIGIN, KRONECKER_FILE, "bf16")
-
-
-def test_kronecker_files_serve_regmean_too(tmp_path: Path) -> None:
-    factors = {"vision_model.a.weight.input_factor": torch.eye(4), "vision_model.a.weight.output_factor": torch.eye(6)}
-    path = tmp_path / "kronecker.safetensors"
-    save_statistics(path, factors, ORIGIN, KRONECKER_FILE)
-    assert set(open_statistics(path, "x", KRONECKER, SHAPES, same).shapes) == set(factors)
-    with pytest.raises(MismatchError, match=r"missing vision_model\.a\.weight\.positions"):
-        open_statistics(path, "x", OUTPUTS, SHAPES, same)
-    save_statistics(path, factors | {"vision_model.a.weight.positions": torch.ones(5)}, ORIGIN, KRONECKER_FILE)
-    for kind in (KRONECKER, GRAM):  # which do not look at it
-        assert not any("positions" in name for name in open_statistics(path, "x", kind, SHAPES, same).shapes)
-    assert len(open_statistics(path, "x", OUTPUTS, SHAPES, same).shapes) == 2
-    save_statistics(path, factors, ORIGIN, KRONECKER_FILE)
-    gram = open_statistics(path, "x", GRAM, SHAPES, same)
-    assert dict(gram.shapes) == {"vision_model.a.weight.input_factor": (4, 4)}
 
 
 def test_accumulators_of_several_processes_add_up(model: Classifier, samples: tuple[Tensor, Tensor]) -> None:

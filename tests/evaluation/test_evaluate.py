@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -29,12 +29,7 @@ from hf_epimer.models import head as heads
 from hf_epimer.tasks.images import read_samples
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "home" / "hf-epimer"
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def words(zoo: Path, *tasks: str) -> list[object]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 Run = Callable[..., tuple[int, str, str]]  # (exit code, stdout, stderr) of the words
 
@@ -21,3 +25,11 @@ def fails(result: tuple[int, str, str], pattern: str, code: int = 1) -> None:
 
 def contents(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def strict(file: Path) -> dict[str, Any]:
+    """The content of a JSON file without NaN and Infinity, which are no JSON."""
+    content: dict[str, Any] = json.loads(
+        file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+    return content

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 from helpers.hub_server import READER, STRANGER, WRITER, PullRequest, StandInHub
 
@@ -21,6 +25,17 @@ def fails(result: tuple[int, str, str], pattern: str, code: int = 1) -> None:
     assert re.search(pattern, errors[0]), errors[0]
     assert not any(token in complaint for token in TOKENS)
     assert not re.search(r"https?://\S+\?", complaint), complaint
+
+
+def environment(hub: StandInHub, folder: Path) -> dict[str, str]:
+    """For a process of its own that talks to this Hub as ann, with an HF_HOME below the folder."""
+    return {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": WRITER}
+
+
+def in_a_process(hub: StandInHub, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """The command as a user types it in this folder."""
+    command = [sys.executable, "-m", "hf_epimer", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(hub, folder), cwd=folder)
 
 
 def downloads(hub: StandInHub) -> list[str]:

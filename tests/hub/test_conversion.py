@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from helpers.command import Run
-from helpers.hub_cases import MISSION, downloads, fails, pickle_weights, recipe
-from helpers.hub_server import WRITER, Fault, StandInHub
+from helpers.hub_cases import MISSION, downloads, fails, in_a_process, pickle_weights, recipe
+from helpers.hub_server import Fault, StandInHub
 
 
 def test_the_mission_command_on_a_base_in_the_bots_pull_request(hub: StandInHub, run: Run, tmp_path: Path) -> None:
     pull = pickle_weights(hub, "org/base")
     assert pull is not None
-    environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER,
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_epimer", *MISSION], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    done = in_a_process(hub, tmp_path, *MISSION)
     assert done.returncode == 0, done.stderr
     commit = hub.commits("org/base", revision=pull.revision)[0].oid
     asked = hub.commits("org/base")[0].oid

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,18 +14,13 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers.command import Run
-from helpers.hub_cases import MISSION, TOKENS, downloads, fails, merges, writes
+from helpers.hub_cases import MISSION, TOKENS, downloads, environment, fails, in_a_process, merges, writes
 from helpers.hub_server import READER, STRANGER, WRITER, Fault, StandInHub
 
 
 def test_the_mission_command(hub: StandInHub, tmp_path: Path) -> None:
     """In a process of its own, as a user types it; then the pushed repo loads with transformers from the Hub."""
-    environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER,
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_epimer", *MISSION], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    done = in_a_process(hub, tmp_path, *MISSION)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "pushed" in done.stdout
@@ -38,7 +32,9 @@ def test_the_mission_command(hub: StandInHub, tmp_path: Path) -> None:
         "assert not report['missing_keys'] and not report['unexpected_keys'], report\n"
         "print(float(m.state_dict()[[k for k in m.state_dict() if k.endswith('post_layernorm.bias')][0]][0]))\n"
     )
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(hub, tmp_path)
+    )
     assert loaded.returncode == 0, loaded.stderr
     merged = load_file(tmp_path / "merged-epimer" / "model.safetensors")
     assert float(loaded.stdout) == pytest.approx(float(merged["vision_model.post_layernorm.bias"][0]))
@@ -338,9 +334,10 @@ def test_only_merged_folders_are_pushed(hub: StandInHub, run: Run, tmp_path: Pat
 def test_a_killed_push_is_one_commit_or_none(delay: float, hub: StandInHub, run: Run, tmp_path: Path) -> None:
     assert run(*MISSION[:3], "--out", "merged")[0] == 0
     hub.inject(Fault(method="*", path="merged", delay=0.15, times=None))
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
     process = subprocess.Popen(
-        [sys.executable, "-m", "hf_epimer", "push", "merged", "org/merged"], env=environment, stderr=subprocess.PIPE
+        [sys.executable, "-m", "hf_epimer", "push", "merged", "org/merged"],
+        env=environment(hub, tmp_path),
+        stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 20
     while not any("merged" in r.path for r in hub.requests[-3:]) and time.monotonic() < deadline:

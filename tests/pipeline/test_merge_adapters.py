@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from helpers.adapters import FC1, QUERY, folded, make, rewrite_config, rewrite_weights
 from helpers.checkpoints import StateDict, tiny_fisher, tiny_state, write_checkpoint
 from helpers.command import Run, contents, fails
-from helpers.hub_server import WRITER, StandInHub
+from helpers.hub_cases import environment
+from helpers.hub_server import StandInHub
 from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.lora import merge_adapters, read_adapter
 from hf_epimer.lora.core_space import IN_THE_CORE
@@ -502,8 +502,9 @@ def test_adapters_from_the_hub_pushed_and_loaded_back(hub: StandInHub, run: Run,
         "tuned = PeftModel.from_pretrained(base, 'org/merged').merge_and_unload().state_dict()\n"
         "print(float(next(v for k, v in tuned.items() if k.endswith('layers.0.mlp.fc1.weight'))[0, 0]))\n"
     )
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(hub, tmp_path)
+    )
     assert loaded.returncode == 0, loaded.stderr
     expected = folded(Path("merged-tsv-m"), tmp_path / "base")[FC1][0, 0]
     assert float(loaded.stdout) == pytest.approx(float(expected), rel=1e-5)
