@@ -76,8 +76,8 @@ class Results:
     @property
     def normalized(self) -> dict[str, float]:
         """Accuracy over the fine-tuned model's, for tasks where that is known and not 0."""
-        known = {task: own for task, own in self.fine_tuned.items() if task in self.tasks and own > 0}
-        return {task: self.tasks[task].accuracy / own for task, own in known.items()}
+        known = {task: accuracy for task, accuracy in self.fine_tuned.items() if task in self.tasks and accuracy > 0}
+        return {task: self.tasks[task].accuracy / accuracy for task, accuracy in known.items()}
 
     def to_json(self, per_class: bool = False) -> dict[str, Any]:
         """Plain values; with `per_class` also the accuracy within each class."""

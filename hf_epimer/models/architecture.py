@@ -71,7 +71,7 @@ class Architecture:
         ignored: beginnings of names that belong to other parts of a full model, or to buffers.
         renamed: (name in the newest module, canonical name) of parts of a path, where they differ; tried in this order.
         library: the module of transformers with the classes.
-        output_class, output_type: the class of a merged model, and its `model_type`.
+        output_class: of a merged model, whose config.json is a vision config.
         since: the first transformers in which `output_class` has the names of `module_name`.
         tower_classes: classes with these parameters, for looking them up in a larger model.
         processors: classes of image processors, the first that the installed transformers has is used.
@@ -95,7 +95,6 @@ class Architecture:
     roots: tuple[str, ...]
     library: str
     output_class: str
-    output_type: str
     since: str
     tower_classes: tuple[str, ...]
     processors: tuple[str, ...]
@@ -113,6 +112,11 @@ class Architecture:
     zero_shot: ZeroShot | None = None
     width: str = "hidden_size"
     depth: str = "num_hidden_layers"
+
+    @property
+    def output_type(self) -> str:
+        """`model_type` of a merged model."""
+        return next(model_type for model_type, section in self.model_types.items() if section is None)
 
     def canonical(self, name: str) -> str | None:
         """The canonical name of a tensor, in whatever layout, None for tensors of other parts of a full model.

@@ -104,7 +104,8 @@ class Classifier(nn.Module):
 
     def tower_names(self) -> dict[str, str]:
         """Name of each of the tower's parameters in this module -> its canonical name."""
-        return {f"tower.{name}": found for name, found in parameter_names(self.tower, self.architecture).items()}
+        names = parameter_names(self.tower, self.architecture)
+        return {f"tower.{name}": canonical for name, canonical in names.items()}
 
     def tower_parameters(self) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter of the tower."""

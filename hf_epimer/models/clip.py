@@ -82,7 +82,6 @@ CLIP = Architecture(
     ignored=("text_model.", "text_projection", "visual_projection", "logit_scale", "embeddings.position_ids"),
     library="transformers.models.clip.modeling_clip",
     output_class="CLIPVisionModel",
-    output_type="clip_vision_model",
     since="5.6",
     tower_classes=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
     processors=("CLIPImageProcessorPil", "CLIPImageProcessor"),  # the plain name needs no torchvision before the other

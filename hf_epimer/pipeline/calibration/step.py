@@ -176,7 +176,7 @@ def calibrated_layers(
 
 @dataclass
 class _Moments:
-    """G and C of one layer and one task, sums over images and positions; x has a 1 at its end."""
+    """G and C of one layer and one task, sums over images and positions; x has a 1 at its end where there is a bias."""
 
     gram: Tensor
     cross: Tensor
@@ -198,10 +198,11 @@ def _moments(
             run.run_block(block.module, merged_states)
         with caught(outputs) as there, stopped():
             run.run_block(tuned.module, tuned_states)
-        x = here[first]
-        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+        states = here[first]
+        with_one = torch.cat([states, states.new_ones(*states.shape[:-1], 1)], dim=-1)
         for name in stage.layers:
-            off = there[tuned.layers[name]] - block.layers[name](here[first])
+            x = states if block.layers[name].bias is None else with_one
+            off = there[tuned.layers[name]] - block.layers[name](states)
             if stage.residual:
                 stream = there[tuned.layers[stage.residual]]
                 off += stream - here[block.layers[stage.residual]]
@@ -247,8 +248,9 @@ def _solve(
     outputs = torch.stack(list(curvature)).to(grams)
     solution = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
     check_merged(solution.x, name, "calibration")
-    step = solution.x.to(linear.weight)
-    size = float(step[:, :-1].norm() / linear.weight.norm())
-    linear.weight += step[:, :-1]
-    linear.bias += step[:, -1]
+    step, width = solution.x.to(linear.weight), linear.weight.shape[1]
+    size = float(step[:, :width].norm() / linear.weight.norm())
+    linear.weight += step[:, :width]
+    if linear.bias is not None:
+        linear.bias += step[:, -1]
     return CalibrationReport(solution.steps, solution.residual, size)

@@ -1,0 +1,48 @@
+"""The table of architectures: names in every layout, families by their config or by the names of their tensors."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.checkpoints import TINY
+from hf_epimer.errors import CheckpointError
+from hf_epimer.models import ARCHITECTURES, find_architecture, recognise
+from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.clip import CLIP
+
+BIAS = "vision_model.post_layernorm.bias"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.tag)
+def test_every_entry_describes_a_model_that_could_be_there(architecture: Architecture) -> None:
+    config = architecture.vision_config({"model_type": architecture.output_type}, "nowhere")
+    shapes = architecture.shapes(config)
+    assert {architecture.canonical(name) for name in shapes} == set(shapes)
+    assert {architecture.canonical(architecture.module_name(name)) for name in shapes} == set(shapes)
+    inside = f"{architecture.prefix}{architecture.blocks}."
+    assert {name.removeprefix(inside).split(".")[0] for name in shapes if name.startswith(inside)} == {
+        str(number) for number in range(config[architecture.depth])
+    }
+    for stage in architecture.stages:
+        assert all(len(shapes[f"{inside}0.{layer}.weight"]) == 2 for layer in stage.layers)
+        assert stage.residual is None or f"{inside}0.{stage.residual}.weight" in shapes
+    assert architecture.stages[-1].residual  # its output ends the block
+    assert all(known in config for known in architecture.known_by) and config[architecture.width] > 0
+
+
+def test_a_name_is_canonical_in_every_layout() -> None:
+    for name in (BIAS, "post_layernorm.bias", f"clip.{BIAS}", f"model.{BIAS}"):
+        assert CLIP.canonical(name) == BIAS
+    for name in ("text_model.embeddings.token_embedding.weight", "visual_projection.weight", "clip.logit_scale"):
+        assert CLIP.canonical(name) is None
+    assert CLIP.canonical("classifier.weight") == "classifier.weight"  # reported by who compares key sets
+    assert CLIP.module_name(BIAS) == "post_layernorm.bias"
+
+
+def test_a_family_is_found_by_its_config_or_by_most_of_its_names() -> None:
+    assert find_architecture({"model_type": "clip"}, "here") is CLIP
+    with pytest.raises(CheckpointError, match="here: model type 'bert' is not a CLIP vision model"):
+        find_architecture({"model_type": "bert"}, "here")
+    assert recognise(CLIP.shapes(TINY)) is CLIP
+    assert recognise([BIAS, "something.else", "again.else"]) is CLIP
+    assert recognise(["weight", "bias"]) is None
