@@ -131,9 +131,15 @@ def test_a_model_calibrated_on_itself_stays_as_it_is(clip_base: Path, tmp_path: 
     assert len(report) == len(LAYERS) and all(entry.calibration_size < 1e-5 for entry in report.values())
 
 
-def test_one_task_without_a_pull_gets_its_own_features_back(clip_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbiased", [(), ("q_proj", "k_proj"), ("fc2",)], ids=str)
+def test_one_task_without_a_pull_gets_its_own_features_back(
+    unbiased: tuple[str, ...], clip_base: Path, tmp_path: Path
+) -> None:
     """With T = 1 the base can be brought to give what the tuned model gives, on the very same images."""
     start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
+    for name, layer in [*start.named_modules(), *tuned.named_modules()]:
+        if name.endswith(unbiased):
+            layer.bias = None
     for own in (tuned, start):  # all that calibration does not touch is equal here
         own.load_state_dict({k: v for k, v in load_tower(clip_base).state_dict().items() if "proj" not in k}, False)
     task = task_of(tuned, 1, count=200)
@@ -142,6 +148,8 @@ def test_one_task_without_a_pull_gets_its_own_features_back(clip_base: Path, tmp
     with torch.no_grad():
         wanted, before, after = (own(pixel_values=pixels).pooler_output for own in (tuned, start, found))
     assert float((after - wanted).norm()) < 0.02 * float((before - wanted).norm())
+    names = [name for name, _ in found.named_parameters()]
+    assert not any(name.endswith(f"{layer}.bias") for layer in unbiased for name in names)
 
 
 def test_a_strong_pull_leaves_the_merge_as_it_is(clip_base: Path, tmp_path: Path) -> None:
