@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from hf_epimer.merging.state_dicts import merge_state_dicts
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
-    from hf_epimer.pipeline.merge import MergeReport, merge, push_merged
+    from hf_epimer.pipeline.folder import push_merged
+    from hf_epimer.pipeline.merge import merge
     from hf_epimer.pipeline.plan import Plan
     from hf_epimer.pipeline.planner import make_plan
     from hf_epimer.pipeline.recipe import MergeRecipe
+    from hf_epimer.pipeline.report import MergeReport
     from hf_epimer.tasks.task import Task
 
 __version__ = "0.1.0"
@@ -47,7 +49,7 @@ _HOMES = {
     "Landscape": "analysis.landscape",
     "METHODS": "methods",
     "MergeRecipe": "pipeline.recipe",
-    "MergeReport": "pipeline.merge",
+    "MergeReport": "pipeline.report",
     "ModelRef": "hub.refs",
     "Plan": "pipeline.plan",
     "SweepReport": "analysis.sweep.report",
@@ -66,7 +68,7 @@ _HOMES = {
     "merge_state_dicts": "merging.state_dicts",
     "predict": "evaluation.predict",
     "push_folder": "hub.push",
-    "push_merged": "pipeline.merge",
+    "push_merged": "pipeline.folder",
     "save_statistics": "curvature.files",
     "sweep": "analysis.sweep.sweep",
     "zoo_folder": "demo",

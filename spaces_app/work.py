@@ -99,7 +99,7 @@ def merge_and_measure(
         out=str(out),
     )
     plan = _checked_plan(wish, recipe)
-    recipe = replace(plan.recipe, command=_command(plan))
+    recipe = plan.recipe
     merged = merge(recipe, _on_scale(report, 0.02, 0.5 if images else 0.9))
     rows: list[dict[str, Any]] = []
     if images:
@@ -119,7 +119,7 @@ def merge_and_measure(
         "images": images,
         "rows": rows,
         "card": card,
-        "command": "hf-epimer " + " ".join(recipe.command),
+        "command": recipe.command_line(),
         "totals": {name: value for name, value in merged.totals.items() if name != "capped"},
         "seconds": merged.seconds,
         "folder": str(out),
@@ -242,18 +242,6 @@ def _described(plan: Plan) -> dict[str, Any]:
         "bytes": summary["bytes_to_read"],
         "statistics": plan.statistic is not None,
     }
-
-
-def _command(plan: Plan) -> tuple[str, ...]:
-    """What makes the same merge at a terminal."""
-    recipe, default = plan.recipe, METHODS[plan.method.name].config()
-    words = ["merge", *map(str, recipe.models), "--base", str(recipe.base), "--method", plan.method.name]
-    for name, value in asdict(recipe.options).items():
-        if value != getattr(default, name):
-            words += ["--" + name.replace("_", "-"), str(value)]
-    if recipe.calibrate != plan.method.calibrates:
-        words += ["--calibrate" if recipe.calibrate else "--no-calibrate"]
-    return (*words, *(["--task", *recipe.tasks] if recipe.tasks else []))
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

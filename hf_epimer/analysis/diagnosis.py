@@ -10,7 +10,6 @@ a diagonal curvature taken at the optimum, far below what a merge really costs: 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from torch import Tensor
 from hf_epimer.analysis import RANKS
 from hf_epimer.analysis.verdict import RankTotals, verdict
 from hf_epimer.checkpoints.atomic import atomic_folder
+from hf_epimer.checkpoints.writer import write_json
 from hf_epimer.curvature.comparison import Agreement, compare_with_hessian
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import StatisticsError, UsageError
@@ -40,7 +40,7 @@ from hf_epimer.numerics.diagnostics import (
 )
 from hf_epimer.numerics.linalg import SVD
 from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, task_triples, whitened_basis
-from hf_epimer.pipeline.inputs import fetch, gather
+from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.pipeline.recipe import MergeRecipe
@@ -192,7 +192,7 @@ def diagnose(
     local = replace(recipe.looked_into(out), method="epimer", options=None, evaluate=False)
     plan = make_plan(local, statistics_optional=not estimate)
     fetch(plan, progress)
-    ingredients = gather(plan, progress)
+    ingredients = open_inputs(plan, progress)
     with atomic_folder(Path(out), recipe.overwrite) as folder:
         progress("diagnosing", 0, len(plan.shapes))
         layers = []
@@ -202,8 +202,7 @@ def diagnose(
         found = _summary(plan, wanted, layers, Path(out))
         if exact:
             found = replace(found, exact=_against_hessian(plan, ingredients, wanted[0], progress))
-        text = json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / REPORT, found.to_json())
         pictures = _draw(found, folder)
     return replace(found, pictures=pictures)
 

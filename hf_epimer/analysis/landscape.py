@@ -13,7 +13,6 @@ two have one principal axis only, and the second then points at the base.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.checkpoints.reader import Checkpoint, TensorSource
+from hf_epimer.checkpoints.writer import write_json
 from hf_epimer.errors import UsageError
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
@@ -38,7 +38,7 @@ from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.files import base_folder, open_checkpoint
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
-from hf_epimer.pipeline.inputs import fetch, gather
+from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.pipeline.recipe import MergeRecipe
@@ -152,7 +152,7 @@ def landscape(
         raise UsageError("a landscape needs at least 2 steps, 1 sample and no negative margin")
     plan = make_plan(replace(recipe.looked_into(out), method="mean", options=None, fisher=(), evaluate=True))
     fetch(plan, progress)
-    ingredients = gather(plan, progress)
+    ingredients = open_inputs(plan, progress)
     marked = [_open(plan, ref) for ref in merged]
     _check_names([*ingredients.models, *marked])
     plane = plane_of(ingredients, marked)
@@ -176,8 +176,7 @@ def landscape(
                 progress("measuring losses", 1, total)
         tuned = {model.task.name: model.label for model in plan.models if model.task}
         found = Landscape(plane, tower.samples, first, second, losses, itself, tuned, Path(out))
-        text = json.dumps(found.to_json(), indent=2, ensure_ascii=False)
-        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / REPORT, found.to_json())
         pictures = _draw(found, folder)
     return replace(found, pictures=pictures)
 

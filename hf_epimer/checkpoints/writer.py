@@ -59,6 +59,21 @@ def write_tensors(
     return written
 
 
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file: indented, UTF-8, with null for NaN and Infinity, which JSON does not have."""
+    text = json.dumps(strict_json(content), indent=2, ensure_ascii=False, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def strict_json(content: Any) -> Any:
+    """NaN and Infinity as None, everywhere in dicts, lists and tuples."""
+    if isinstance(content, dict):
+        return {key: strict_json(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [strict_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _consecutive_groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut wherever a group would outgrow the limit: tensors arrive in this order and are not kept."""
     groups: list[list[str]] = [[]]

@@ -110,19 +110,10 @@ def _run(namespace: argparse.Namespace) -> None:
     what = "adapters" if "largest_rank" in totals else "checkpoints"
     console.print(
         f"[bold green]merged[/] {len(recipe.models)} {what} with [bold]{report.method}[/] "
-        f"in {report.seconds['total']:.1f} s: {totals['parameters']:,} parameters in {totals['layers']} tensors"
+        f"in {report.seconds['total']:.1f} s"
     )
-    if totals["capped"]:
-        console.print(f"rank capped at floor(min(m, n) / T) in {len(totals['capped'])} of them: {totals['capped'][0]}")
-    if "alpha" in totals:
-        when = " before calibration" if "calibrated" in totals else ""
-        what = f"where its predictions are nearest to those of the checkpoints{when}"
-        console.print(f"alpha {totals['alpha']:g}: {what}")
-    if "calibrated" in totals:
-        console.print(f"calibrated {totals['calibrated']} layers on up to {recipe.samples} images a task")
-    if "largest_rank" in totals:
-        cut = f"at most {totals['largest_cut_off']:.1%} of a layer's norm cut off"
-        console.print(f"largest rank {totals['largest_rank']}, {cut}")
+    for name, value in report.in_words().items():
+        console.print(f"  {name}: {value}", markup=False)
     if report.results:
         for task, row in report.results["tasks"].items():
             console.print(f"  {escape(task):<16} {row['accuracy']:.3f}")

@@ -19,7 +19,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(namespace: argparse.Namespace) -> None:
-    from hf_epimer.pipeline.merge import push_merged
+    from hf_epimer.pipeline.folder import push_merged
 
     url = push_merged(Path(namespace.folder), namespace.repo, private=namespace.private, create_pr=namespace.create_pr)
     print(json.dumps({"url": url}) if namespace.json else f"pushed  {url}")

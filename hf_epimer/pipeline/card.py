@@ -7,7 +7,6 @@ folder appears under the folder's name.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_epimer.hub.source import Source
-from hf_epimer.methods.base import Method
-from hf_epimer.models.architecture import Architecture
-from hf_epimer.pipeline.plan import PlannedModel
+from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.recipe import MergeRecipe
+from hf_epimer.pipeline.report import MergeReport
 
 if TYPE_CHECKING:
     from hf_epimer.evaluation.results import Results
@@ -26,30 +24,16 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def merge_card(
-    recipe: MergeRecipe,
-    method: Method,
-    architecture: Architecture,
-    base: Source,
-    models: Sequence[PlannedModel],
-    diagnostics: dict[str, str],
-    datasets: Sequence[str],
-    results: Results | None = None,
-    *,
-    as_adapter: bool = False,
-) -> str:
+def merge_card(plan: Plan, report: MergeReport, results: Results | None = None) -> str:
     """The README.md of a merged folder.
 
     Args:
-        recipe: pinned.
-        diagnostics: what to show of the report, label -> text.
-        datasets: Hub ids of the data sets the models were tuned on.
         results: accuracies, where it was evaluated; of a part of the test images (`recipe.limit`) they are in the body
             only, where their number stands beside them.
-        as_adapter: the result is an adapter of the base; a full checkpoint otherwise.
     """
+    recipe, method, architecture, as_adapter = plan.recipe, plan.method, plan.architecture, plan.writes_adapter
     name = recipe.push_to.split("/")[1] if recipe.push_to else recipe.target.resolve().name
-    parents = [base] if as_adapter else [model.source for model in models]
+    parents = [plan.base] if as_adapter else [model.source for model in plan.models]
     on_hub = [source.title for source in parents if not source.ref.is_local]
     rank = {"out_rank": recipe.out_rank} if recipe.out_rank else {}
     full = architecture.zero_shot
@@ -59,7 +43,7 @@ def merge_card(
         library_name="peft" if as_adapter else "transformers",
         pipeline_tag="image-feature-extraction",
         tags=["merge", "hf-epimer", architecture.tag, *(["lora"] if as_adapter else []), method.name],
-        datasets=list(datasets) or None,
+        datasets=_datasets(plan) or None,
         model_name=name if results and not recipe.limit else None,
         eval_results=_eval_results(results) if results and not recipe.limit else None,
     )
@@ -67,19 +51,19 @@ def merge_card(
         data,
         template_path=str(TEMPLATE),
         title=name,
-        count=len(models),
+        count=len(plan.models),
         as_adapter=as_adapter,
         method=method,
         architecture=architecture,
         full=full,
         classes=", ".join(sorted({architecture.output_class, *([full.model_class] if full else [])})),
-        base=_row(base),
-        models=[_row(model.source) | {"weight": f"{model.weight:.4g}"} for model in models],
+        base=_row(plan.base),
+        models=[_row(model.source) | {"weight": f"{model.weight:.4g}"} for model in plan.models],
         calibrated_on=recipe.samples if recipe.calibrate else None,
         results=_results_table(results) if results else None,
         limit=recipe.limit,
         options=asdict(recipe.options) | rank | {"seed": recipe.seed, "exact": recipe.exact},
-        diagnostics=diagnostics,
+        diagnostics=report.in_words(),
         command=_command(recipe),
         load_from=recipe.push_to or name,
         citation=method.paper.bibtex(),
@@ -99,10 +83,9 @@ def _row(source: Source) -> dict[str, str]:
 
 
 def _command(recipe: MergeRecipe) -> str:
-    """What was typed, with local folders by their names only."""
-    if not recipe.command:
-        return "hf-epimer merge --config merge_config.json"
-    return "hf-epimer " + shlex.join(_without_path(word) for word in recipe.command)
+    """What was typed, or else the recipe's command line, with local folders and files by their names only."""
+    words = ("hf-epimer", *recipe.command) if recipe.command else shlex.split(recipe.command_line())
+    return shlex.join(map(_without_path, words))
 
 
 def _without_path(word: str) -> str:
@@ -110,6 +93,11 @@ def _without_path(word: str) -> str:
     path = Path(rest).expanduser()
     looks_local = path.is_absolute() or rest.startswith((".", "~")) or path.exists()
     return f"{label}{equals}{path.name}" if looks_local and path.name else word
+
+
+def _datasets(plan: Plan) -> list[str]:
+    """Hub ids of the data sets that the models were tuned on."""
+    return sorted({task.dataset for task in plan.tasks if not Path(task.dataset).is_absolute()})
 
 
 def _eval_results(results: Results) -> list[EvalResult]:

@@ -44,7 +44,7 @@ def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
     hub.fetch_all(remote, lambda done: progress("fetching", done, size))
 
 
-def gather(plan: Plan, progress: Progress) -> Ingredients:
+def open_inputs(plan: Plan, progress: Progress) -> Ingredients:
     """Open all weights and statistics; each task's estimate is kept in the cache as soon as it is done.
 
     Raises:

@@ -7,12 +7,15 @@ validates what can be validated without reading anything; `pipeline.merge` carri
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef, check_new_repo_id
+from hf_epimer.methods import find_method
+from hf_epimer.methods.options import options_of
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -46,6 +49,7 @@ class MergeRecipe:
         exact: float64, full decompositions and dense solves.
         out_rank: of adapters alone: the largest rank of the merged adapter's layers; None for what they need.
         dense: of adapters alone: fold the merged adapter into the base and write a full checkpoint.
+        command: the words that were typed, for the card; nothing else depends on them.
     """
 
     models: tuple[ModelRef, ...]
@@ -99,6 +103,30 @@ class MergeRecipe:
         """The folder that is written."""
         return Path(self.out or f"merged-{self.method}")
 
+    def command_line(self) -> str:
+        """The `hf-epimer merge` that makes this merge, for the shell; where the merge goes is left open.
+
+        The recipe has a base and options, as `make_plan(...).recipe` does.
+        """
+        method = find_method(self.method)
+        words = ["hf-epimer", "merge", *map(str, self.models), "--base", str(self.base), "--method", method.name]
+        for name, option in options_of(method.config).items():
+            value = getattr(self.options, name)
+            shown = value != option.default or (name in ("rank", "alpha") and value is not None)
+            if shown and not (name == "alpha" and self.tune_alpha):
+                words += [option.flag, str(value)]
+        for flag, values in (("--weights", self.weights), ("--fisher", self.fisher), ("--task", self.tasks)):
+            words += [flag, *map(str, values)] if values else []
+        if self.calibrate or self.tune_alpha or (method.statistic(self.options) and not self.fisher):
+            words += ["--samples", str(self.samples)]
+        if bool(self.calibrate) != method.calibrates:
+            words += ["--calibrate" if self.calibrate else "--no-calibrate"]
+        for name, usual in (("device", "cpu"), ("dtype", None), ("seed", 0), ("out_rank", None)):
+            value = getattr(self, name)
+            words += [f"--{name.replace('_', '-')}", str(value)] if value != usual else []
+        words += [f"--{name.replace('_', '-')}" for name in ("tune_alpha", "exact", "dense") if getattr(self, name)]
+        return shlex.join(words)
+
     def looked_into(self, out: str) -> MergeRecipe:
         """For a command that writes about merges into `out`, layer by layer: nothing is calibrated or pushed."""
         unpushed = replace(self, push_to=None, private=False, create_pr=False)
@@ -140,8 +168,6 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, no JSON, or lacks what a recipe needs.
     """
-    from hf_epimer.methods import find_method
-
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         method = find_method(content["method"])

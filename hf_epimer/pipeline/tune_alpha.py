@@ -26,7 +26,7 @@ from hf_epimer.models.files import base_folder
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.weights import parameters_of, put_weights
-from hf_epimer.pipeline.adapter_output import dense_layers
+from hf_epimer.pipeline.output import dense_layers
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.tasks.images import Batch, ImageBatches, read_images
 from hf_epimer.types import Progress

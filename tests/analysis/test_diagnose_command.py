@@ -186,10 +186,10 @@ def test_from_python_and_twice(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from hf_epimer import MergeRecipe, ModelRef, diagnose\n"
-        "from hf_epimer.pipeline.merge import _memory\n"
+        "from hf_epimer.pipeline.usage import process_memory\n"
         "folder = Path(sys.argv[1]); peak = 0\n"
         "def look(stage, done, total):\n"
-        "    global peak; peak = max(peak, _memory('RssAnon'))\n"
+        "    global peak; peak = max(peak, process_memory('RssAnon'))\n"
         "models = tuple(ModelRef.parse(str(folder / name)) for name in 'ab')\n"
         "diagnose(MergeRecipe(models, ModelRef.parse(str(folder / 'base'))), (4, 16), str(folder / 'out'), look)\n"
         "print(peak)"

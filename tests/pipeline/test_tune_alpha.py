@@ -63,7 +63,7 @@ def test_the_chosen_alpha_is_the_one_with_the_nearest_predictions(
     report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
     found = {float(alpha): value for alpha, value in report["totals"]["divergence_at_alpha"].items()}
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
-    assert report["totals"]["alpha"] == best and f"alpha {best:g}: where its" in out
+    assert report["totals"]["alpha"] == best and f"alpha: {best:g}: where predictions" in out
     assert min(found, key=found.__getitem__) not in (ALPHAS[0], ALPHAS[-1])
     written = json.loads((tmp_path / "m" / "merge_config.json").read_text())
     assert written["options"]["alpha"] == best

@@ -7,19 +7,16 @@ go to the other criterion, then to the smaller rank and alpha. Both look at vali
 from __future__ import annotations
 
 import csv
-import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hf_epimer.analysis.sweep.grid import Setting
+from hf_epimer.checkpoints.writer import write_json
 from hf_epimer.evaluation.results import TaskResult
-from hf_epimer.methods import Method
-from hf_epimer.pipeline.plan import Plan
 
 FORMAT = "hf-epimer.sweep/1"
 TABLE, MARKDOWN, REPORT = "sweep.csv", "sweep.md", "sweep.json"
@@ -178,28 +175,6 @@ def best_rows(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     }
 
 
-def merge_command(plan: Plan, method: Method, config: Any) -> str:
-    """The `hf-epimer merge` that makes this merge, which is not calibrated, with pinned references."""
-    recipe, default = plan.recipe, method.config()
-    words = ["hf-epimer", "merge", *map(str, recipe.models), "--base", str(recipe.base), "--method", method.name]
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name in ("rank", "alpha") or value != getattr(default, item.name):
-            words += ["--" + item.name.replace("_", "-"), str(value)]
-    if recipe.weights is not None:
-        words += ["--weights", *map(str, recipe.weights)]
-    if plan.statistic:
-        words += ["--fisher", *map(str, recipe.fisher)] if recipe.fisher else ["--samples", str(recipe.samples)]
-    if method.calibrates:
-        words += ["--no-calibrate"]
-    if recipe.tasks:
-        words += ["--task", *recipe.tasks]
-    for name, usual in (("device", "cpu"), ("dtype", None), ("seed", 0)):
-        if getattr(recipe, name) != usual:
-            words += [f"--{name}", str(getattr(recipe, name))]
-    return shlex.join([*words, *(["--exact"] if recipe.exact else [])])
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -208,8 +183,7 @@ def write_report(report: SweepReport, folder: Path) -> tuple[str, ...]:
     with open(folder / TABLE, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(_csv(report))
     (folder / MARKDOWN).write_text(_markdown(report), encoding="utf-8")
-    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / REPORT, report.to_json())
     from hf_epimer.analysis import plots as plots
 
     if not plots.available():

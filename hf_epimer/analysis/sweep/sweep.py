@@ -28,7 +28,7 @@ from hf_epimer.analysis.sweep.candidates import (
     task_vector_file,
 )
 from hf_epimer.analysis.sweep.grid import Candidate, Grid, Setting, config_of
-from hf_epimer.analysis.sweep.report import Row, SweepReport, best_rows, merge_command, write_report
+from hf_epimer.analysis.sweep.report import Row, SweepReport, best_rows, write_report
 from hf_epimer.analysis.sweep.validation import check_disjoint, measure, validation_samples
 from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.curvature.request import CurvatureRequest
@@ -39,8 +39,8 @@ from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.models.files import PROCESSOR_FILES, base_folder
 from hf_epimer.models.head import check_head, classifier_for
 from hf_epimer.models.loading import load_tower
-from hf_epimer.pipeline.inputs import fetch, gather
-from hf_epimer.pipeline.merge import dtype_of
+from hf_epimer.pipeline.inputs import fetch, open_inputs
+from hf_epimer.pipeline.output import dtype_of
 from hf_epimer.pipeline.plan import CurvatureFile, Plan
 from hf_epimer.pipeline.planner import make_plan, with_method
 from hf_epimer.pipeline.recipe import MergeRecipe
@@ -89,13 +89,13 @@ def sweep(
     for own, _ in plans:
         fetch(own, progress, PROCESSOR_FILES)
         _check_disjoint(own, chosen)
-    ingredients = [gather(own, progress) for own, _ in plans]
+    ingredients = [open_inputs(own, progress) for own, _ in plans]
     seconds = {"preparing": time.monotonic() - started}
     with atomic_folder(Path(out), recipe.overwrite) as folder:
         with task_vector_file(folder / "task-vectors.tmp", plan.shapes, len(candidates)) as stored:
             _merge_all(plans, ingredients, candidates, stored, progress)
             seconds["merging"] = time.monotonic() - started - seconds["preparing"]
-            dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype_of(ingredients[0].base)
+            dtype = dtype_of(plan, ingredients[0].base)
             bench = _Bench(plan, stored, settings, dtype, progress)
             rows = bench.measure(list(settings), data, "validating")
             best = best_rows(rows)
@@ -258,5 +258,6 @@ def _commands(
     for setting, number in chosen.items():
         own = candidates[number]
         plan = plan_of[number] if own.statistic else plan_of[number].without_curvature()
-        found[setting] = merge_command(plan, own.method, config_of(own, setting))
+        recipe = replace(plan.recipe, method=own.method.name, options=config_of(own, setting))
+        found[setting] = (recipe if plan.statistic else replace(recipe, fisher=())).command_line()
     return found

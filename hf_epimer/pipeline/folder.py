@@ -1,0 +1,97 @@
+"""The merged folder: the files that stand beside the weights and tell where they come from, and its way to the Hub.
+
+merge_config.json   the recipe with pinned references: `hf-epimer merge --config` repeats it
+merge_report.json   what happened in every layer
+results.json        accuracies, where they were measured
+README.md           the model card
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_epimer.checkpoints.reader import read_json
+from hf_epimer.checkpoints.writer import write_json
+from hf_epimer.errors import NotFoundError
+from hf_epimer.hub import push as hub
+from hf_epimer.hub.refs import check_new_repo_id
+from hf_epimer.lora.adapter import ADAPTER_CONFIG
+from hf_epimer.pipeline.card import merge_card
+from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.recipe import recipe_to_json
+from hf_epimer.pipeline.report import MergeReport
+
+if TYPE_CHECKING:
+    from hf_epimer.evaluation.results import Results
+
+CONFIG, REPORT, RESULTS, CARD = "merge_config.json", "merge_report.json", "results.json", "README.md"
+
+
+def write_records(folder: Path, plan: Plan, report: MergeReport, results: Results | None) -> None:
+    """Write the files above into a folder that has the weights."""
+    write_json(folder / CONFIG, recipe_to_json(plan.recipe) | _conversions(plan) | {"versions": _versions()})
+    write_json(folder / REPORT, report.to_json())
+    if results:
+        write_json(folder / RESULTS, results.to_json())
+    (folder / CARD).write_text(merge_card(plan, report, results), encoding="utf-8")
+
+
+def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False) -> str:
+    """Push a folder that `merge` has written; also the second try after a failed push.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        UsageError: `repo_id` is no name for a repo, or one of the models that were merged.
+        NotFoundError: it is no merged folder.
+        AccessError, PushError: as in `merge`.
+    """
+    check_new_repo_id(repo_id)
+    if not (folder / CONFIG).is_file():
+        raise NotFoundError(f"{folder} is no merged folder: there is no {CONFIG}")
+    config = read_json(folder / CONFIG, str(folder))
+    if not config.get("models") or "method" not in config:
+        raise NotFoundError(f"{folder} is no merged folder: its {CONFIG} names no models")
+    named = [str(text) for text in (config.get("base"), *config["models"])]
+    inputs = [text.rpartition("=")[2].partition("@")[0] for text in named]
+    hub.check_not_an_input(repo_id, inputs)
+    hub.check_not_an_input(hub.check_push_access(repo_id, create_pr=create_pr, private=private), inputs)
+    return push(folder, repo_id, private=private, create_pr=create_pr)
+
+
+def push(folder: Path, repo_id: str, *, private: bool, create_pr: bool) -> str:
+    """Push a complete merged folder to where pushing is known to be allowed; the address of the commit or request.
+
+    Raises:
+        PushError: with the command that tries again.
+    """
+    config = read_json(folder / CONFIG, str(folder))
+    files = [path.name for path in folder.iterdir() if path.is_file()]
+    kind = "adapters" if ADAPTER_CONFIG in files else "checkpoints"
+    title = f"Merge {len(config['models'])} {kind} with {config['method']} (hf-epimer)"
+    return hub.push_folder(folder, files, repo_id, private=private, create_pr=create_pr, title=title)
+
+
+def _conversions(plan: Plan) -> dict[str, Any]:
+    """For the record: which commits are those of a bot's pull request, and what was asked for instead."""
+    found = {
+        f"{source.title}@{source.ref.revision}": asdict(source.conversion)
+        for source in (plan.base, *(model.source for model in plan.models))
+        if source.conversion
+    }
+    return {"conversions": found} if found else {}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("hf-epimer", "torch", "safetensors", "huggingface_hub", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

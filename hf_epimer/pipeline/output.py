@@ -1,0 +1,165 @@
+"""The merged weights of a plan, as a folder that transformers or PEFT loads: a full checkpoint or an adapter.
+
+Adapters alone are merged to an adapter, or (`--dense`) to the same update folded into their base. Only a method that
+works on whole layers is not cut to a rank when the result is dense and nobody asked for a rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from hf_epimer.checkpoints.reader import TensorSource, read_json
+from hf_epimer.checkpoints.writer import write_json, write_tensors
+from hf_epimer.hub.source import Source
+from hf_epimer.lora import Adapter, MergedUpdate, fold_updates, merge_adapters, works_in_core, write_adapter
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.report import LayerReport
+from hf_epimer.merging.stream import MergedLayer, merge_layers
+from hf_epimer.models.files import config_of
+from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.usage import Usage
+from hf_epimer.types import Progress
+
+logger = logging.getLogger(__name__)
+
+PROCESSOR = "preprocessor_config.json"
+
+OnLayer = Callable[[str, int], None]
+Merged = TypeVar("Merged", MergedLayer, MergedUpdate)
+
+
+def write_merge(
+    folder: Path, plan: Plan, ingredients: Ingredients, usage: Usage, progress: Progress
+) -> tuple[LayerReport, ...]:
+    """Merge layer by layer into a folder.
+
+    Args:
+        usage: is shown the memory that is held after every layer.
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        CheckpointError, StatisticsError: NaN or Inf in an input, negative statistics.
+        NumericalError: a merged layer is not finite, or does not fit into the type that is written.
+        OutputError: the disk is full, or PEFT cannot express the result.
+    """
+    reports: list[LayerReport] = []
+
+    def noted(merged: Iterable[Merged]) -> Iterator[Merged]:
+        for each in merged:
+            reports.append(each.report)
+            usage.note_memory()
+            yield each
+
+    def on_layer(stage: str, done: int) -> None:
+        progress("merging" if stage == "merge" else "surveying", done, len(plan.shapes))
+
+    progress("merging", 0, len(plan.shapes))
+    if plan.writes_adapter:
+        _write_adapter(folder, plan, ingredients, noted(_updates(plan, ingredients, on_layer)))
+        return tuple(reports)
+    dtype = dtype_of(plan, ingredients.base)
+    layers = dense_layers(plan, ingredients, dtype, on_layer)
+    if plan.recipe.calibrate:
+        from hf_epimer.pipeline.calibration.step import calibrated_layers
+
+        layers = calibrated_layers(layers, plan, ingredients, folder, progress)
+    _write_checkpoint(folder, plan, dtype, noted(layers))
+    return tuple(reports)
+
+
+def dense_layers(plan: Plan, ingredients: Ingredients, dtype: torch.dtype, on_layer: OnLayer) -> Iterator[MergedLayer]:
+    """Every merged parameter, for full checkpoints and for adapters that are folded into their base."""
+    recipe = plan.recipe
+    if plan.only_adapters and (recipe.out_rank or works_in_core(plan.method, recipe.options)):
+        return fold_updates(_updates(plan, ingredients, on_layer), ingredients.base, dtype)
+    return merge_layers(
+        ingredients,
+        plan.method,
+        recipe.options,
+        seed=recipe.seed,
+        exact=recipe.exact,
+        device=recipe.device,
+        dtype=dtype,
+        on_layer=on_layer,
+    )
+
+
+def dtype_of(plan: Plan, base: TensorSource) -> torch.dtype:
+    """The type that a full checkpoint is written in: the one asked for, else that of the base."""
+    if plan.recipe.dtype:
+        return getattr(torch, plan.recipe.dtype)
+    dtype = base.tensor(next(iter(base.shapes))).dtype
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+
+
+def _updates(plan: Plan, ingredients: Ingredients, on_layer: OnLayer) -> Iterator[MergedUpdate]:
+    """What the merged adapter adds to every parameter that it changes."""
+    recipe = plan.recipe
+    if recipe.device != "cpu":
+        logger.warning("--device %s is left alone: adapters are merged in small matrices, on the CPU", recipe.device)
+    return merge_adapters(
+        [model for model in ingredients.models if isinstance(model, Adapter)],
+        plan.method,
+        recipe.options,
+        weights=ingredients.weights,
+        statistics=ingredients.statistics,
+        bases=ingredients.bases,
+        out_rank=recipe.out_rank,
+        seed=recipe.seed,
+        exact=recipe.exact,
+        on_layer=on_layer,
+    )
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _write_adapter(folder: Path, plan: Plan, ingredients: Ingredients, updates: Iterable[MergedUpdate]) -> None:
+    """adapter_config.json and adapter_model.safetensors."""
+    write_adapter(
+        folder,
+        updates,
+        ingredients.base,
+        module_name=plan.architecture.module_name,
+        model_class=(plan.architecture.output_class, plan.architecture.library),
+        base_name=plan.base.ref.location,
+        base_revision=plan.base.ref.revision,
+        dtype=getattr(torch, plan.recipe.dtype or "float32"),
+    )
+
+
+def _write_checkpoint(folder: Path, plan: Plan, dtype: torch.dtype, layers: Iterable[MergedLayer]) -> None:
+    """Safetensors, config.json and the image processor of the base."""
+    write_tensors(folder, plan.shapes, dtype, ((layer.name, layer.tensor) for layer in layers))
+    write_json(folder / "config.json", _config(plan, dtype))
+    _copy_processor(plan.base, folder)
+
+
+def _config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    base = config_of(plan.base)
+    return {
+        "architectures": [plan.architecture.output_class],
+        "model_type": plan.architecture.output_type,
+        **plan.vision_config,
+        **{field: base[field] for field in plan.architecture.carried if field in base},
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 5
+    }
+
+
+def _copy_processor(base: Source, folder: Path) -> None:
+    if PROCESSOR in base.files:
+        (folder / PROCESSOR).write_bytes(base.fetch(PROCESSOR).read_bytes())
+    elif "processor_config.json" in base.files:
+        nested = read_json(base.fetch("processor_config.json"), str(base)).get("image_processor")
+        if nested:
+            write_json(folder / PROCESSOR, nested)
+    if not (folder / PROCESSOR).exists():
+        logger.warning("%s has no %s; the merged model has none either", base, PROCESSOR)

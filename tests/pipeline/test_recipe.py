@@ -1,0 +1,65 @@
+"""A recipe as words: its command line makes the same merge again."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_epimer import METHODS, MergeRecipe, ModelRef
+from hf_epimer.cli import merge as command
+
+MODELS = (ModelRef("org/vit-dtd", "a" * 40, "dtd"), ModelRef("org/vit-svhn", "b" * 40, "svhn"))
+BASE = ModelRef("org/base", "c" * 40)
+
+
+def typed(line: str) -> MergeRecipe:
+    """What the command makes of these words."""
+    words = shlex.split(line)
+    assert words[:2] == ["hf-epimer", "merge"]
+    parser = argparse.ArgumentParser()
+    command.MERGE.add_arguments(parser)
+    namespace = parser.parse_intermixed_args(words[2:])
+    namespace.words = words[1:]
+    return command._recipe(namespace)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_at_its_defaults(method: str) -> None:
+    chosen = METHODS[method]
+    recipe = MergeRecipe(MODELS, BASE, method, chosen.config(), calibrate=chosen.calibrates)
+    again = typed(recipe.command_line())
+    assert replace(again, calibrate=recipe.calibrate) == recipe
+    assert again.calibrate is None  # which does what the method does by itself
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": {"rank": 7, "alpha": 0.5, "metric": "kronecker", "normalize": "trace"}},
+        {"weights": (1.0, 2.5)},
+        {"fisher": (ModelRef("org/fisher", "d" * 40, "dtd"), ModelRef("org/other", None, "svhn"))},
+        {"samples": 17, "calibrate": True, "tasks": ("/a b/task.yaml", "/other.json")},
+        {"method": "epimer-core", "calibrate": False, "samples": 9},
+        {"method": "tsv-m", "tune_alpha": True, "samples": 33},
+        {"device": "cuda:1", "dtype": "bfloat16", "seed": 3, "exact": True},
+        {"method": "tsv-m", "out_rank": 4},
+        {"method": "mean", "dense": True},
+    ],
+)
+def test_whatever_decides_a_merge_is_in_its_command(change: dict[str, Any]) -> None:
+    chosen = METHODS[change.get("method", "epimer")]
+    given = {**change, "method": chosen.name, "options": chosen.config(**change.get("options", {}))}
+    recipe = MergeRecipe(MODELS, BASE, **given)
+    assert typed(recipe.command_line()) == recipe
+
+
+def test_a_local_checkpoint_with_a_space(tmp_path: Path) -> None:
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    recipe = MergeRecipe((ModelRef(str(folder), None, "dtd"),), BASE, "mean", METHODS["mean"].config())
+    assert typed(recipe.command_line()) == recipe
