@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
 
 from hf_epimer.cli.terminal import silence_libraries
 
@@ -173,6 +174,9 @@ def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand
         monkeypatch.setattr(retry, "BACKOFF", (0.01, 0.02))
         monkeypatch.chdir(tmp_path)
         yield stand_in
+        for thread in threading.enumerate():  # downloads that a failed command left under way
+            if thread.name.startswith("fetch"):
+                thread.join(20)
 
 
 @pytest.fixture

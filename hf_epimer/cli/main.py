@@ -27,8 +27,9 @@ from hf_epimer.cli.methods import METHODS
 from hf_epimer.cli.push import PUSH
 from hf_epimer.cli.sweep import SWEEP
 from hf_epimer.cli.tasks import TASKS
-from hf_epimer.cli.terminal import silence_libraries
+from hf_epimer.cli.terminal import label_waits, silence_libraries
 from hf_epimer.errors import EpimerError, UsageError
+from hf_epimer.hub.words import without_queries
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's threads spin while they wait; beside another busy program that makes small decompositions 30x slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     silence_libraries()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Complaints()], force=True)
+    complaints = _Complaints()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[complaints], force=True)
+    label_waits(complaints)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a path or an accent must not fail a merge that is done
@@ -118,15 +121,16 @@ def _fail(error: BaseException, code: int, message: str | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return without_queries(" ".join(str(error).split()))
 
 
 class _Complaints(logging.Handler):
-    """Warnings as `warning: ...` lines on stderr."""
+    """Warnings as `warning: ...` lines on stderr: our own, and what huggingface_hub says while it waits."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.startswith("hf_epimer"):
-            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        if record.name.startswith(("hf_epimer", "huggingface_hub")):
+            text = without_queries(" ".join(record.getMessage().split()))
+            print(f"{record.levelname.lower()}: {text}", file=sys.stderr)
 
 
 COMMANDS = {

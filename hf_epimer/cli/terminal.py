@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "DATASETS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "critical",
 }
 """What the libraries are told in the environment, which each of them reads when it is imported."""
 
@@ -38,6 +40,15 @@ def silence_libraries() -> None:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def label_waits(handler: logging.Handler) -> None:
+    """What huggingface_hub says of requests that it makes again, and may wait minutes for, through our handler."""
+    for name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.handlers = [handler]
 
 
 def without_layers(report: dict[str, Any]) -> dict[str, Any]:

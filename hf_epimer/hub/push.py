@@ -16,7 +16,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from hf_epimer.errors import AccessError, EpimerError, HubError, NotFoundError, PushError, UsageError
 from hf_epimer.hub.refs import check_new_repo_id
-from hf_epimer.hub.retry import one_line, persist
+from hf_epimer.hub.retry import persist
+from hf_epimer.hub.words import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi

@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 from hf_epimer.errors import AccessError, EpimerError, HubError, NotFoundError
+from hf_epimer.hub.words import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -120,16 +121,7 @@ def explained(error: Exception, subject: str, what: str) -> HubError | None:
     return None
 
 
-def one_line(error: BaseException) -> str:
-    """An error's first line, with what the Hub said, and no address with its query."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    said = (getattr(error, "server_message", None) or "").strip().split("\n")[0][:300]
-    return _QUERY.sub(r"\1", text if said in text else f"{text}: {said}")
-
-
 _UPLOAD = re.compile(r"Error while uploading '(.+)' to the Hub")  # how huggingface_hub wraps a failed one
-_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")
 
 
 def _root(error: BaseException) -> BaseException:

@@ -23,7 +23,8 @@ from hf_epimer.hub.card import card_metadata
 from hf_epimer.hub.conversion import BOT, Conversion, find_conversion, is_convertible
 from hf_epimer.hub.notes import cached_commit, read_note, write_note
 from hf_epimer.hub.refs import ModelRef, is_repo_id
-from hf_epimer.hub.retry import one_line, persist
+from hf_epimer.hub.retry import persist
+from hf_epimer.hub.words import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -164,12 +165,12 @@ def resolve(ref: ModelRef) -> Source:
         return Source(ref, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
     if constants.HF_HUB_OFFLINE:
         return _resolve_offline(ref, label)
-    info = persist(
-        lambda: huggingface_hub.HfApi().model_info(ref.location, revision=ref.revision, files_metadata=True),
+    api = huggingface_hub.HfApi()
+    source = persist(
+        lambda: _source(ref, api.model_info(ref.location, revision=ref.revision, files_metadata=True)),
         str(ref),
         "its list of files",
     )
-    source = _source(ref, info)
     if is_convertible(source.files):
         source = _converted(ref, source)
     for name, revision in {(ref.location, ref.revision), (source.ref.location, source.ref.revision)}:
@@ -224,7 +225,7 @@ def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] =
         source.fetch(name)
         on_file(source.sizes.get(name, 0))
 
-    pool = ThreadPoolExecutor(max_workers=2)
+    pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="fetch")
     try:
         for future in [pool.submit(one, item) for item in wanted]:
             future.result()

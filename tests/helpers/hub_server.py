@@ -765,6 +765,9 @@ class _Server(ThreadingHTTPServer):
     hub: StandInHub
     request_queue_size = 128  # the client opens many connections at once
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that breaks a connection is nothing to print."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
