@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
 
 from hf_epimer.hub.source import Source
 from hf_epimer.pipeline.plan import Plan
@@ -47,9 +48,9 @@ def merge_card(plan: Plan, report: MergeReport, results: Results | None = None) 
         model_name=name if results and not recipe.limit else None,
         eval_results=_eval_results(results) if results and not recipe.limit else None,
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
+    # what ModelCard.from_template does, which would load the Hub's whole client
+    return jinja2.Template(TEMPLATE.read_text(encoding="utf-8")).render(
+        card_data=data.to_yaml(),
         title=name,
         count=len(plan.models),
         as_adapter=as_adapter,
@@ -68,7 +69,6 @@ def merge_card(plan: Plan, report: MergeReport, results: Results | None = None) 
         load_from=recipe.push_to or name,
         citation=method.paper.bibtex(),
     )
-    return str(card)
 
 
 def _row(source: Source) -> dict[str, str]:
@@ -132,6 +132,8 @@ def _results_table(results: Results) -> dict[str, Any]:
 
 def with_results(card: str, results: Results, name: str) -> str:
     """A card with the accuracies in its metadata (model-index), beside or instead of older ones of the same tasks."""
+    from huggingface_hub import ModelCard
+
     content = ModelCard(card, ignore_metadata_errors=True)
     data: Any = content.data
     new = _eval_results(results)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hf_epimer.checkpoints.reader import Checkpoint, StateDict, TensorSource
-from hf_epimer.curvature.estimate import estimate_file, project_fisher
 from hf_epimer.curvature.files import open_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import MismatchError, UsageError
@@ -71,6 +70,8 @@ def _open_curvature(plan: Plan, statistic: StatisticKind, progress: Progress) ->
     for model in plan.models:
         entry = model.curvature[statistic]
         if isinstance(entry, CurvatureRequest):
+            from hf_epimer.curvature.estimate import estimate_file
+
             path = estimate_file(entry, statistic.file, on_samples=step)
         else:
             path = entry.fetch()
@@ -81,6 +82,8 @@ def _open_curvature(plan: Plan, statistic: StatisticKind, progress: Progress) ->
 
 def _with_projected_fisher(plan: Plan, ingredients: Ingredients, progress: Progress) -> Ingredients:
     """The Fisher information of every model on the tagged bases of this very merge, always estimated now."""
+    from hf_epimer.curvature.estimate import project_fisher
+
     step = _announced(plan, PROJECTED_FISHER, progress)
     bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
     projected = []
