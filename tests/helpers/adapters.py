@@ -11,14 +11,27 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from helpers.checkpoints import StateDict
+from hf_epimer.checkpoints.reader import Checkpoint
+from hf_epimer.lora import Adapter, merge_adapters, read_adapter
+from hf_epimer.methods import METHODS
 from hf_epimer.models.clip import CLIP
+from hf_epimer.numerics.lowrank import LowRank
 
 peft = pytest.importorskip("peft")
 
 LAYER = "vision_model.encoder.layers.0."
 QUERY, FC1 = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}mlp.fc1.weight"
+NEWEST = {"module_name": CLIP.module_name, "model_class": (CLIP.output_class, CLIP.library)}
+ADAPTER_FILES = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "merge_config.json",
+    "merge_report.json",
+]
 EVERYWHERE = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
@@ -61,3 +74,25 @@ def rewrite_weights(folder: Path, change: Callable[[StateDict], Any]) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+
+
+def read(folder: Path, base: Checkpoint) -> Adapter:
+    return read_adapter(folder, base, CLIP.canonical)
+
+
+def dense(adapter: Adapter, name: str) -> Tensor:
+    out = torch.empty(adapter.shapes[name], dtype=torch.float64)
+    adapter.task_vector_to(name, out)
+    return out
+
+
+def updates_of(adapters: list[Adapter], method: str = "frechet-lora", config: Any = None, **more: Any) -> StateDict:
+    config = config or METHODS[method].config()
+    found = merge_adapters(adapters, METHODS[method], config, **more)
+    return {
+        u.name: u.update.dense().view(u.shape) if isinstance(u.update, LowRank) else u.update.double() for u in found
+    }
+
+
+def difference(x: Tensor, y: Tensor) -> float:
+    return float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-12))  # DARE may drop everything

@@ -64,3 +64,7 @@ def rewrite(folder: Path, change: Callable[[StateDict], object], file: str = "mo
     state = load_file(folder / file)
     change(state)
     save_file(state, folder / file, metadata={"format": "hf-epimer.fisher/1"})
+
+
+def card(base: str) -> str:
+    return f"---\nbase_model: {base}\n---\n"

@@ -37,3 +37,15 @@ def statistics(method: str, tasks: int) -> list[StateDict] | None:
         return None
     make = {FISHER_DIAGONAL: tiny_fisher, GRAM: grams, KRONECKER: factors}[needs]
     return [make(100 + t) for t in range(tasks)]
+
+
+def tiny_kronecker(seed: int) -> StateDict:
+    """Kronecker factors with a decaying spectrum for every matrix, as they are on disk."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, value in tiny_state(0).items():
+        if value.ndim == 2:
+            for part, size in (("output", value.shape[0]), ("input", value.shape[1])):
+                x = torch.randn(3 * size, size, generator=generator) * torch.logspace(0, -1, size)
+                found[f"{name}.{part}_factor"] = x.mT @ x / len(x)
+    return found

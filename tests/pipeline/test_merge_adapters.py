@@ -1,67 +1,32 @@
-"""`hf-epimer merge` on adapters: what comes out, by which road, from folders and from the Hub, and what is refused."""
+"""`hf-epimer merge` on adapters: what comes out, by which road, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from helpers.adapters import FC1, QUERY, folded, make, rewrite_config, rewrite_weights
-from helpers.checkpoints import StateDict, tiny_fisher, tiny_state, write_checkpoint
+from helpers.adapters import ADAPTER_FILES, QUERY, folded, make, rewrite_config, rewrite_weights
+from helpers.checkpoints import StateDict, tiny_state, write_checkpoint
 from helpers.command import Run, contents, fails
-from helpers.hub_cases import environment
-from helpers.hub_server import StandInHub
 from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.lora import merge_adapters, read_adapter
 from hf_epimer.lora.core_space import IN_THE_CORE
-from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods import METHODS
 from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.lowrank import LowRank
-from hf_epimer.pipeline import inputs as gathering
 
 peft = pytest.importorskip("peft")
+
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-ADAPTER_FILES = [
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "merge_config.json",
-    "merge_report.json",
-]
-
-
-@pytest.fixture
-def adapters(base_folder: Path) -> tuple[Path, Path]:
-    """Two adapters of one base, of unlike ranks and targets, with statistics beside them."""
-    a = make(base_folder, "a", 1, target_modules=["q_proj", "fc1"])
-    b = make(base_folder, "b", 2, r=2, bias="lora_only", target_modules=["q_proj", "fc2"])
-    for seed, folder in enumerate((a, b)):
-        save_file(tiny_fisher(seed), folder / "fisher.safetensors", metadata={"format": "hf-epimer.fisher/1"})
-        kronecker = {"format": "hf-epimer.kronecker/1"}
-        save_file(tiny_kronecker(seed), folder / "kronecker.safetensors", metadata=kronecker)
-    return a, b
-
-
-def tiny_kronecker(seed: int) -> StateDict:
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, value in tiny_state(0).items():
-        if value.ndim == 2:
-            for part, size in (("output", value.shape[0]), ("input", value.shape[1])):
-                x = torch.randn(3 * size, size, generator=generator) * torch.logspace(0, -1, size)
-                found[f"{name}.{part}_factor"] = x.mT @ x / len(x)
-    return found
 
 
 def weights(folder: Path) -> StateDict:
@@ -234,140 +199,6 @@ def test_adapters_too_far_apart_are_a_warning_and_in_the_card(base_folder: Path,
     assert "too far apart for a unique mean" in (out / "README.md").read_text()
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def measured(clip_zoo: Path, tmp_path: Path) -> Path:
-    """A copy of clip_zoo whose a/ and b/ are adapters."""
-    shutil.copytree(clip_zoo, tmp_path / "zoo")
-    for seed, name in enumerate("ab", start=1):
-        shutil.rmtree(tmp_path / "zoo" / name)
-        make(tmp_path / "zoo" / "base", name, seed)
-    return tmp_path / "zoo"
-
-
-def test_evaluate_measures_adapter_and_dense_alike(measured: Path, run: Run) -> None:
-    tasks = ["--task", measured / "a.json", measured / "b.json"]
-    found = []
-    for flags, out in (([], measured / "thin"), (["--dense"], measured / "full")):
-        words = ["merge", measured / "a", measured / "b", "--method", "mean", "--evaluate", *tasks, *flags]
-        code, _, complaint = run(*words, "--out", out)
-        assert (code, complaint) == (0, "")
-        found.append(json.loads((out / "results.json").read_text()))
-        assert f"| **average** | **{found[-1]['average']:.3f}** |" in (out / "README.md").read_text()
-    assert found[0]["tasks"] == found[1]["tasks"]
-    by_hand = measured / "hand"  # base + adapter by PEFT, as a checkpoint
-    shutil.copytree(measured / "full", by_hand)
-    save_file({n: v.contiguous() for n, v in folded(measured / "thin", measured / "base").items()},
-              by_hand / "model.safetensors")  # fmt: skip
-    from hf_epimer.evaluation.accuracy import evaluate_folder
-    from hf_epimer.tasks.task import load_task_file
-
-    loaded = [load_task_file(measured / f"{name}.json") for name in "ab"]
-    again = evaluate_folder(by_hand, measured / "base", loaded, name="")
-    assert again.to_json()["tasks"] == found[0]["tasks"]
-
-
-@pytest.mark.parametrize("kronecker", [True, False])
-def test_curvature_of_an_adapter_is_that_of_base_and_adapter(kronecker: bool, measured: Path, run: Run) -> None:
-    shutil.copytree(measured / "base", measured / "full")
-    tower = {n: v.contiguous() for n, v in folded(measured / "a", measured / "base").items()}
-    (measured / "full" / "model.safetensors").unlink()
-    save_file(tower, measured / "full" / "model.safetensors", metadata={"format": "pt"})
-    flags = ["--task", measured / "a.json", "--samples", 16, *(["--kronecker"] if kronecker else [])]
-    for name in ("a", "full"):
-        file = measured / f"{name}.safetensors"
-        code, _, complaint = run("fisher", measured / name, "--base", measured / "base", *flags, "--out", file)
-        assert (code, complaint) == (0, "")
-    found, expected = load_file(measured / "a.safetensors"), load_file(measured / "full.safetensors")
-    assert found.keys() == expected.keys()
-    largest = max(float(value.norm()) for value in expected.values())
-    for name, value in expected.items():  # the gradient of a key's bias is zero but for rounding
-        assert float((found[name] - value).norm()) < 1e-3 * float(value.norm()) + 1e-9 * largest
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("frechet-lora", "--metric", "kronecker"),
-        ("epimer", "--metric", "kronecker"),
-        ("epimer", "--metric", "projected"),
-        ("epimer",),
-        ("regmean",),
-    ],
-)
-def test_curvature_is_estimated_where_it_is_missing(words: tuple[str, ...], measured: Path, run: Run) -> None:
-    tasks = ["--task", measured / "a.json", measured / "b.json", "--samples", 8]
-    models = [measured / "a", measured / "b"]
-    code, output, complaint = run("merge", *models, "--method", *words, *tasks, "--dry-run", "--json")
-    assert (code, complaint) == (0, "")
-    if words != ("regmean",):  # which may find what others have left in the cache
-        assert len(json.loads(output)["to_estimate"]) + len(json.loads(output)["statistics"]) == 2
-    code, _, complaint = run("merge", *models, "--method", *words, *tasks, "--out", measured / "out")
-    assert (code, complaint) == (0, "")
-    assert contents(measured / "out") == ADAPTER_FILES
-    flat = ["merge", *models, "--method", words[0] if words[0] != "regmean" else "mean", "--out", measured / "flat"]
-    if words[0] == "frechet-lora":
-        assert run(*flat)[0] == 0
-        differ = load_file(measured / "out" / "adapter_model.safetensors")
-        same = load_file(measured / "flat" / "adapter_model.safetensors")
-        assert any(differ[key].shape != value.shape or not torch.allclose(differ[key], value, atol=1e-4)
-                   for key, value in same.items())  # fmt: skip
-
-
-def test_adapters_are_merged_in_the_basis_of_their_statistics(
-    measured: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not in one that the merge computes anew: statistics taken in a basis of rank 2 give the merge of rank 2."""
-    tasks = ["--task", measured / "a.json", measured / "b.json", "--samples", 8]
-    words = ["merge", measured / "a", measured / "b", "--method", "epimer", "--metric", "projected", *tasks]
-    assert run(*words, "--rank", 2, "--out", measured / "two")[0] == 0
-    assert run(*words, "--rank", 4, "--out", measured / "four")[0] == 0
-    monkeypatch.setattr(gathering, "tagged_bases", lambda found, rank, **options: tagged_bases(found, 2, **options))
-    code, _, complaint = run(*words, "--rank", 4, "--out", measured / "given")
-    assert (code, complaint) == (0, "")
-    two, four, given = (load_file(measured / name / "adapter_model.safetensors") for name in ("two", "four", "given"))
-    assert two.keys() == given.keys()
-    assert all(torch.equal(two[key], value) for key, value in given.items())
-    assert not all(two[key].shape == four[key].shape and torch.equal(two[key], four[key]) for key in two)
-
-
-def test_kronecker_factors_are_found_beside_adapters_and_given(
-    adapters: tuple[Path, Path], base_folder: Path, run: Run
-) -> None:
-    beside, given = base_folder.parent / "beside", base_folder.parent / "given"
-    words = ["merge", *adapters, "--method", "frechet-lora", "--metric", "kronecker"]
-    code, _, complaint = run(*words, "--out", beside)
-    assert (code, complaint) == (0, "")
-    files = []
-    for folder in adapters:
-        files.append(f"{folder.name}={base_folder.parent / folder.name}.kronecker.safetensors")
-        (folder / "kronecker.safetensors").rename(files[-1].split("=", 1)[1])
-    fails(run(*words, "--out", given), r"frechet-lora needs the Kronecker factors of a=.*kronecker.safetensors beside")
-    code, _, complaint = run(*words, "--fisher", *reversed(files), "--out", given)
-    assert (code, complaint) == (0, "")
-    assert all((beside / name).read_bytes() == (given / name).read_bytes() for name in ADAPTER_FILES[1:3])
-
-
-def test_adapters_are_diagnosed_as_task_vectors(adapters: tuple[Path, Path], base_folder: Path, run: Run) -> None:
-    root = base_folder.parent
-    for name, folder in zip("ab", adapters, strict=True):
-        write_checkpoint(root / f"full-{name}", {n: v.contiguous() for n, v in folded(folder, base_folder).items()})
-    pairs = {}
-    for kind, folders in (("thin", adapters), ("full", (root / "full-a", root / "full-b"))):
-        for folder in folders:
-            (folder / "fisher.safetensors").unlink(missing_ok=True)
-        code, output, complaint = run(
-            "diagnose", *folders, "--base", base_folder, "--rank", 4, "--out", root / kind, "--json"
-        )
-        assert code == 0, complaint
-        pairs[kind] = json.loads(output)
-    cosines = [found["totals"]["cosine"][0][1] for found in pairs.values()]
-    assert cosines[0] == pytest.approx(cosines[1], abs=1e-4)
-    assert 0 < abs(cosines[0]) < 0.5
-
-
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -460,151 +291,3 @@ def test_nothing_half_written_is_left(adapters: tuple[Path, Path], base_folder: 
     fails(run(*words), "do not fit into torch.float16; choose another --dtype")
     fails(run(*words, "--dense"), "do not fit into torch.float16; choose another --dtype")
     assert "o" not in contents(base_folder.parent)
-
-
-# --- the Hub --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(empty_hub: StandInHub, adapters: tuple[Path, Path], base_folder: Path) -> StandInHub:
-    """A Hub with org/base and the adapters org/a and org/b, which name it, b at a commit."""
-    empty_hub.add_repo("org/base", base_folder)
-    for folder, revision in zip(adapters, (None, empty_hub.commits("org/base")[0].oid), strict=True):
-        rewrite_config(folder, base_model_name_or_path="org/base", revision=revision)
-        (folder / "README.md").unlink()
-        empty_hub.add_repo(f"org/{folder.name}", folder)
-    return empty_hub
-
-
-def test_adapters_from_the_hub_pushed_and_loaded_back(hub: StandInHub, run: Run, tmp_path: Path) -> None:
-    pinned = hub.commits("org/base")[0].oid
-    hub.commit("org/base", {"config.json": b"{}"})  # b names the commit before this one
-    hub.add_repo("org/merged", write_checkpoint(tmp_path / "old", tiny_state(9)))
-    code, output, complaint = run("merge", "org/a", "org/b", "--method", "tsv-m", "--push-to", "org/merged")
-    assert (code, complaint) == (0, "")
-    head = hub.commits("org/merged")[0]
-    assert head.title == "Merge 2 adapters with tsv-m (hf-epimer)"
-    assert head.oid in output
-    present = set(head.files)
-    assert set(ADAPTER_FILES) <= present
-    assert not {"model.safetensors", "config.json"} & present  # of the checkpoint that was there before
-    recipe = json.loads(hub.read("org/merged", "merge_config.json"))
-    assert recipe["base"] == f"org/base@{pinned}"
-    assert recipe["models"] == [f"{name}=org/{name}@{hub.commits(f'org/{name}')[0].oid}" for name in "ab"]
-    card = hub.read("org/merged", "README.md").decode()
-    assert re.search(r"base_model:\s+- org/base\n", card) or "base_model: org/base\n" in card
-    assert f'CLIPVisionModel.from_pretrained("org/base", revision="{pinned}")' in card
-    assert 'PeftModel.from_pretrained(base, "org/merged")' in card
-    assert all(hub.commits(f"org/{name}")[0].oid[:12] in card for name in "ab")
-    script = (
-        "from peft import PeftModel\nfrom transformers import CLIPVisionModel\n"
-        f"base = CLIPVisionModel.from_pretrained('org/base', revision='{pinned}')\n"
-        "tuned = PeftModel.from_pretrained(base, 'org/merged').merge_and_unload().state_dict()\n"
-        "print(float(next(v for k, v in tuned.items() if k.endswith('layers.0.mlp.fc1.weight'))[0, 0]))\n"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(hub, tmp_path)
-    )
-    assert loaded.returncode == 0, loaded.stderr
-    expected = folded(Path("merged-tsv-m"), tmp_path / "base")[FC1][0, 0]
-    assert float(loaded.stdout) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_a_full_merge_pushed_over_an_adapter_leaves_no_adapter(hub: StandInHub, run: Run) -> None:
-    words = ["merge", "org/a", "org/b", "--method", "mean", "--push-to", "org/merged", "--overwrite"]
-    assert run(*words)[0] == 0
-    assert run(*words, "--dense")[0] == 0
-    present = set(hub.commits("org/merged")[0].files)
-    assert {"config.json", "model.safetensors"} <= present
-    assert not {"adapter_config.json", "adapter_model.safetensors"} & present
-    code, _, complaint = run("push", "merged-mean", "org/again")
-    assert code == 0, complaint
-
-
-def test_only_needed_files_are_fetched_and_offline_works(
-    hub: StandInHub, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    hub.commit("org/a", {"optimizer.pt": b"x" * 1000, "adapter_model.bin": b"x"})
-    assert run("merge", "org/a", "org/b", "--method", "mean", "--out", "out")[0] == 0
-    paths = [r.path for r in hub.requests if r.method == "GET" and "/resolve/" in r.path]
-    assert {path.split("/")[-1].split("?")[0] for path in paths} <= {
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    hub.clear_log()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    code, _, complaint = run("merge", "org/a", "org/b", "--method", "mean", "--out", "again")
-    assert (code, complaint) == (0, "")
-    assert hub.requests == []
-    assert Path("out/adapter_model.safetensors").read_bytes() == Path("again/adapter_model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("words", "read"),
-    [
-        (["tsv-m"], False),
-        (["frechet-lora", "--out-rank", 2], False),
-        (["fisher"], True),  # works on whole layers
-        (["mean", "--dense"], True),
-    ],
-)
-def test_the_weights_of_the_base_are_fetched_only_where_they_are_read(
-    words: list[Any], read: bool, hub: StandInHub, base_folder: Path, run: Run
-) -> None:
-    for seed, name in enumerate("cd"):
-        folder = make(base_folder, name, seed, target_modules=["q_proj", "fc1"])
-        rewrite_config(folder, base_model_name_or_path="org/base")
-        (folder / "README.md").unlink()
-        save_file(tiny_fisher(seed), folder / "fisher.safetensors", metadata={"format": "hf-epimer.fisher/1"})
-        hub.add_repo(f"org/{name}", folder)
-    flags = ["--base", "org/base", "--method", *words]
-    plan = json.loads(run("merge", "org/c", "org/d", *flags, "--dry-run", "--json")[1])
-    assert (plan["bytes_to_read"] > (base_folder / "model.safetensors").stat().st_size) == read
-    code, _, complaint = run("merge", "org/c", "org/d", *flags, "--out", "out")
-    assert (code, complaint) == (0, "")
-    fetched = [r.path for r in hub.requests if r.method == "GET" and "/org/base/resolve/" in r.path]
-    assert any("config.json" in path for path in fetched)
-    assert any("model.safetensors" in path for path in fetched) == read
-    local = [base_folder.parent / name for name in "cd"]
-    assert run("merge", *local, "--base", base_folder, "--method", *words, "--out", "local")[0] == 0
-    name = "model.safetensors" if "--dense" in words else "adapter_model.safetensors"
-    assert Path("out", name).read_bytes() == Path("local", name).read_bytes()
-
-
-def test_what_an_adapter_replaces_is_read_from_a_base_on_demand(
-    hub: StandInHub, adapters: tuple[Path, Path], base_folder: Path, run: Run
-) -> None:
-    code, _, complaint = run("merge", "org/a", "org/b", "--method", "mean", "--out", "out")  # b has biases
-    assert (code, complaint) == (0, "")
-    fetched = [r.path for r in hub.requests if r.method == "GET" and "/org/base/resolve/" in r.path]
-    assert any("model.safetensors" in path for path in fetched)
-    assert run("merge", *adapters, "--base", base_folder, "--method", "mean", "--out", "local")[0] == 0
-    files = [Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("out", "local")]
-    assert files[0] == files[1]
-
-
-def test_revisions_of_the_base_must_agree(hub: StandInHub, run: Run, adapters: tuple[Path, Path]) -> None:
-    old = hub.commits("org/base")[0].oid
-    config = json.loads((adapters[0] / "adapter_config.json").read_text())
-    hub.commit("org/a", {"adapter_config.json": json.dumps({**config, "revision": "main"}).encode()})
-    words = ["merge", "org/a", "org/b", "--method", "mean", "--out", "out"]
-    fails(run(*words), f"disagree on base_model: a says org/base@main, b says org/base@{old}.*--base")
-    code, _, complaint = run(*words, "--base", "org/base")
-    assert code == 0, complaint
-
-
-def test_an_adapter_from_the_hub_names_no_folder_of_this_machine(
-    hub: StandInHub, run: Run, adapters: tuple[Path, Path], base_folder: Path
-) -> None:
-    config = json.loads((adapters[0] / "adapter_config.json").read_text())
-    moved = json.dumps({**config, "base_model_name_or_path": str(base_folder)}).encode()
-    hub.commit("org/a", {"adapter_config.json": moved})
-    fails(run("merge", "org/a", "--method", "mean", "--out", "out"), "org/a.*adapter_config.json names.*--base")
-    hub.commit("org/a", {"adapter_config.json": moved.replace(str(base_folder).encode(), b"org/gone")})
-    fails(run("merge", "org/a", "--method", "mean", "--out", "out"), "org/gone: there is no such repo")
-    assert not Path("out").exists()

@@ -1,0 +1,29 @@
+"""The command as a whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.command import Run
+from hf_epimer.methods import METHODS
+
+
+def test_the_traceback_is_there_for_those_who_ask(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_epimer.cli.main import main
+    from hf_epimer.errors import NotFoundError
+
+    monkeypatch.setenv("HF_EPIMER_DEBUG", "1")
+    with pytest.raises(NotFoundError):
+        main(["merge", str(tiny_zoo / "nowhere")])
+
+
+def test_lists(run: Run) -> None:
+    code, output, _ = run("methods", "--json")
+    assert code == 0
+    assert list(json.loads(output)) == list(METHODS)
+    code, output, _ = run("tasks", "--json")
+    assert json.loads(output)["dtd"]["dataset"] == "tanganke/dtd"
+    assert run("methods")[0] == run("tasks")[0] == 0
