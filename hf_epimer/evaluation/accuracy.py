@@ -193,4 +193,5 @@ def _evaluate(
     places = {
         task.name: Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset for task in tasks
     }
-    return Results(name, base.title, rows, places, fine_tuned or {})
+    zero_shot = all(task.head is None for task in tasks)
+    return Results(name, base.title, rows, places, fine_tuned or {}, zero_shot)

@@ -55,6 +55,7 @@ class Results:
         tasks: by name.
         datasets: task -> data set, for the card.
         fine_tuned: task -> accuracy of the fine-tuned model, where it is known.
+        zero_shot: whether all classes were made out of texts; otherwise some tasks brought their own heads.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Results:
     tasks: dict[str, TaskResult]
     datasets: dict[str, str]
     fine_tuned: dict[str, float] = field(default_factory=dict)
+    zero_shot: bool = True
 
     @property
     def average(self) -> float:

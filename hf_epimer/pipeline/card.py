@@ -62,6 +62,7 @@ def merge_card(plan: Plan, report: MergeReport, results: Results | None = None) 
         models=[_row(model.source) | {"weight": f"{model.weight:.4g}"} for model in plan.models],
         calibrated_on=recipe.samples if recipe.calibrate else None,
         results=_results_table(results) if results else None,
+        zero_shot=results is not None and results.zero_shot,
         limit=recipe.limit,
         options=asdict(recipe.options) | rank | {"seed": recipe.seed, "exact": recipe.exact},
         diagnostics=report.in_words(),
@@ -103,7 +104,7 @@ def _datasets(plan: Plan) -> list[str]:
 def _eval_results(results: Results) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="zero-shot-image-classification",
+            task_type="zero-shot-image-classification" if results.zero_shot else "image-classification",
             dataset_type=results.datasets[task],
             dataset_name=task,
             metric_type="accuracy",
