@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # each may import from those before it; rooms of one floor do not know each other
     ("errors", "types"),
+    ("outside",),
     ("numerics",),
     ("methods", "checkpoints", "hub"),
     ("merging", "tasks"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_epimer.analysis import RANKS
 from hf_epimer.analysis.verdict import RankTotals, verdict
-from hf_epimer.checkpoints.atomic import atomic_folder
+from hf_epimer.checkpoints.folders import atomic_folder
 from hf_epimer.checkpoints.writer import write_json
 from hf_epimer.curvature.comparison import Agreement, compare_with_hessian
 from hf_epimer.curvature.request import CurvatureRequest
@@ -193,7 +193,7 @@ def diagnose(
     plan = make_plan(local, statistics_optional=not estimate)
     fetch(plan, progress)
     ingredients = open_inputs(plan, progress)
-    with atomic_folder(Path(out), recipe.overwrite) as folder:
+    with atomic_folder(Path(out), REPORT, recipe.overwrite) as folder:
         progress("diagnosing", 0, len(plan.shapes))
         layers = []
         for layer in diagnose_layers(ingredients, wanted, seed=recipe.seed, exact=recipe.exact, device=recipe.device):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_epimer.checkpoints.atomic import atomic_folder
+from hf_epimer.checkpoints.folders import atomic_folder
 from hf_epimer.checkpoints.reader import Checkpoint, TensorSource
 from hf_epimer.checkpoints.writer import write_json
 from hf_epimer.errors import UsageError
@@ -156,7 +156,7 @@ def landscape(
     marked = [_open(plan, ref) for ref in merged]
     _check_names([*ingredients.models, *marked])
     plane = plane_of(ingredients, marked)
-    with atomic_folder(Path(out), recipe.overwrite) as folder:
+    with atomic_folder(Path(out), REPORT, recipe.overwrite) as folder:
         tower = Tower(plan.base, plan.tasks, samples, seed=recipe.seed, device=recipe.device)
         models: dict[str, TensorSource] = {BASE: ingredients.base}
         models |= {model.label: model for model in (*ingredients.models, *marked)}

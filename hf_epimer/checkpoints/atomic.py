@@ -1,106 +1,30 @@
-"""Writing a result: one tensor at a time, and all or nothing.
+"""Writing a file: all of it under its name, or nothing.
 
-The header of a safetensors file holds all names, shapes and offsets, so it can be written before the tensors are known;
-they are then streamed behind it and never held together. A folder is built as a temporary sibling and renamed at the
-end: under its own name it is complete or not there.
+What is being written lies beside its target as `.NAME.partial-PROCESS.RANDOM`, locked for as long as its writer lives.
+What a killed run left is not locked any more, and the next run that writes the same target takes it away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import secrets
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from hf_epimer.errors import OutputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
-def check_target(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse a folder that cannot become the result, before any work.
-
-    Args:
-        inputs: local files and folders the merge reads; overwriting may not take them away.
-
-    Raises:
-        OutputError: it is a file, a non-empty folder without `overwrite`, holds an input or the working directory, or
-            its parent cannot be written to.
-    """
-    folder = Path(os.path.realpath(folder))
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"--out {folder} is a file, not a folder")
-    for kept in (Path.cwd(), *inputs):
-        if folder.exists() and Path(os.path.realpath(kept)).is_relative_to(folder) and any(folder.iterdir()):
-            raise OutputError(f"--out {folder} holds {kept}, which would be lost: choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise OutputError(f"--out {folder} exists and is not empty: choose another folder or add --overwrite")
-    parent = folder.absolute().parent
-    existing = next(path for path in (parent, *parent.parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
-        raise OutputError(f"--out {folder}: cannot write to {existing}")
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when the block ends well and disappears when it does not.
-
-    What a killed process left behind is removed by the next run.
-
-    Raises:
-        OutputError: the disk is full, the folder cannot be written, or something else has meanwhile been put there.
-    """
-    target = Path(os.path.realpath(target))
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}.{secrets.token_hex(3)}"
-    missing = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        partial.mkdir()
-        yield partial
-        _install(partial, target, overwrite)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for parent in missing:  # only empty folders go, from the innermost outwards
-                parent.rmdir()
-
-
-def _install(partial: Path, target: Path, overwrite: bool) -> None:
-    if not target.is_dir() or not any(target.iterdir()):
-        os.replace(partial, target)
-        return
-    if not overwrite:
-        raise OutputError(f"{target} was filled by something else during the merge; merge again to another folder")
-    replaced = partial.with_name(partial.name + ".old")
-    os.replace(target, replaced)
-    os.replace(partial, target)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    for path in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        process = path.name.rsplit("partial-", 1)[1].split(".")[0]
-        if process.isdigit() and not _alive(int(process)):
-            if path.name.endswith(".old") and not target.exists():
-                os.replace(path, target)  # killed between the two renames of an overwrite: the old result comes back
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+_LONGEST_NAME = 200
+"""Bytes of a file's name to which a suffix can still be added on every file system."""
 
 
 def write_text(file: Path, text: str) -> None:
@@ -120,14 +44,94 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: the disk is full, or the folder cannot be written to.
     """
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        os.replace(unfinished, target)
+        remove_abandoned(target, lambda path: path.unlink(missing_ok=True))
+        with unfinished_sibling(target, lambda path: path.touch(exist_ok=False)) as unfinished:
+            try:
+                yield unfinished
+                os.replace(unfinished, target)
+            finally:
+                with contextlib.suppress(OSError):
+                    unfinished.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write {target}: {reason}; nothing was left there") from error
+
+
+@contextlib.contextmanager
+def unfinished_sibling(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or folder beside `target`, made by `create` and locked while the block lasts; it is not removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    while True:
+        path = target.with_name(f"{_stem(target)}{os.getpid()}.{secrets.token_hex(3)}")
+        create(path)
+        with _locked(path, wait=True):
+            if path.exists():  # else another run took it for abandoned, between the two lines above
+                yield path
+                return
+
+
+def remove_abandoned(target: Path, remove: Callable[[Path], None]) -> None:
+    """Give every unfinished sibling of `target` whose run was killed to `remove`.
+
+    Links of such a name are nobody's work of ours and left alone.
+    """
+    for path in target.parent.glob(f"{glob.escape(_stem(target))}*"):
+        process = path.name.removeprefix(_stem(target)).split(".")[0]
+        if not process.isdigit() or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError, _Busy), _locked(path) as is_sure:  # another user's is left alone
+            if is_sure or not _alive(int(process)):
+                remove(path)
+
+
+def _stem(target: Path) -> str:
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:40]
+    return f".{name}.partial-"
+
+
+class _Busy(Exception):
+    """Somebody else holds the lock."""
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file or folder; False where the system has no such locks.
+
+    A lock disappears with its process, whatever ends it, and is seen by other machines and containers, where process
+    numbers mean nothing.
+
+    Raises:
+        _Busy: somebody else holds it, unless we `wait`.
+    """
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_locked = True
+        except BlockingIOError as error:
+            raise _Busy from error
+        except OSError:  # some network file systems
+            is_locked = False
+        yield is_locked
     finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

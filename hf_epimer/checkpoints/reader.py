@@ -7,7 +7,6 @@ Opening one reads headers only; a tensor is read when it is asked for, into a bu
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import struct
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_epimer.errors import CheckpointError
+from hf_epimer.outside import Unreadable, parse_json, read_text
 from hf_epimer.types import Shape
 
 WEIGHTS = "model.safetensors"
@@ -94,6 +94,7 @@ class Checkpoint:
         self._opening = threading.Lock()
         for file in files:
             with _readable(label, file):
+                _header_length(file)
                 handle = safe_open(file, framework="pt")
                 self.metadata.update(handle.metadata() or {})
                 for stored in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
@@ -147,11 +148,8 @@ class _Descriptor:
     """
 
     def __init__(self, path: Path) -> None:
+        self.places, self.start = _read_header(path)
         self.file = open(path, "rb")  # noqa: SIM115  (lives as long as the checkpoint)
-        length = struct.unpack("<Q", self.file.read(8))[0]
-        header = json.loads(self.file.read(length))
-        self.places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        self.start = 8 + length
 
     def read(self, name: str, target: memoryview) -> None:
         """Fill `target` with the tensor's bytes; safe to call from several threads."""
@@ -172,10 +170,58 @@ class _Descriptor:
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
+LARGEST_HEADER = 16 * 2**20
+"""Bytes of a safetensors header, some hundred thousand tensors: more of them in one file are no model's."""
+
+
+def check_whole(file: Path, label: str) -> None:
+    """Refuse a safetensors file that ends before its last tensor does, or after it.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    with _readable(label, file):
+        places, start = _read_header(file)
+        expected = start + max((end for _, end in places.values()), default=0)
+        if (found := file.stat().st_size) != expected:
+            raise ValueError(f"{found} bytes instead of {expected}")
+
+
+def _header_length(file: Path) -> int:
+    """Bytes of a safetensors file's header.
+
+    Raises:
+        OSError: it may not be read.
+        ValueError: it has none, or one that is too large.
+    """
+    with open(file, "rb") as opened:
+        start = opened.read(8)
+    if len(start) < 8:
+        raise ValueError("it has no header")
+    length = int(struct.unpack("<Q", start)[0])
+    if length > LARGEST_HEADER:
+        raise ValueError(f"its header of {length} bytes is larger than any model's, {LARGEST_HEADER} at most")
+    return length
+
+
+def _read_header(file: Path) -> tuple[dict[str, tuple[int, int]], int]:
+    """Where each tensor lies behind the header (begin, end), and where the header ends."""
+    length = _header_length(file)
+    with open(file, "rb") as opened:
+        header = parse_json(opened.read(8 + length)[8:].decode("utf-8"))
+    try:
+        places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        return {name: (int(begin), int(end)) for name, (begin, end) in places.items()}, 8 + length
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError("its header does not list tensors") from error
+
+
 @contextlib.contextmanager
 def _readable(label: str, file: Path) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise CheckpointError(f"{label}: {file} may not be read (permission denied)") from error
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{label}: {file} is not a readable safetensors file ({error}): it is truncated or corrupt, fetch it again"
@@ -199,7 +245,7 @@ def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], st
         return [WEIGHTS]
     if WEIGHTS_INDEX in names:
         try:
-            shards = sorted(set(json.loads(read_index())["weight_map"].values()))
+            shards = sorted(set(parse_json(read_index())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{label}: {WEIGHTS_INDEX} is not a safetensors index ({error})") from error
         missing = [name for name in shards if name not in names]
@@ -224,10 +270,12 @@ def read_json(file: Path, label: str) -> dict[str, Any]:
         CheckpointError: the file is missing or holds something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
     except FileNotFoundError as error:
         raise CheckpointError(f"{label}: {file.name} is missing") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{label}: {file.name} cannot be read ({error.strerror or error})") from error
+    except Unreadable as error:
         raise CheckpointError(f"{label}: {file.name} is not readable JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{label}: {file.name} is not a JSON object")

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_epimer.checkpoints.atomic import atomic_folder
+from hf_epimer.checkpoints.folders import atomic_folder
 from hf_epimer.merging.report import totals_of
 from hf_epimer.models.files import PROCESSOR_FILES
-from hf_epimer.pipeline.folder import push, write_records
+from hf_epimer.pipeline.folder import CONFIG, push, write_records
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.output import write_merge
 from hf_epimer.pipeline.plan import Plan
@@ -51,7 +51,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     if plan.recipe.tune_alpha:
         with usage.stage("choosing alpha"):
             plan, divergences = _tuned(plan, ingredients, progress)
-    with atomic_folder(recipe.target, recipe.overwrite) as folder:
+    with atomic_folder(recipe.target, CONFIG, recipe.overwrite) as folder:
         with usage.stage("merging"):
             layers = write_merge(folder, plan, ingredients, usage, progress)
         totals = totals_of(layers)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hf_epimer.checkpoints.atomic import check_target
+from hf_epimer.checkpoints.folders import check_target
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError, HubError, MismatchError, StatisticsError, UsageError
 from hf_epimer.hub import push as pushing

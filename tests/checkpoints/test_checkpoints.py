@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +14,9 @@ from helpers.checkpoints import TINY, StateDict, tiny_fisher, tiny_state, write_
 from helpers.command import Run
 from hf_epimer import merge_state_dicts
 from hf_epimer.checkpoints import reader as checkpoints
-from hf_epimer.checkpoints.atomic import atomic_folder
 from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.checkpoints.writer import write_tensors
-from hf_epimer.errors import CheckpointError, OutputError
+from hf_epimer.errors import CheckpointError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import resolve
 from hf_epimer.models.clip import CLIP
@@ -165,142 +159,3 @@ def test_a_tensor_stored_under_two_prefixes_is_an_error(tmp_path: Path, base_sta
     save_file(twice, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="twice"):
         Checkpoint("x", [tmp_path / "x.safetensors"], CLIP.canonical)
-
-
-# --- atomicity ------------------------------------------------------------------------------------------------------
-
-
-def leftovers(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if "partial" in path.name]
-
-
-def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
-    def fail() -> None:
-        with atomic_folder(tmp_path / "out") as folder:
-            (folder / "x").write_text("x")
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert not list(tmp_path.iterdir())
-
-
-def test_parents_made_for_a_failed_merge_go_again_and_links_are_followed(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "new" / "sub" / "out"):
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    with atomic_folder(tmp_path / "link") as folder:
-        (folder / "x").write_text("x")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / "x").read_text() == "x"
-
-
-def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
-    def fill() -> None:
-        with atomic_folder(tmp_path / "out") as folder:
-            (folder / "x").write_text("x")
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OutputError, match="No space left on device"):
-        fill()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_really_full_disk(tiny_zoo: Path) -> None:
-    """A limit on file sizes makes the operating system refuse the write itself."""
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "from hf_epimer.cli.main import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--method", "mean", "--out", tiny_zoo / "o"]
-    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: cannot write")
-    assert len(done.stderr.splitlines()) == 1
-    assert sorted(path.name for path in tiny_zoo.iterdir()) == ["a", "b", "base", "c"]
-
-
-def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(OutputError, match="filled by something else"), atomic_folder(tmp_path / "out") as folder:
-        (folder / "new").write_text("new")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
-    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "new").write_text("new")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f".out.partial-{dead.pid}").mkdir()
-    (tmp_path / f".other.partial-{dead.pid}").mkdir()
-    (tmp_path / f".out.partial-{os.getppid()}").mkdir()
-    with atomic_folder(tmp_path / "out"):
-        pass
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [f".other.partial-{dead.pid}", f".out.partial-{os.getppid()}", "out"]
-    )
-
-
-def test_an_overwrite_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    old = tmp_path / f".out.partial-{dead.pid}.old"
-    old.mkdir()
-    (old / "result").write_text("precious")
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out"):
-        raise RuntimeError
-    assert (tmp_path / "out" / "result").read_text() == "precious"
-
-
-SLOW_MERGE = """
-import sys, time
-from hf_epimer.cli.main import main
-from hf_epimer.merging import stream
-from hf_epimer.pipeline import merge as pipeline
-original = stream.merge_layers
-def slowly(*args, **kwargs):
-    for layer in original(*args, **kwargs):
-        time.sleep(0.02)
-        yield layer
-pipeline.merge_layers = slowly
-print("ready", flush=True)
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("delay", [0.05, 0.35, 0.7])
-def test_an_interrupted_merge_leaves_the_target_complete_or_absent(
-    number: signal.Signals, delay: float, tiny_zoo: Path
-) -> None:
-    out = tiny_zoo / "out"
-    words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--out", out]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_MERGE, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 20
-    while not leftovers(tiny_zoo) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.send_signal(number)
-    _, complaint = process.communicate(timeout=30)
-    if out.exists():
-        assert set(load_file(out / "model.safetensors")) == set(CLIP.shapes(TINY))
-        assert (out / "README.md").exists()
-    else:
-        assert process.returncode != 0
-    if number != signal.SIGKILL:
-        assert not leftovers(tiny_zoo)
-        if not out.exists():
-            assert complaint == "error: interrupted; nothing half-written was left behind\n"

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from helpers.checkpoints import TINY, StateDict, card, rewrite, tiny_fisher, write_checkpoint
 from helpers.command import Run, contents, fails
+from hf_epimer.checkpoints.manifest import find_foreign
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,14 @@ def test_an_existing_result_is_not_overwritten_by_accident(tiny_zoo: Path, run: 
     refuse(tiny_zoo, run, "not empty.*--overwrite", "--method", "mean")
     assert contents(tiny_zoo / "out") == ["precious"]
     words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out", "--method", "mean"]
-    assert run(*words, "--overwrite")[0] == 0
-    assert "precious" not in contents(tiny_zoo / "out")
+    fails(run(*words, "--overwrite"), "only folders that hf-epimer wrote are")
+    assert contents(tiny_zoo / "out") == ["precious"]
+    (tiny_zoo / "out" / "precious").unlink()
+    for flags in ([], ["--overwrite"], ["--overwrite", "--dtype", "float16"]):
+        code, _, complaint = run(*words, *flags)
+        assert code == 0, complaint
+    assert find_foreign(tiny_zoo / "out") is None
+    assert [path.name for path in tiny_zoo.iterdir() if path.name.startswith(".")] == []
     (tiny_zoo / "file").write_text("x")
     fails(run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "file"), "is a file")
 
@@ -166,7 +173,10 @@ def test_overwriting_never_takes_an_input_or_the_working_directory_away(
         fails(run(*words, target), "would be lost")
     (tiny_zoo / "b" / "README.md").write_text(card("../base"))
     by_card = ["merge", tiny_zoo / "b", "--method", "mean", "--overwrite", "--out", tiny_zoo / "base"]
-    fails(run(*by_card), "base, which would be lost")
+    fails(run(*by_card), "base is not replaced.*no record")
+    record = {"method": "mean", "models": [], "options": {}, "versions": {}}
+    (tiny_zoo / "base" / "merge_config.json").write_text(json.dumps(record))
+    fails(run(*by_card), "base, which would be lost")  # a merge of ours, but this one's base
     monkeypatch.chdir(tiny_zoo / "b")
     fails(run(*words, "."), "would be lost")
     assert contents(tiny_zoo) == ["a", "b", "base", "c"]

@@ -28,9 +28,9 @@ from hf_epimer.analysis.sweep.candidates import (
     task_vector_file,
 )
 from hf_epimer.analysis.sweep.grid import Candidate, Grid, Setting, config_of
-from hf_epimer.analysis.sweep.report import Row, SweepReport, best_rows, write_report
+from hf_epimer.analysis.sweep.report import REPORT, Row, SweepReport, best_rows, write_report
 from hf_epimer.analysis.sweep.validation import check_disjoint, measure, validation_samples
-from hf_epimer.checkpoints.atomic import atomic_folder
+from hf_epimer.checkpoints.folders import atomic_folder
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import UsageError
 from hf_epimer.evaluation.results import TaskResult
@@ -91,7 +91,7 @@ def sweep(
         _check_disjoint(own, chosen)
     ingredients = [open_inputs(own, progress) for own, _ in plans]
     seconds = {"preparing": time.monotonic() - started}
-    with atomic_folder(Path(out), recipe.overwrite) as folder:
+    with atomic_folder(Path(out), REPORT, recipe.overwrite) as folder:
         with task_vector_file(folder / "task-vectors.tmp", plan.shapes, len(candidates)) as stored:
             _merge_all(plans, ingredients, candidates, stored, progress)
             seconds["merging"] = time.monotonic() - started - seconds["preparing"]

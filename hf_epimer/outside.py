@@ -1,0 +1,102 @@
+"""What comes from outside: paths as people type them, and text that strangers wrote, read within bounds.
+
+The folder or repo of somebody else may hold a pipe that nobody writes to, a gigabyte of JSON, brackets nested a hundred
+thousand deep, or YAML whose anchors double with every line. Everything that is small by its nature is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from hf_epimer.errors import UsageError
+
+LARGEST = 4 * 2**20
+"""Bytes of a text that is small by its nature: a config, a card, a task file."""
+
+
+class Unreadable(ValueError):
+    """Why a file or text cannot be used; whoever asked for it adds its name."""
+
+
+def expanded(path: str | Path) -> Path:
+    """A path as it was typed, with `~` and `~user` resolved, which shells leave alone behind an equals sign.
+
+    Raises:
+        UsageError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path}: there is no such user's home folder") from error
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; a name that no file can have is nothing."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(file: Path, largest: int = LARGEST) -> str:
+    """All of a UTF-8 text file.
+
+    Raises:
+        Unreadable: it is a pipe or device, larger than `largest` bytes, or no text.
+        OSError: it is not there, or may not be read.
+    """
+    with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as opened:  # a pipe must not wait
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable("it is no ordinary file")
+        content = opened.read(largest + 1)
+    if len(content) > largest:
+        raise Unreadable(f"it is larger than {largest / 2**20:.0f} MiB")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unreadable("it is no UTF-8 text") from error
+
+
+def parse_json(text: str) -> Any:
+    """A JSON document.
+
+    Raises:
+        Unreadable: it is none, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise Unreadable("it is nested too deeply") from error
+    except ValueError as error:
+        raise Unreadable(f"it is not valid JSON: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document of plain values.
+
+    Aliases are refused: each may stand for all of the document so far, so that a few lines hold more than any memory.
+
+    Raises:
+        Unreadable: it is none, has aliases, or is nested too deeply to be read.
+    """
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise Unreadable("it uses YAML aliases (*name): write the values out")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Plain)
+    except Unreadable:
+        raise
+    except RecursionError as error:
+        raise Unreadable("it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise Unreadable(f"it is not valid YAML: {' '.join(str(error).split())}") from error
