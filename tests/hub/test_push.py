@@ -131,3 +131,23 @@ def test_a_second_answer_lost_and_files_deleted_is_still_one_commit(hub: StandIn
     code, _, complaint = run(*MISSION)
     assert (code, lost.hits, merges(hub)) == (0, 1, 1), complaint
     assert "fisher.safetensors" not in hub.commits("org/merged")[0].files
+
+
+def test_nothing_is_pushed_that_the_merge_did_not_write(hub: StandInHub, run: Run) -> None:
+    assert run(*MISSION[:3], "--out", "merged")[0] == 0
+    Path("merged/.env").write_text("HF_TOKEN=hf_secret")
+    Path("merged/training_args.bin").write_text("pickled")
+    assert run("push", "merged", "org/merged")[0] == 0
+    pushed = hub.commits("org/merged")[0].files
+    assert {".env", "training_args.bin"}.isdisjoint(pushed)
+    assert "model.safetensors" in pushed
+
+
+def test_a_folder_with_cut_weights_is_not_pushed(hub: StandInHub, run: Run) -> None:
+    assert run(*MISSION[:3], "--out", "merged")[0] == 0
+    weights = Path("merged/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    fails(run("push", "merged", "org/merged"), r"merged: model.safetensors has \d+ bytes instead of \d+")
+    weights.unlink()
+    fails(run("push", "merged", "org/merged"), "merged: model.safetensors, which the merge wrote, is missing")
+    assert not hub.exists("org/merged")
