@@ -106,7 +106,9 @@ DAMAGES: list[tuple[Callable[[Path], None], str, bool]] = [  # whether it is fou
 
 
 @pytest.mark.parametrize("has_manifest", [True, False])
-@pytest.mark.parametrize(("damage", "why", "is_seen_without"), DAMAGES, ids=[damage.__name__ for damage, _, _ in DAMAGES])
+@pytest.mark.parametrize(
+    ("damage", "why", "is_seen_without"), DAMAGES, ids=[damage.__name__ for damage, _, _ in DAMAGES]
+)
 def test_a_folder_that_is_not_whole_is_not_published(
     damage: Callable[[Path], None], why: str, is_seen_without: bool, has_manifest: bool, merged: Path
 ) -> None:
