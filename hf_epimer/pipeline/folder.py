@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_epimer.checkpoints.manifest import publishable
 from hf_epimer.checkpoints.reader import read_json
 from hf_epimer.checkpoints.writer import write_json
-from hf_epimer.errors import NotFoundError
 from hf_epimer.hub import push as hub
 from hf_epimer.hub.refs import check_new_repo_id
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
@@ -48,15 +48,12 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
 
     Raises:
         UsageError: `repo_id` is no name for a repo, or one of the models that were merged.
-        NotFoundError: it is no merged folder.
+        OutputError: it is no merged folder, or not a whole one.
         AccessError, PushError: as in `merge`.
     """
     check_new_repo_id(repo_id)
-    if not (folder / CONFIG).is_file():
-        raise NotFoundError(f"{folder} is no merged folder: there is no {CONFIG}")
+    publishable(folder)
     config = read_json(folder / CONFIG, str(folder))
-    if not config.get("models") or "method" not in config:
-        raise NotFoundError(f"{folder} is no merged folder: its {CONFIG} names no models")
     named = [str(text) for text in (config.get("base"), *config["models"])]
     inputs = [text.rpartition("=")[2].partition("@")[0] for text in named]
     hub.check_not_an_input(repo_id, inputs)
@@ -68,10 +65,11 @@ def push(folder: Path, repo_id: str, *, private: bool, create_pr: bool) -> str:
     """Push a complete merged folder to where pushing is known to be allowed; the address of the commit or request.
 
     Raises:
+        OutputError: it is no merged folder, or not a whole one.
         PushError: with the command that tries again.
     """
     config = read_json(folder / CONFIG, str(folder))
-    files = [path.name for path in folder.iterdir() if path.is_file()]
+    files = publishable(folder)
     kind = "adapters" if ADAPTER_CONFIG in files else "checkpoints"
     title = f"Merge {len(config['models'])} {kind} with {config['method']} (hf-epimer)"
     return hub.push_folder(folder, files, repo_id, private=private, create_pr=create_pr, title=title)
