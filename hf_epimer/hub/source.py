@@ -87,10 +87,14 @@ class Source:
         path = self._download(name)
         if self._is_intact(name, path):
             return self.intact.setdefault(name, path)
-        logger.warning("%s: the cached copy %s is damaged (it is not what the Hub has); fetching it again", self, path)
+        damaged = f"{self}: the cached copy {path} is damaged (it is not what the Hub has)"
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(f"{damaged}, and HF_HUB_OFFLINE is set")
+        logger.warning("%s; fetching it again", damaged)
         path = self._download(name, force=True)
         if not self._is_intact(name, path):
-            raise CheckpointError(f"{self}: {name} arrives with another sha256 than the Hub lists; try again later")
+            other = "another sha256" if name in self.sha256 else "another content"
+            raise CheckpointError(f"{self}: {name} arrives with {other} than the Hub lists; try again later")
         return self.intact.setdefault(name, path)
 
     def _download(self, name: str, force: bool = False) -> Path:
