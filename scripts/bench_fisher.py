@@ -89,7 +89,7 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
 
     def bases() -> dict[str, TaggedBasis]:
         found = {}
-        for parameter, shape in CLIP.shapes(CLIP.defaults).items():
+        for parameter, shape in CLIP.shapes(CLIP.fields).items():
             if len(shape) == 2:
                 p = TASKS * capped_rank(RANK, (shape[0], shape[1]), TASKS)
                 u, v = (torch.linalg.qr(torch.randn(side, p))[0] for side in shape)

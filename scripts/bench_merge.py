@@ -61,7 +61,7 @@ print(json.dumps({"merging": merging}))
 
 def make_checkpoints(folder: Path, model: str, tasks: int) -> None:
     """base/ and t0/ .. with model.safetensors, fisher.safetensors and config.json."""
-    tower = {**CLIP.defaults, **SHAPES[model]}
+    tower = {**CLIP.fields, **SHAPES[model]}
     shapes = CLIP.shapes(tower)
     generator = torch.Generator().manual_seed(0)
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}

@@ -25,7 +25,6 @@ from hf_epimer.types import Shape
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-FISHER = "fisher.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}

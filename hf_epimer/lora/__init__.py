@@ -1,22 +1,21 @@
 """PEFT adapters: reading, merging and writing them.
 
-adapters   a LoRA adapter as a checkpoint (base + B A) and as thin SVDs of its task vectors
-merging    adapters to a merged adapter, layer by layer, in the core that they span
-folding    a merged adapter as full weights
-folder     adapter_config.json + adapter_model.safetensors that PeftModel.from_pretrained loads
+adapter      a LoRA adapter as a checkpoint (base + B A) and as thin SVDs of its task vectors
+core_space   adapters to a merged adapter, layer by layer, in the core that they span
+dense        a merged adapter as full weights
+peft_writer  adapter_config.json + adapter_model.safetensors that PeftModel.from_pretrained loads
 """
 
 from __future__ import annotations
 
 from hf_epimer.lora.adapter import Adapter, is_adapter, read_adapter
 from hf_epimer.lora.core_space import MergedUpdate, merge_adapters, works_in_core
-from hf_epimer.lora.dense import adapter_of, fold_updates
+from hf_epimer.lora.dense import fold_updates
 from hf_epimer.lora.peft_writer import write_adapter
 
 __all__ = [
     "Adapter",
     "MergedUpdate",
-    "adapter_of",
     "fold_updates",
     "is_adapter",
     "merge_adapters",

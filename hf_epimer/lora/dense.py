@@ -1,14 +1,12 @@
-"""A merged adapter as full weights, base + D: in memory as an adapter of its own, or streamed as a checkpoint."""
+"""A merged adapter as full weights, base + D, streamed as a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
-from hf_epimer.checkpoints.reader import StateDict, TensorSource
-from hf_epimer.lora.adapter import ROOT, Adapter
+from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.lora.core_space import MergedUpdate
 from hf_epimer.merging.finite import check_weights, stored_as
 from hf_epimer.merging.report import LayerReport
@@ -41,20 +39,3 @@ def fold_updates(
             tensor, report = tensor.to(update.dtype) + update, merged.report
             merged = next(pending, None)
         yield MergedLayer(name, stored_as(tensor, stored_dtype, name), report)
-
-
-def adapter_of(updates: Iterable[MergedUpdate], base: TensorSource, label: str = "merged") -> Adapter:
-    """The merged adapter in memory: a checkpoint (base + D) for a full merged model, or to be merged again."""
-    stored: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for merged in updates:
-        if isinstance(merged.update, Tensor):
-            stored[ROOT + merged.name] = base.tensor(merged.name).float() + merged.update
-        elif merged.update.rank:
-            module = merged.name.removesuffix(".weight")
-            b, a = merged.update.balanced()
-            stored[f"{ROOT}{module}.lora_A.weight"] = a.reshape(len(a), *merged.shape[1:])
-            stored[f"{ROOT}{module}.lora_B.weight"] = b
-            ranks[f"^{module}"] = merged.update.rank
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks}
-    return Adapter(label, config, StateDict(label, stored), base)
