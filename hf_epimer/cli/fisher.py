@@ -11,6 +11,7 @@ from typing import Any
 from hf_epimer.cli.arguments import add_output_arguments
 from hf_epimer.cli.terminal import Command, progress_bar
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.methods.statistic import FISHER_FILE, GRADIENT_GRAM_FILE, KRONECKER_FILE, PUBLISHED_FILES, StatisticsFile
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +31,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fetch only the samples that are used; default: of data sets over 2 GB",
     )
     parser.add_argument("--squared-mean", action="store_true", help="square the mean gradient (a weak baseline)")
-    parser.add_argument("--kronecker", action="store_true", help="Kronecker factors instead of the diagonal")
-    parser.add_argument("--compress", choices=["bf16", "rank1"], help="store it small; default fp32")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--kronecker", action="store_true", help="Kronecker factors instead")
+    instead.add_argument("--gradient-gram", action="store_true", help="gradient-weighted Gram matrices alone")
+    parser.add_argument("--compress", choices=["bf16", "rank1"], help="store the diagonal small; default fp32")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], help="of the passes, not the sums")
     parser.add_argument("--no-probe", action="store_true", help="do not look for dropout and augmentation first")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="FILE", help="file to write (or a folder to write it into)")
-    where.add_argument("--push", action="store_true", help="add it to the checkpoint's repo in one commit")
+    where.add_argument("--out", type=Path, metavar="FILE", help="file to write, or a folder to write into")
+    where.add_argument("--push", action="store_true", help="add the files to the checkpoint's repo in one commit")
     add_output_arguments(parser)
 
 
@@ -64,7 +67,7 @@ def _run(namespace: argparse.Namespace) -> None:
         base,
         sampling,
         gradients,
-        namespace.kronecker,
+        _files(namespace),
         namespace.compress,
         namespace.batch_size,
         not namespace.no_probe,
@@ -73,15 +76,29 @@ def _run(namespace: argparse.Namespace) -> None:
     )
     with progress_bar(namespace.quiet or namespace.json) as progress:
         report = measure(recipe, progress)
-    if report.path is None and report.url is None:  # one of the other processes of `accelerate launch`
+    if not report.paths and report.url is None:  # one of the other processes of `accelerate launch`
         return
     if namespace.json:
-        place = {"out": str(report.path) if report.path else None, "url": report.url}
-        print(json.dumps({**place, "seconds": report.seconds, **report.metadata}))
+        place = {"out": str(report.paths[0]) if report.paths else None, "url": report.url}
+        files = [file.name for file in recipe.files]
+        print(json.dumps({**place, "files": files, "seconds": report.seconds, **report.metadata}))
         return
-    what = "Kronecker factors" if namespace.kronecker else "Fisher information"
+    what = " and ".join(file.title for file in recipe.files)
     print(f"{what} of {model} from {report.metadata['samples']} samples in {report.seconds:.1f} s")
-    print(f"file    {report.path}" if report.path else f"pushed  {report.url}")
+    for path in report.paths:
+        print(f"file    {path}")
+    if report.url:
+        print(f"pushed  {report.url}")
+
+
+def _files(namespace: argparse.Namespace) -> tuple[StatisticsFile, ...]:
+    """What is measured: what others need to merge the checkpoint, as far as there is room for more than one file."""
+    if namespace.kronecker:
+        return (KRONECKER_FILE,)
+    if namespace.gradient_gram:
+        return (GRADIENT_GRAM_FILE,)
+    single = namespace.squared_mean or (namespace.out and not namespace.out.is_dir())
+    return (FISHER_FILE,) if single else PUBLISHED_FILES
 
 
 FISHER = Command("measure a checkpoint's curvature on its task", _add_arguments, _run)

@@ -4,6 +4,7 @@
     SquaredMean        ((1/N) sum_n G_n) o itself: the paper's weak baseline       shaped like the parameter
     KroneckerFactors   A = mean over tokens of x x^T,  S = (1/N) sum_n sum_t g g^T            n x n and m x m
                        and (1/N) sum_n |g_t|^2 of every position t                            as many as positions
+    GradientGram       (1/N) sum_n sum_t |g_t|^2 x_t x_t^T                                     n x n
     ProjectedFisher    (1/N) sum_n z_n z_n^T,  z_n = S^T vec(G_n) = sum_t (U^T left) o (V^T right)      p x p
 
 With A a mean and S a sum over tokens, A (x) S has the scale of E[vec(G) vec(G)^T] where tokens are uncorrelated. An
@@ -12,7 +13,7 @@ accumulator holds sums only, so that those of several processes can be added; `f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -20,15 +21,16 @@ from torch import Tensor
 
 from hf_epimer.curvature.per_sample import Gradient, Outer
 from hf_epimer.curvature.request import Kind
-from hf_epimer.methods.statistic import FISHER_FILE, KRONECKER_FILE, StatisticsFile
+from hf_epimer.methods.statistic import FISHER_FILE, GRADIENT_GRAM_FILE, KRONECKER_FILE, StatisticsFile
 from hf_epimer.numerics.subspace import TaggedBasis
 
 
 class Accumulator(Protocol):
     """One statistic in the making."""
 
-    sums: dict[str, Tensor]
-    """By tensor name; added up over processes."""
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """By tensor name; added up over processes."""
 
     def add(self, name: str, gradient: Gradient) -> None:
         """Take the gradients of one parameter for the samples of one batch."""
@@ -42,6 +44,29 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         sums[name] += value
     else:
         sums[name] = value
+
+
+STRIP = 256
+"""Rows of a symmetric product that are computed together; what lies left of them is known from above."""
+
+
+def _add_symmetric(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
+    """Add left^T right, n x n and known to be symmetric, on and above the diagonal: little more than half the work.
+
+    Args:
+        left, right: rows x n.
+    """
+    side = left.shape[1]
+    if name not in sums:
+        sums[name] = left.new_zeros(side, side)
+    for start in range(0, side, STRIP):
+        strip = slice(start, start + STRIP)
+        sums[name][strip, start:].addmm_(left[:, strip].mT, right[:, start:])
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle."""
+    return upper.triu() + upper.triu(1).mT
 
 
 class FisherDiagonal:
@@ -97,12 +122,72 @@ class KroneckerFactors:
         return {name: total / samples for name, total in sums.items()}
 
 
+class GradientGram:
+    """A^g of every matrix, n x n: its inputs, each position weighted by the squared norm of the gradient there.
+
+        A^g = (1/N) sum_n sum_t |g_t|^2 x_t x_t^T
+
+    It is the right factor of sum_n G_n^T G_n without the products of different positions. `across_positions` keeps
+    those: (1/N) sum_n G_n^T G_n = (1/N) sum_n sum_{s,t} (g_s . g_t) x_s x_t^T, the first step of the power method from
+    S = I towards the Kronecker product nearest to the Fisher information (Van Loan and Pitsianis, 1993).
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], *, across_positions: bool = False) -> None:
+        self.matrices = {name for name, shape in shapes.items() if len(shape) == 2}
+        self.across_positions = across_positions
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        if name not in self.matrices or not isinstance(gradient, Outer):
+            return
+        g, x = gradient.left, gradient.right
+        weighted = (g @ g.mT) @ x if self.across_positions else x * g.square().sum(2, keepdim=True)
+        _add_symmetric(self.sums, f"{name}.gradient_gram", x.flatten(0, 1), weighted.flatten(0, 1))
+
+    def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        return {name: _mirrored(total) / samples for name, total in sums.items()}
+
+
 ACCUMULATORS: dict[tuple[StatisticsFile, Kind], Callable[[Mapping[str, torch.Size]], Accumulator]] = {
     (FISHER_FILE, "per-sample"): FisherDiagonal,
     (FISHER_FILE, "squared-mean"): SquaredMean,
     (KRONECKER_FILE, "per-sample"): KroneckerFactors,
+    (GRADIENT_GRAM_FILE, "per-sample"): GradientGram,
 }
 """File, and which gradients -> what sums it up, made from the shapes of all parameters."""
+
+
+class Together:
+    """Several statistics from the gradients of one pass; every name stands behind the number of its accumulator."""
+
+    def __init__(self, members: Sequence[Accumulator]) -> None:
+        self.members = members
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Those of all members."""
+        return _numbered([member.sums for member in self.members])
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        for member in self.members:
+            member.add(name, gradient)
+
+    def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        parts = split(sums, len(self.members))
+        return _numbered([member.finish(part, samples) for member, part in zip(self.members, parts, strict=True)])
+
+
+def split(tensors: Mapping[str, Tensor], members: int) -> list[dict[str, Tensor]]:
+    """What `Together` gives, one mapping per accumulator with the names that it gave."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(members)]
+    for numbered, tensor in tensors.items():
+        number, name = numbered.split(" ", 1)
+        parts[int(number)][name] = tensor
+    return parts
+
+
+def _numbered(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{number} {name}": tensor for number, part in enumerate(parts) for name, tensor in part.items()}
 
 
 class ProjectedFisher:

@@ -7,14 +7,14 @@ tasks repeats only what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator, ProjectedFisher
+from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator, ProjectedFisher, Together, split
 from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest
@@ -28,30 +28,35 @@ from hf_epimer.tasks.images import ImageBatches, read_images
 OnSamples = Callable[[int], None]
 
 
-def estimate_file(
+def estimate_files(
     request: CurvatureRequest,
-    file: StatisticsFile,
+    files: Sequence[StatisticsFile],
     *,
     batch_size: int = 32,
     probe: bool = True,
     accelerator: Accelerator | None = None,
     on_samples: OnSamples = lambda count: None,
-) -> Path:
-    """The file of a checkpoint's statistics: from the cache, or measured now.
+) -> dict[StatisticsFile, Path]:
+    """The files of a checkpoint's statistics: from the cache, or measured now, all that are missing in one pass.
 
     Raises:
         EpimerError: whatever is wrong with the checkpoint, the base, the task or its data.
     """
-    path = request.cached(file)
-    if path.is_file():
-        return path
-    make = ACCUMULATORS[file, request.gradients.kind]
+    paths = {file: request.cached(file) for file in files}
+    missing = [file for file, path in paths.items() if not path.is_file()]
+    if not missing:
+        return paths
     accelerator = accelerator or Accelerator()
-    tensors, samples = _measure(request, lambda s, d: make(s.shapes), batch_size, probe, accelerator, on_samples)
+
+    def make(subject: Subject, device: torch.device) -> Together:
+        return Together([ACCUMULATORS[file, request.gradients.kind](subject.shapes) for file in missing])
+
+    tensors, samples = _measure(request, make, batch_size, probe, accelerator, on_samples)
     if accelerator.is_main_process:
-        save_statistics(path, tensors, _metadata(request, samples), file)
+        for file, part in zip(missing, split(tensors, len(missing)), strict=True):
+            save_statistics(paths[file], part, _metadata(request, samples), file)
     accelerator.wait_for_everyone()
-    return path
+    return paths
 
 
 def project_fisher(

@@ -1,16 +1,14 @@
 """Files of statistics, their tensors named as the table in `hf_epimer.methods.statistic` says.
 
-Besides plain fp32 a Fisher file can be small, which its header notes under `compress`:
+Besides plain fp32 a file can be small, which its header notes under `compress`:
 
     bf16     half the size, 3 significant digits
-    rank1    v ~ r c^T / mean(v) with r, c the means of the rows and columns of a matrix (and of a convolution seen as
-             one), stored under `<name>.rows` and `<name>.columns`; about 0.3% of the size
+    rank1    Fisher information by the means of rows and columns (`hf_epimer.merging.compact`); about 0.3% of the size
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,15 +21,14 @@ from torch import Tensor
 from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.checkpoints.reader import Checkpoint, TensorSource
 from hf_epimer.errors import StatisticsError
+from hf_epimer.merging.compact import RANK_ONE_SUFFIXES, expanded, halved, means_of, split_stored_name
 from hf_epimer.merging.inputs import check_shapes
-from hf_epimer.methods.statistic import FISHER_FILE, STATISTICS_FILES, StatisticKind, StatisticsFile, split_name
+from hf_epimer.methods.statistic import FISHER_FILE, STATISTICS_FILES, StatisticKind, StatisticsFile
 from hf_epimer.types import Shape
 
 logger = logging.getLogger(__name__)
 
 Compression = Literal["bf16", "rank1"]
-
-_RANK_ONE = {".rows", ".columns"}
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,16 @@ def save_statistics(
     """
     path = Path(path)
     header = {"format": file.format} | {key: str(value) for key, value in asdict(metadata).items()}
+    if compress == "rank1" and file is not FISHER_FILE:
+        raise StatisticsError(f"rank1 is for {FISHER_FILE.title}, not for {file.title}")
     if compress:
-        if file is not FISHER_FILE:
-            raise StatisticsError(f"--compress is for {FISHER_FILE.title}, not for {file.title}")
         header["compress"] = compress
-    stored = _COMPRESSORS[compress](tensors) if compress else {name: value.float() for name, value in tensors.items()}
+    stored = halved(tensors) if file.is_halved else tensors
+    if compress == "rank1":
+        stored = means_of(stored)
+    dtype = torch.bfloat16 if compress == "bf16" else torch.float32
     with atomic_file(path) as unfinished:
-        save_file({name: value.contiguous() for name, value in stored.items()}, unfinished, metadata=header)
+        save_file({name: value.to(dtype).contiguous() for name, value in stored.items()}, unfinished, metadata=header)
 
 
 def open_statistics(
@@ -98,16 +98,16 @@ def open_statistics(
         MismatchError: names or shapes are unlike the model's.
         StatisticsError: it says of itself that it holds something else.
     """
-    wanted = {part.suffix for part in kind.parts} | _RANK_ONE
+    wanted = {part.suffix for part in kind.parts} | {*RANK_ONE_SUFFIXES}
 
     def renamed(name: str) -> str | None:
-        parameter, suffix = _split_name(name)
+        parameter, suffix = split_stored_name(name)
         known = canonical(parameter)
         return known + suffix if known is not None and suffix in wanted else None
 
     checkpoint = Checkpoint(label, [path], renamed)
     _check_format(checkpoint, path, kind)
-    source = _RankOne(checkpoint, shapes) if checkpoint.metadata.get("compress") == "rank1" else checkpoint
+    source = expanded(checkpoint, shapes)
     check_shapes(kind.shapes(shapes), source, "the file")
     return source
 
@@ -124,68 +124,3 @@ def _check_format(checkpoint: Checkpoint, path: Path, kind: StatisticKind) -> No
         raise StatisticsError(f"{checkpoint.label}: {path} holds {stated}, and {expected} is needed")
     if stated != expected:
         logger.warning("%s: %s carries no %s metadata; taken as it is", checkpoint.label, path, expected)
-
-
-def _split_name(stored: str) -> tuple[str, str]:
-    """As `split_name`, and the names of tensors stored by their means."""
-    suffix = next((suffix for suffix in _RANK_ONE if stored.endswith(suffix)), "")
-    return (stored.removesuffix(suffix), suffix) if suffix else split_name(stored)
-
-
-def rank_one(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the rows and of the columns of v seen as a matrix m x (the rest): lengths m and n."""
-    matrix = values.flatten(1).float()
-    return matrix.mean(1), matrix.mean(0)
-
-
-def from_rank_one(rows: Tensor, columns: Tensor) -> Tensor:
-    """r c^T / mean(r), m x n: the rank-one matrix with these means of rows and columns."""
-    mean = rows.mean()
-    return torch.outer(rows / mean, columns) if bool(mean > 0) else rows.new_zeros(len(rows), len(columns))
-
-
-def _to_bf16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.bfloat16() for name, value in tensors.items()}
-
-
-def _to_rank_one(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    stored = {}
-    for name, value in tensors.items():
-        if value.ndim < 2:
-            stored[name] = value.float()
-        else:
-            stored[f"{name}.rows"], stored[f"{name}.columns"] = rank_one(value)
-    return stored
-
-
-_COMPRESSORS: dict[Compression, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
-    "bf16": _to_bf16,
-    "rank1": _to_rank_one,
-}
-
-
-class _RankOne:
-    """A file whose matrices are stored as means of rows and columns; it looks like one that holds them in full."""
-
-    def __init__(self, stored: Checkpoint, shapes: Mapping[str, Shape]) -> None:
-        self.label = stored.label
-        self.stored = stored
-        self.shapes: dict[str, Shape] = {}
-        for name, shape in stored.shapes.items():
-            own = name.removesuffix(".rows")
-            if name.endswith(".columns"):
-                continue
-            if own != name:
-                factors = (*shape, *stored.shapes.get(f"{own}.columns", ()))
-                full = tuple(shapes.get(own, factors))
-                shape = full if factors == (full[0], math.prod(full[1:])) else factors
-            self.shapes[own] = shape
-
-    def tensor(self, name: str) -> Tensor:
-        if name in self.stored.shapes:
-            return self.stored.tensor(name)
-        rows, columns = self.stored.tensor(f"{name}.rows"), self.stored.tensor(f"{name}.columns")
-        return from_rank_one(rows.float(), columns.float()).view(self.shapes[name])
-
-    def copy_to(self, name: str, out: Tensor) -> None:
-        out.copy_(self.tensor(name))

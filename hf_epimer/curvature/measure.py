@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.curvature.card import statistics_section
-from hf_epimer.curvature.estimate import estimate_file
+from hf_epimer.curvature.estimate import estimate_files
 from hf_epimer.curvature.files import Compression, StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest, Gradients
 from hf_epimer.errors import OutputError, UsageError
@@ -25,7 +26,7 @@ from hf_epimer.hub import push as pushing
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import Source
-from hf_epimer.methods.statistic import FISHER_FILE, KRONECKER_FILE, STATISTICS_FILES, StatisticsFile
+from hf_epimer.methods.statistic import FISHER_FILE, STATISTICS_FILES, StatisticsFile
 from hf_epimer.models.base import base_of
 from hf_epimer.models.files import weight_names
 from hf_epimer.models.head import check_head
@@ -44,12 +45,12 @@ class StatisticsRecipe:
         base: whose head and image processor are used; None to infer it as in a merge.
         sampling: which samples.
         gradients: which of their gradients.
-        kronecker: Kronecker factors (for `--metric kronecker` and RegMean) instead of the Fisher diagonal.
-        compress: `bf16` or `rank1`; None for fp32.
+        files: what is measured, all in one pass.
+        compress: how Fisher information is stored, `bf16` or `rank1`; None for fp32.
         batch_size: per process; changes nothing but speed and memory.
         probe: look for randomness first.
-        out: file to write; in a folder, it gets the usual name.
-        push: add the file to the checkpoint's repo.
+        out: file to write; in a folder, which several files need, they get the usual names.
+        push: add the files to the checkpoint's repo.
     """
 
     model: ModelRef
@@ -57,7 +58,7 @@ class StatisticsRecipe:
     base: ModelRef | None = None
     sampling: Sampling = field(default_factory=Sampling)
     gradients: Gradients = field(default_factory=Gradients)
-    kronecker: bool = False
+    files: tuple[StatisticsFile, ...] = (FISHER_FILE,)
     compress: Compression | None = None
     batch_size: int = 32
     probe: bool = True
@@ -82,29 +83,34 @@ class StatisticsRecipe:
             raise UsageError(f"--mixed-precision {self.gradients.precision} would lose small gradients: use bf16 or no")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
-        if self.kronecker and (self.compress or self.gradients.kind != "per-sample"):
-            raise UsageError("--kronecker goes with neither --compress nor --squared-mean")
+        others = [file.title for file in self.files if file is not FISHER_FILE]
+        if self.compress and FISHER_FILE not in self.files:
+            raise UsageError(f"--compress is for {FISHER_FILE.title}, not for {others[0]}")
+        if self.gradients.kind != "per-sample" and others:
+            raise UsageError(f"--squared-mean is for {FISHER_FILE.title} alone, not for {others[0]}")
+        if self.out and len(self.files) > 1 and not self.out.is_dir():
+            raise UsageError(f"--out {self.out}: {len(self.files)} files need a folder that is there")
 
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """The file (None on all processes but the first), the commit when it was pushed, and how long it took."""
+    """The files (none on all processes but the first, and when pushed), the commit when they were pushed, the header of
+    the first, and how long it took."""
 
-    path: Path | None
+    paths: tuple[Path, ...]
     url: str | None
     metadata: dict[str, str]
     seconds: float
 
 
 def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, total: None) -> StatisticsReport:
-    """Estimate the statistics of a checkpoint, unless the cache has them, and write or push the file.
+    """Estimate the statistics of a checkpoint, unless the cache has them, and write or push the files.
 
     Raises:
         EpimerError: one of its kinds. Nothing half-written is left; an estimate that could not be pushed is kept.
     """
     started = time.monotonic()
-    file = KRONECKER_FILE if recipe.kronecker else FISHER_FILE
-    out = _target(recipe.out, file.name) if recipe.out else None
+    targets = {file: _target(recipe.out, file.name) for file in recipe.files if recipe.out}
     task = find_task(recipe.task)
     if recipe.push:
         pushing.check_push_access(recipe.model.location)
@@ -121,9 +127,9 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     accelerator = Accelerator()
     total = recipe.sampling.samples or 0
     progress("measuring", 0, total)
-    cached = estimate_file(
+    cached = estimate_files(
         request,
-        file,
+        recipe.files,
         batch_size=recipe.batch_size,
         probe=recipe.probe,
         accelerator=accelerator,
@@ -131,16 +137,17 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     )
     url = None
     if accelerator.is_main_process:
-        path = _compressed(cached, recipe.compress)
-        if out:
+        paths = {file: _published(path, file, recipe.compress) for file, path in cached.items()}
+        for file, out in targets.items():
             with atomic_file(out) as unfinished:
-                shutil.copyfile(path, unfinished)
-        else:
+                shutil.copyfile(paths[file], unfinished)
+        if recipe.push:
             progress("pushing", 0, 0)
-            url = _push(path, file, recipe.model, model)
-    metadata = _header(cached)
+            url = _push(paths, recipe.model, model)
+    metadata = _header(cached[recipe.files[0]])
     accelerator.end_training()
-    return StatisticsReport(out if accelerator.is_main_process else None, url, metadata, time.monotonic() - started)
+    written = tuple(targets.values()) if accelerator.is_main_process else ()
+    return StatisticsReport(written, url, metadata, time.monotonic() - started)
 
 
 def _target(out: Path, name: str) -> Path:
@@ -166,8 +173,9 @@ def _header(path: Path) -> dict[str, str]:
         return {}
 
 
-def _compressed(path: Path, compress: Compression | None) -> Path:
-    """The file in its small form, beside it in the cache."""
+def _published(path: Path, file: StatisticsFile, compress: Compression | None) -> Path:
+    """The file in the form in which it is given away, beside it in the cache."""
+    compress = compress if file is FISHER_FILE else file.published_as
     if compress is None:
         return path
     small = path.with_name(f"{path.stem}-{compress}{path.suffix}")
@@ -175,18 +183,18 @@ def _compressed(path: Path, compress: Compression | None) -> Path:
         header = _header(path)
         fields = {name: header[name] for name in StatisticsMetadata.__dataclass_fields__}
         origin = StatisticsMetadata(**{**fields, "samples": int(fields["samples"]), "seed": int(fields["seed"])})  # type: ignore[arg-type]
-        save_statistics(small, load_file(path), origin, FISHER_FILE, compress)
+        save_statistics(small, load_file(path), origin, file, compress)
     return small
 
 
-def _push(path: Path, file: StatisticsFile, ref: ModelRef, measured: Source) -> str:
-    """Add the file and a section of the card in one commit, to the weights that were measured and no others."""
+def _push(paths: Mapping[StatisticsFile, Path], ref: ModelRef, measured: Source) -> str:
+    """Add the files and a section of the card each in one commit, to the weights that were measured and no others."""
     weights = {weight: measured.sha256.get(weight) for weight in weight_names(measured)}
     return pushing.push_beside(
         ref.location,
         ref.revision,
-        {file.name: path},
+        {file.name: path for file, path in paths.items()},
         expected=weights,
-        section=statistics_section(file, ref.location, _header(path)),
-        title=f"Add {file.name} (hf-epimer)",
+        sections=[statistics_section(file, ref.location, _header(path)) for file, path in paths.items()],
+        title=f"Add {' and '.join(file.name for file in paths)} (hf-epimer)",
     )

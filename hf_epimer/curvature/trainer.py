@@ -1,7 +1,7 @@
 """Fisher information out of a training run: a callback for `transformers.Trainer`, and Adam's second moments.
 
-FisherCallback     measures the trained model on (a part of) its training data and writes fisher.safetensors beside
-                   the checkpoint
+FisherCallback     measures the trained model on (a part of) its training data and writes fisher.safetensors and
+                   gradient_gram.safetensors beside the checkpoint
 fisher_from_adam   v_hat = exp_avg_sq / (1 - beta_2^step) of an Adam-type optimiser: the squared gradients of batches,
                    averaged over the last 1 / (1 - beta_2) steps. Free, and no per-sample quantity: for batches of B
                    independent samples near a minimum it is about F / B, which `batch_size` undoes.
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
-from hf_epimer.curvature.accumulators import FisherDiagonal
+from hf_epimer.curvature.accumulators import ACCUMULATORS, Together, split
 from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import Labels
 from hf_epimer.errors import DataError, StatisticsError
-from hf_epimer.methods.statistic import FISHER_FILE
+from hf_epimer.methods.statistic import PUBLISHED_FILES
 from hf_epimer.models import ARCHITECTURES
 from hf_epimer.models.weights import parameter_names
 from hf_epimer.tasks.images import Batch
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 
 class FisherCallback(TrainerCallback):
-    """Writes `fisher.safetensors` into the trainer's output folder at the end of training.
+    """Writes what others need to merge the model into the trainer's output folder at the end of training:
+    `fisher.safetensors` and `gradient_gram.safetensors`.
 
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[FisherCallback(task="dtd")])
 
@@ -81,21 +82,22 @@ class FisherCallback(TrainerCallback):
         accelerator = Accelerator()
         with _evaluating(given["model"]) as model:
             subject = _tower_subject(model)
-            fisher, count = accumulate(
+            makers = [ACCUMULATORS[file, "per-sample"] for file in PUBLISHED_FILES]
+            tensors, count = accumulate(
                 subject,
                 self._batches(args, given["train_dataloader"]),
-                FisherDiagonal(subject.shapes),
+                Together([make(subject.shapes) for make in makers]),
                 labels=self.labels,
                 seed=self.seed,
                 accelerator=accelerator,
             )
         if accelerator.is_main_process:
-            path = Path(args.output_dir) / FISHER_FILE.name
             name = getattr(args, "hub_model_id", None) or Path(args.output_dir).name
-            save_statistics(
-                path, fisher, StatisticsMetadata(count, self.task, "", "", name, "", self.labels, self.seed)
-            )
-            logger.info("Fisher information from %d samples: %s", count, path)
+            origin = StatisticsMetadata(count, self.task, "", "", name, "", self.labels, self.seed)
+            for file, part in zip(PUBLISHED_FILES, split(tensors, len(PUBLISHED_FILES)), strict=True):
+                path = Path(args.output_dir) / file.name
+                save_statistics(path, part, origin, file, file.published_as)
+                logger.info("%s from %d samples: %s", file.title, count, path)
 
     def _batches(self, args: Any, loader: Any) -> _LoaderBatches:
         dataset = self.dataset if self.dataset is not None else loader.dataset

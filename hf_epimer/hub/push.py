@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -76,16 +76,24 @@ def check_not_an_input(repo_id: str, inputs: Iterable[str]) -> None:
 
 
 def push_folder(
-    folder: Path, files: Iterable[str], repo_id: str, *, private: bool = False, create_pr: bool = False, title: str
+    folder: Path,
+    files: Iterable[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    title: str,
+    outdated: Collection[str] = (),
 ) -> str:
-    """Push files of a merged folder as one commit, or one pull request; weights, Fisher information and
-    results of an older push are deleted in it. Recipes are published without the paths of this machine.
+    """Push files of a merged folder as one commit, or one pull request; weights and results of an older push are
+    deleted in it. Recipes are published without the paths of this machine.
 
     A lost answer is asked for again, and a push may be repeated: what has arrived already makes no second commit and no
     second pull request.
 
     Args:
         files: the names of those to push; nothing else in the folder is looked at.
+        outdated: names of more files of an older push that speak of its weights.
 
     Returns:
         The address of the commit or pull request.
@@ -101,13 +109,13 @@ def push_folder(
         contents = {name: published(folder / name) for name in sorted(files)}
         info = _existing(api, repo_id, repo_id)
         if create_pr:
-            return _open_pull_request(api, info.id if info else repo_id, contents, title)
+            return _open_pull_request(api, info.id if info else repo_id, contents, title, outdated)
         if info is None:
             persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id, "a new repo")
 
         def commit() -> str:
             info = api.model_info(repo_id)
-            operations = _operations(contents, info)
+            operations = _operations(contents, info, outdated)
             # a commit whose answer was lost may still be under way: then the branch moves, and this one is refused
             return str(api.create_commit(info.id, operations, commit_message=title, parent_commit=info.sha).commit_url)
 
@@ -126,16 +134,16 @@ def push_beside(
     files: dict[str, Path],
     *,
     expected: dict[str, str | None],
-    section: str,
+    sections: Sequence[str],
     title: str,
 ) -> str:
-    """Add files and a section of the model card to a repo that is there already, in one commit.
+    """Add files and sections of the model card to a repo that is there already, in one commit.
 
     Args:
         branch: None for main.
         files: name in the repo -> file.
         expected: weight file -> the sha256 it must still have, as far as it is known.
-        section: Markdown that begins with a heading of the second level; it replaces the section of that name.
+        sections: Markdown that begins with a heading of the second level each; one replaces the section of that name.
         title: of the commit.
 
     Returns:
@@ -156,7 +164,9 @@ def push_beside(
         card = ""
         if "README.md" in present:
             card = Path(api.hf_hub_download(repo_id, "README.md", revision=info.sha)).read_text(encoding="utf-8")
-        added: dict[str, Content] = {**files, "README.md": with_section(card, section).encode()}
+        for section in sections:
+            card = with_section(card, section)
+        added: dict[str, Content] = {**files, "README.md": card.encode()}
         return str(
             api.create_commit(
                 repo_id, _operations(added), commit_message=title, revision=branch, parent_commit=info.sha
@@ -239,7 +249,9 @@ def _may_create(user: dict[str, Any], namespace: str) -> bool:
     )
 
 
-def _open_pull_request(api: HfApi, repo_id: str, contents: Mapping[str, Content], title: str) -> str:
+def _open_pull_request(
+    api: HfApi, repo_id: str, contents: Mapping[str, Content], title: str, outdated: Collection[str]
+) -> str:
     """The address of the open pull request with these contents: that of an earlier, interrupted push, or a new one,
     whose description says by what it is known again."""
     author = persist(api.whoami, repo_id, "whose token this is")["name"]
@@ -248,7 +260,7 @@ def _open_pull_request(api: HfApi, repo_id: str, contents: Mapping[str, Content]
     def request() -> str:
         if earlier := _earlier_pull_request(api, repo_id, author, title, marker):
             return earlier
-        operations = _operations(contents, api.model_info(repo_id))
+        operations = _operations(contents, api.model_info(repo_id), outdated)
         result = api.create_commit(repo_id, operations, commit_message=title, commit_description=marker, create_pr=True)
         return str(result.pr_url or result.commit_url)
 
@@ -277,15 +289,18 @@ def _digest(contents: Mapping[str, Content]) -> str:
     return found.hexdigest()[:32]
 
 
-def _operations(contents: Mapping[str, Content], info: ModelInfo | None = None) -> list[CommitOperation]:
+def _operations(
+    contents: Mapping[str, Content], info: ModelInfo | None = None, outdated: Collection[str] = ()
+) -> list[CommitOperation]:
     """All files to add; and of those that the repo has, the ones to delete that would speak of other weights."""
     present = [entry.rfilename for entry in (info.siblings if info else None) or []]
+    stale = [name for name in present if name not in contents and (_is_ours(name) or name in outdated)]
     return [
         *(
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
             for name, content in contents.items()
         ),
-        *(huggingface_hub.CommitOperationDelete(name) for name in present if _is_ours(name) and name not in contents),
+        *(huggingface_hub.CommitOperationDelete(name) for name in stale),
     ]
 
 
@@ -299,7 +314,5 @@ _OURS = (
     "adapter_config.json",  # beside full weights it would make transformers load them as an adapter's base
     "adapter_model.safetensors",
     "config.json",  # of full weights, now replaced by an adapter
-    "fisher.safetensors",
-    "kronecker.safetensors",
     "results.json",
 )

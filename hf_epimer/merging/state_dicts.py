@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.checkpoints.reader import StateDict, TensorSource
 from hf_epimer.errors import StatisticsError, UsageError
+from hf_epimer.merging.compact import expanded
 from hf_epimer.merging.inputs import Ingredients, check_shapes, normalized_weights
 from hf_epimer.merging.stream import merge_layers
 from hf_epimer.methods import find_method
@@ -94,7 +95,7 @@ def merge_state_dicts(
 
 def _statistics(
     kind: StatisticKind, label: str, given: Mapping[str, Tensor], parameters: Mapping[str, Shape]
-) -> StateDict:
+) -> TensorSource:
     """One model's statistics under the names that they have in files.
 
     Raises:
@@ -103,7 +104,7 @@ def _statistics(
     if len(kind.parts) == 1:
         suffix = kind.parts[0].suffix
         given = {name + suffix if name in parameters else name: tensor for name, tensor in given.items()}
-    source = StateDict(label, given)
+    source = expanded(StateDict(label, given), parameters)
     known = {name: shape for name, shape in source.shapes.items() if split_name(name)[0] in parameters}
     checked = {name: shape for name, shape in kind.shapes(parameters).items() if name in known}
     check_shapes(known | checked, source, f"its {kind.title}")

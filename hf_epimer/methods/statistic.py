@@ -3,12 +3,13 @@
 For a weight W, m x n, that acts as y = W x at every position of a sequence, g the gradient of the loss at y, G the
 gradient of the loss at W of one sample, S the tagged basis of p atoms, and E the mean over samples:
 
-    fisher       v = E[G o G], shaped like W, for every parameter
-    gram         A = E[mean over positions of x x^T], n x n
-    kronecker    A and S = E[sum over positions of g g^T], m x m
-    outputs      S and E[|g|^2] of every position: how much the loss hears of it
-    projected    H = E[z z^T] with z = S^T vec(G), p x p, and the share of (tr H / p) I that Ledoit and Wolf's estimate
-                 mixes into it, in [0, 1]
+    fisher          v = E[G o G], shaped like W, for every parameter
+    gram            A = E[mean over positions of x x^T], n x n
+    kronecker       A and S = E[sum over positions of g g^T], m x m
+    outputs         S and E[|g|^2] of every position: how much the loss hears of it
+    gradient-gram   A^g = E[sum over positions of |g|^2 x x^T], n x n: the inputs, as far as the loss hears of them
+    projected       H = E[z z^T] with z = S^T vec(G), p x p, and the share of (tr H / p) I that Ledoit and Wolf's
+                    estimate mixes into it, in [0, 1]
 
 Adding a statistic: its row here, and what sums it up in `hf_epimer.curvature.accumulators`. Files, caches, checks,
 messages and cards follow.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from hf_epimer.types import Shape
 
@@ -50,6 +52,8 @@ class StatisticsFile:
         format: in its header, with a version.
         title: of what it holds, as messages and cards call it.
         description: for the card of the checkpoint; goes on from "holds".
+        is_halved: whether symmetric matrices are stored by their upper triangles.
+        published_as: the type in which it is written beside weights; in the cache it is fp32.
     """
 
     key: str
@@ -57,6 +61,8 @@ class StatisticsFile:
     format: str
     title: str
     description: str
+    is_halved: bool = False
+    published_as: Literal["bf16"] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def _of_share(shape: Shape) -> Shape | None:
 
 _INPUT = Part("input", ".input_factor", _of_inputs, is_symmetric=True)
 _OUTPUT = Part("output", ".output_factor", _of_outputs, is_symmetric=True)
+_GRADIENT_GRAM = Part("gradient", ".gradient_gram", _of_inputs, is_symmetric=True)
 _POSITIONS = Part("positions", ".positions", _of_positions)
 
 FISHER_FILE = StatisticsFile(
@@ -126,11 +133,22 @@ KRONECKER_FILE = StatisticsFile(
     "Kronecker factors",
     "Kronecker factors of this model's curvature: the second moments of every layer's inputs and output gradients",
 )
+GRADIENT_GRAM_FILE = StatisticsFile(
+    "gradient-gram",
+    "gradient_gram.safetensors",
+    "hf-epimer.gradient-gram/1",
+    "Gradient-weighted Gram matrices",
+    "for every matrix of this model the second moments of its inputs, weighted at every position by how much the loss "
+    "hears of it (the upper triangles of the mean over samples of the sum over positions of |g|^2 x x^T)",
+    is_halved=True,
+    published_as="bf16",
+)
 
 FISHER_DIAGONAL = StatisticKind("fisher", "Fisher information", (Part("fisher", "", _of_parameter),), FISHER_FILE)
 GRAM = StatisticKind("gram", "Gram matrices", (_INPUT,), KRONECKER_FILE)
 KRONECKER = StatisticKind("kronecker", "Kronecker factors", (_INPUT, _OUTPUT), KRONECKER_FILE)
 OUTPUTS = StatisticKind("outputs", "curvature of the outputs", (_OUTPUT, _POSITIONS), KRONECKER_FILE)
+GRADIENT_GRAM = StatisticKind("gradient-gram", "gradient-weighted Gram matrices", (_GRADIENT_GRAM,), GRADIENT_GRAM_FILE)
 PROJECTED_FISHER = StatisticKind(
     "projected",
     "projected Fisher information",
@@ -139,11 +157,15 @@ PROJECTED_FISHER = StatisticKind(
 )
 
 STATISTICS: dict[str, StatisticKind] = {
-    kind.name: kind for kind in (FISHER_DIAGONAL, GRAM, KRONECKER, OUTPUTS, PROJECTED_FISHER)
+    kind.name: kind for kind in (FISHER_DIAGONAL, GRAM, KRONECKER, OUTPUTS, GRADIENT_GRAM, PROJECTED_FISHER)
 }
-STATISTICS_FILES: tuple[StatisticsFile, ...] = (FISHER_FILE, KRONECKER_FILE)
+STATISTICS_FILES: tuple[StatisticsFile, ...] = (FISHER_FILE, KRONECKER_FILE, GRADIENT_GRAM_FILE)
+PUBLISHED_FILES = (FISHER_FILE, GRADIENT_GRAM_FILE)
+"""What lies beside published weights, so that others can merge them without data."""
 
-_SUFFIXES = {part.suffix for kind in STATISTICS.values() for part in kind.parts if part.suffix}
+_STORED = [part for kind in STATISTICS.values() for part in kind.parts if part.suffix]
+_SUFFIXES = {part.suffix for part in _STORED}
+SYMMETRIC_SUFFIXES = tuple({part.suffix for part in _STORED if part.is_symmetric})
 
 
 def split_name(stored: str) -> tuple[str, str]:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_epimer.errors import UsageError
+from hf_epimer.merging.compact import split_stored_name
 from hf_epimer.merging.state_dicts import merge_state_dicts
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.base import MethodConfig
-from hf_epimer.methods.statistic import split_name
 from hf_epimer.models import recognise
 
 
@@ -36,7 +36,7 @@ def merge_models(
     names = {canonical(name) or name: name for name in target}  # canonical -> in the base
 
     def in_the_base(name: str) -> str:
-        parameter, suffix = split_name(name)
+        parameter, suffix = split_stored_name(name)
         known = canonical(parameter) or parameter
         return names.get(known, known) + suffix
 

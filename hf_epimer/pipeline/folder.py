@@ -20,6 +20,7 @@ from hf_epimer.checkpoints.writer import write_json
 from hf_epimer.hub import push as hub
 from hf_epimer.hub.refs import check_new_repo_id
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
+from hf_epimer.methods.statistic import STATISTICS_FILES
 from hf_epimer.pipeline.card import merge_card
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.recipe import recipe_to_json
@@ -72,7 +73,8 @@ def push(folder: Path, repo_id: str, *, private: bool, create_pr: bool) -> str:
     files = publishable(folder)
     kind = "adapters" if ADAPTER_CONFIG in files else "checkpoints"
     title = f"Merge {len(config['models'])} {kind} with {config['method']} (hf-epimer)"
-    return hub.push_folder(folder, files, repo_id, private=private, create_pr=create_pr, title=title)
+    outdated = [file.name for file in STATISTICS_FILES]  # they are of the weights beside which they lie
+    return hub.push_folder(folder, files, repo_id, private=private, create_pr=create_pr, title=title, outdated=outdated)
 
 
 def _conversions(plan: Plan) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Names, shapes and types are compared with the base's config before any weight is
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -21,7 +21,7 @@ from hf_epimer.hub import source as hub
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
-from hf_epimer.methods.statistic import OUTPUTS, PROJECTED_FISHER, StatisticKind
+from hf_epimer.methods.statistic import OUTPUTS, PROJECTED_FISHER, StatisticKind, StatisticsFile
 from hf_epimer.models.files import model_folder, open_checkpoint, weight_names
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.types import Progress
@@ -53,30 +53,40 @@ def open_inputs(plan: Plan, progress: Progress) -> Ingredients:
     ingredients = _open_weights(plan)
     if plan.to_estimate and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
+    _measure_files(plan, progress)
     if plan.recipe.calibrate:
-        ingredients = replace(ingredients, curvature=_open_curvature(plan, OUTPUTS, progress))
+        ingredients = replace(ingredients, curvature=_open_curvature(plan, OUTPUTS))
     if plan.statistic is None:
         return ingredients
     if plan.statistic is PROJECTED_FISHER:
         return _with_projected_fisher(plan, ingredients, progress)
-    return replace(ingredients, statistics=_open_curvature(plan, plan.statistic, progress))
+    return replace(ingredients, statistics=_open_curvature(plan, plan.statistic))
 
 
-def _open_curvature(plan: Plan, statistic: StatisticKind, progress: Progress) -> list[TensorSource]:
-    """One file of statistics per model, opened; estimated now where there is none."""
-    assert statistic.file is not None
-    step = _announced(plan, statistic, progress)
+def _measure_files(plan: Plan, progress: Progress) -> None:
+    """Put into the cache what is to be estimated, all files of one model in one pass over its images."""
+    by_model: dict[CurvatureRequest, list[StatisticsFile]] = {}
+    for kind, request in plan.to_estimate:
+        if kind.file:
+            by_model.setdefault(request, []).append(kind.file)
+    if not by_model:
+        return
+    from hf_epimer.curvature.estimate import estimate_files
+
+    step = _announced(by_model, progress)
+    for request, files in by_model.items():
+        estimate_files(request, files, on_samples=step)
+
+
+def _open_curvature(plan: Plan, kind: StatisticKind) -> list[TensorSource]:
+    """One file of statistics per model, opened."""
+    assert kind.file is not None
     opened = []
     for model in plan.models:
-        entry = model.curvature[statistic]
-        if isinstance(entry, CurvatureRequest):
-            from hf_epimer.curvature.estimate import estimate_file
-
-            path = estimate_file(entry, statistic.file, on_samples=step)
-        else:
-            path = entry.fetch()
-        label = f"{statistic.title} of {model.label} ({path.name})"
-        opened.append(open_statistics(path, label, statistic, plan.shapes, plan.architecture.canonical))
+        entry = model.curvature[kind]
+        path = entry.cached(kind.file) if isinstance(entry, CurvatureRequest) else entry.fetch()
+        label = f"{kind.title} of {model.label} ({path.name})"
+        opened.append(open_statistics(path, label, kind, plan.shapes, plan.architecture.canonical))
     return opened
 
 
@@ -84,20 +94,19 @@ def _with_projected_fisher(plan: Plan, ingredients: Ingredients, progress: Progr
     """The Fisher information of every model on the tagged bases of this very merge, always estimated now."""
     from hf_epimer.curvature.estimate import project_fisher
 
-    step = _announced(plan, PROJECTED_FISHER, progress)
+    requests = [request for kind, request in plan.to_estimate if kind is PROJECTED_FISHER]
+    step = _announced(requests, progress)
     bases = tagged_bases(ingredients, plan.recipe.options.rank, seed=plan.recipe.seed, exact=plan.recipe.exact)
-    projected = []
-    for model in plan.models:
-        request = model.curvature[PROJECTED_FISHER]
-        assert isinstance(request, CurvatureRequest)  # no file can hold it
-        tensors = project_fisher(request, bases, on_samples=step)
-        projected.append(StateDict(f"{PROJECTED_FISHER.title} of {model.label}", tensors))
+    projected = [
+        StateDict(f"{PROJECTED_FISHER.title} of {model.label}", project_fisher(request, bases, on_samples=step))
+        for model, request in zip(plan.models, requests, strict=True)
+    ]
     return replace(ingredients, statistics=projected, bases=bases)
 
 
-def _announced(plan: Plan, statistic: StatisticKind, progress: Progress) -> Callable[[int], None]:
+def _announced(requests: Iterable[CurvatureRequest], progress: Progress) -> Callable[[int], None]:
     """A stage of its own for what is to be estimated: takes the number of samples done."""
-    total = sum(request.images.sampling.samples or 0 for asked, request in plan.to_estimate if asked == statistic)
+    total = sum(request.images.sampling.samples or 0 for request in requests)
     progress("estimating curvature", 0, total)
     return lambda count: progress("estimating curvature", count, total)
 

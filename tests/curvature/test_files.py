@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_epimer.curvature.files import StatisticsMetadata, open_statistics, save_statistics
 from hf_epimer.errors import MismatchError, StatisticsError
-from hf_epimer.methods.statistic import FISHER_DIAGONAL, GRAM, KRONECKER, KRONECKER_FILE, OUTPUTS
+from hf_epimer.methods.statistic import (
+    FISHER_DIAGONAL,
+    GRADIENT_GRAM,
+    GRADIENT_GRAM_FILE,
+    GRAM,
+    KRONECKER,
+    KRONECKER_FILE,
+    OUTPUTS,
+)
 
 ORIGIN = StatisticsMetadata(3, "dtd", "org/dtd", "abc", "org/model", "def", "true", 7)
 
@@ -88,8 +97,8 @@ def test_a_file_of_the_wrong_kind_or_shape_is_refused(tmp_path: Path) -> None:
     save_statistics(path, some_fisher(), ORIGIN, compress="rank1")
     with pytest.raises(MismatchError, match=r"vision_model\.a\.weight has shape"):
         open_statistics(path, "x", FISHER_DIAGONAL, SHAPES | {"vision_model.a.weight": (4, 6)}, same)
-    with pytest.raises(StatisticsError, match="--compress is for Fisher information"):
-        save_statistics(path, {}, ORIGIN, KRONECKER_FILE, "bf16")
+    with pytest.raises(StatisticsError, match="rank1 is for Fisher information"):
+        save_statistics(path, {}, ORIGIN, KRONECKER_FILE, "rank1")
 
 
 def test_kronecker_files_serve_regmean_too(tmp_path: Path) -> None:
@@ -106,3 +115,32 @@ def test_kronecker_files_serve_regmean_too(tmp_path: Path) -> None:
     save_statistics(path, factors, ORIGIN, KRONECKER_FILE)
     gram = open_statistics(path, "x", GRAM, SHAPES, same)
     assert dict(gram.shapes) == {"vision_model.a.weight.input_factor": (4, 4)}
+
+
+def test_gradient_grams_are_stored_by_half(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 4, generator=generator)
+    name = "vision_model.a.weight.gradient_gram"
+    grams = {name: x.mT @ x, "vision_model.b.weight.gradient_gram": torch.eye(6)}
+    shapes = SHAPES | {"vision_model.b.weight": (3, 6)}
+    path = tmp_path / "gradient_gram.safetensors"
+    for compress, tolerance in ((None, 0.0), ("bf16", 4e-3)):
+        save_statistics(path, grams, ORIGIN, GRADIENT_GRAM_FILE, compress)  # type: ignore[arg-type]
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["format"] == "hf-epimer.gradient-gram/1"
+            assert file.get_slice(name).get_shape() == [10]
+        source = open_statistics(path, "x", GRADIENT_GRAM, shapes, same)
+        assert dict(source.shapes) == {key: tuple(value.shape) for key, value in grams.items()}
+        for key, value in grams.items():
+            out = torch.empty(value.shape)
+            source.copy_to(key, out)
+            torch.testing.assert_close(out, value, rtol=tolerance, atol=0)
+    with pytest.raises(MismatchError, match=r"b\.weight\.gradient_gram has shape \[6, 6\] instead of \[5, 5\]"):
+        open_statistics(path, "x", GRADIENT_GRAM, shapes | {"vision_model.b.weight": (3, 5)}, same)
+    with pytest.raises(
+        StatisticsError, match=r"holds hf-epimer\.gradient-gram/1, and hf-epimer\.kronecker/1 is needed"
+    ):
+        open_statistics(path, "x", KRONECKER, shapes, same)
+    save_file({name: torch.ones(9), "vision_model.b.weight.gradient_gram": torch.eye(6)}, path)
+    with pytest.raises(MismatchError, match=r"a\.weight\.gradient_gram has shape \[9\] instead of \[4, 4\]"):
+        open_statistics(path, "x", GRADIENT_GRAM, shapes, same)

@@ -53,7 +53,8 @@ def test_json_and_a_folder_as_target(clip_zoo: Path, run: Run, tmp_path: Path) -
     report = json.loads(output)
     assert report["samples"] == "10"
     assert Path(report["out"]).name == "fisher.safetensors"
-    assert (tmp_path / "there" / "fisher.safetensors").is_file()
+    assert report["files"] == ["fisher.safetensors", "gradient_gram.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == report["files"]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,9 @@ def test_json_and_a_folder_as_target(clip_zoo: Path, run: Run, tmp_path: Path) -
         (("--out", "f", "--push"), "not allowed with", 2),
         (("--push",), "is a local folder: use --out", 2),
         (("--split", "validation", "--out", "f"), "validation", 1),
-        (("--kronecker", "--compress", "bf16", "--out", "f"), "--kronecker goes with neither", 2),
+        (("--kronecker", "--compress", "bf16", "--out", "f"), "--compress is for Fisher information, not for Kron", 2),
+        (("--gradient-gram", "--squared-mean", "--out", "f"), "--squared-mean is for Fisher information alone", 2),
+        (("--gradient-gram", "--kronecker", "--out", "f"), "not allowed with", 2),
         (("--streaming", "--fraction", 0.5, "--out", "f"), "--streaming needs --samples", 2),
         (("--out", "precious.txt"), r"precious\.txt exists and is no file of statistics", 1),
         (("--out", "precious.txt/f"), "cannot write to", 1),
@@ -97,17 +100,26 @@ def test_unknown_tasks_and_unlike_models(clip_zoo: Path, tiny_zoo: Path, run: Ru
 
 def test_two_processes_measure_what_one_does(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
     """An odd number of samples: none is dropped, none counted twice."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "two")}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(tmp_path / "home2"),
+    }
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
     words = [*fisher_words(clip_zoo), "--samples", 23, "--labels", "sampled", "--batch-size", 4]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_epimer"]
     done = subprocess.run(
-        [*launcher, *map(str, words), "--out", "two.safetensors", "--json"],
+        [*launcher, *map(str, words), "--out", "two", "--json"],
         capture_output=True, text=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["samples"] == "23"
-    assert run(*words, "--out", "one.safetensors")[0] == 0
-    close(tmp_path / "one.safetensors", tmp_path / "two.safetensors", 1e-5)
+    assert run(*words, "--out", "one")[0] == 0
+    close(tmp_path / "one" / "fisher.safetensors", tmp_path / "two" / "fisher.safetensors", 1e-5)
+    grams = (tmp_path / name / "gradient_gram.safetensors" for name in ("one", "two"))
+    close(*grams, 1e-3)  # their last digits may fall to either side of a bf16 number
 
 
 def test_pushing_adds_the_file_and_a_section_in_one_commit(
@@ -118,17 +130,19 @@ def test_pushing_adds_the_file_and_a_section_in_one_commit(
     assert (code, complaint) == (0, "")
     head, first = benchmark_hub.commits("org/vit-b32-dtd")
     assert head.oid in output
-    assert set(head.files) == set(first.files) | {"fisher.safetensors"}
+    assert set(head.files) == set(first.files) | {"fisher.safetensors", "gradient_gram.safetensors"}
     card = benchmark_hub.read("org/vit-b32-dtd", "README.md").decode()
     assert card.startswith("---\nbase_model: org/base\n---\n\n# A model\n")
-    assert "## Fisher information" in card and "12 samples of `a`" in card
+    assert "## Fisher information" in card and card.count("12 samples of `a`") == 2
+    assert "## Gradient-weighted Gram matrices" in card and "stored as bf16" in card
     assert "hf-epimer merge org/vit-b32-dtd OTHER" in card
     assert WRITER not in card and str(clip_zoo) not in card
     assert ModelCard(card).data.to_dict()["base_model"] == "org/base"
     # again with other samples: the section is replaced, not repeated
     assert run(*words[:-2], 13, "--push")[0] == 0
     card = benchmark_hub.read("org/vit-b32-dtd", "README.md").decode()
-    assert card.count("## Fisher information") == 1 and "13 samples" in card
+    assert card.count("## Fisher information") == card.count("## Gradient-weighted") == 1
+    assert card.count("13 samples") == 2 and "12 samples" not in card
     # and the next person merges without data
     (tmp_path / "got.safetensors").write_bytes(benchmark_hub.read("org/vit-b32-dtd", "fisher.safetensors"))
     assert run("merge", "org/vit-b32-dtd", "--out", "merged")[0] == 0

@@ -15,7 +15,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from helpers.checkpoints import TINY
 from hf_epimer import estimate_fisher
-from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher, SquaredMean
+from hf_epimer.curvature import accumulators
+from hf_epimer.curvature.accumulators import (
+    FisherDiagonal,
+    GradientGram,
+    KroneckerFactors,
+    ProjectedFisher,
+    SquaredMean,
+)
 from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.hessian import projected_hessian
 from hf_epimer.curvature.per_sample import Outer, per_sample_gradients
@@ -170,6 +177,71 @@ def test_kronecker_factors_are_the_second_moments(model: Classifier, samples: tu
     assert torch.allclose(found[f"{FC1}.positions"], torch.stack(positions).mean(0))
     matrices = [name for name, shape in CLIP.shapes(TINY).items() if len(shape) == 2]
     assert {name.rsplit(".", 1)[0] for name in found} == set(matrices)
+
+
+@pytest.mark.parametrize("across_positions", [False, True])
+def test_gradient_grams_are_parts_of_the_per_sample_fisher(
+    across_positions: bool, model: Classifier, samples: tuple[Tensor, Tensor]
+) -> None:
+    """sum_n G_n^T G_n with autograd's own gradients of the weight; without products of different positions, the same
+    with every position's share of the gradient by itself."""
+    subject = Subject(model, model.tower_names())
+    grams = [GradientGram(subject.shapes, across_positions=across_positions) for _ in range(2)]
+    found, again = (
+        accumulate(subject, numbered(samples, *sizes), gram)[0]
+        for sizes, gram in zip(((3, 4), (7,)), grams, strict=True)
+    )
+    assert_equal(found, again)  # unchanged by batch size
+    matrices = [name for name, shape in CLIP.shapes(TINY).items() if len(shape) == 2]
+    assert found.keys() == {f"{name}.gradient_gram" for name in matrices}
+    layer = model.tower.get_submodule("encoder.layers.0.mlp.fc1")
+    caught: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda m, i, o: caught.update(x=i[0])),
+        layer.register_full_backward_hook(lambda m, i, o: caught.update(g=o[0])),
+    ]
+    expected = torch.zeros(1, dtype=torch.float64)
+    for gradients in per_sample(model, model.tower_names(), samples):
+        whole = gradients[FC1]
+        x, g = caught["x"][0].detach(), caught["g"][0]
+        shares = [torch.outer(*pair) for pair in zip(g, x, strict=True)]  # of the gradient, position by position
+        torch.testing.assert_close(torch.stack(shares).sum(0), whole)
+        expected = expected + sum(share.mT @ share for share in ([whole] if across_positions else shares)) / 7
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(found[f"{FC1}.gradient_gram"], expected)
+    assert all(torch.equal(gram, gram.mT) for gram in found.values())
+
+
+def test_a_gradient_gram_of_one_position_is_the_fisher_of_every_row() -> None:
+    """One sample at one position: |g|^2 x x^T, and both forms are the same."""
+    layer = nn.Linear(5, 3, bias=False).double()
+    pixels, label = torch.randn(1, 5).double(), torch.tensor([2])
+    subject = Subject(layer, {"weight": "w"})
+    batch = [Batch(pixels, label, range(1))]
+    forms = [
+        accumulate(subject, batch, GradientGram(subject.shapes, across_positions=across))[0]["w.gradient_gram"]
+        for across in (False, True)
+    ]
+    g = layer(pixels).softmax(-1).detach()[0] - torch.eye(3, dtype=torch.float64)[2]
+    expected = g.square().sum() * torch.outer(pixels[0], pixels[0])
+    for form in forms:
+        torch.testing.assert_close(form, expected)
+
+
+def test_symmetric_sums_do_not_depend_on_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(4, 6, 11, generator=generator).double(), torch.randn(4, 6, 5, generator=generator).double()
+    found = []
+    for strip in (3, 11, 256):
+        monkeypatch.setattr(accumulators, "STRIP", strip)
+        gram = GradientGram({"w": torch.Size((5, 11))})
+        for part in (slice(0, 3), slice(3, 4)):
+            gram.add("w", Outer(g[part], x[part]))
+        found.append(gram.finish(gram.sums, 4)["w.gradient_gram"])
+    expected = torch.einsum("nt,ntx,nty->xy", g.square().sum(2), x, x) / 4
+    for value in found:
+        torch.testing.assert_close(value, expected)
 
 
 def bases_of(names: list[str], rank: int = 3) -> dict[str, TaggedBasis]:

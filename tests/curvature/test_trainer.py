@@ -95,6 +95,13 @@ def test_the_callback_writes_the_file_beside_the_checkpoint(classifier: ImageCla
         header = file.metadata()
     assert (header["format"], header["task"], header["samples"]) == ("hf-epimer.fisher/1", "shapes", "13")
     assert str(tmp_path) not in str(header)
+    # and the other file from which the next person merges without data
+    grams = load_file(tmp_path / "out" / "gradient_gram.safetensors")
+    with safe_open(tmp_path / "out" / "gradient_gram.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "hf-epimer.gradient-gram/1" and file.metadata()["compress"] == "bf16"
+    assert grams.keys() == {f"{name}.gradient_gram" for name, value in found.items() if value.ndim == 2}
+    width = classifier.vision.config.hidden_size
+    assert grams["vision_model.encoder.layers.0.mlp.fc1.weight.gradient_gram"].shape == (width * (width + 1) // 2,)
 
 
 def test_augmented_data_are_refused_before_training(classifier: ImageClassifier, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from helpers.hub_server import StandInHub
 from hf_epimer import MergeRecipe, ModelRef
 from hf_epimer.curvature import estimate as estimation
 from hf_epimer.curvature.request import CurvatureRequest
+from hf_epimer.hub import source as our_hub
+from hf_epimer.methods.statistic import FISHER_FILE, GRADIENT_GRAM_FILE, KRONECKER_FILE, STATISTICS_FILES
 from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.tasks import dataset as data
+from hf_epimer.tasks.dataset import Sampling, TaskImages
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -120,6 +124,30 @@ def test_regmean_from_a_kronecker_file(clip_zoo: Path, run: Run, tmp_path: Path,
     assert all(torch.equal(one[name], two[name]) for name in one)
     code, _, complaint = run(*merge_words(clip_zoo), "--out", "x", "--fisher", *given)
     assert code == 1 and "holds hf-epimer.kronecker/1" in complaint
+
+
+def test_everything_that_is_missing_is_measured_in_one_pass(
+    clip_zoo: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several files of one checkpoint in one pass are those that are measured one by one."""
+    passes: list[object] = []
+    original = estimation._measure
+    monkeypatch.setattr(estimation, "_measure", lambda *given: passes.append(1) or original(*given))
+    source, base = (our_hub.resolve(ModelRef(str(clip_zoo / name))) for name in ("a", "base"))
+    images = TaskImages(load_task_file(clip_zoo / "a.json"), Sampling(10))
+    request = CurvatureRequest(source, base, images)
+    alone = {file: load_file(estimation.estimate_files(request, [file])[file]) for file in STATISTICS_FILES}
+    assert len(passes) == len(STATISTICS_FILES)
+    os.remove(request.cached(FISHER_FILE))
+    os.remove(request.cached(GRADIENT_GRAM_FILE))
+    kept = request.cached(KRONECKER_FILE).stat().st_mtime_ns
+    together = estimation.estimate_files(request, STATISTICS_FILES)
+    assert request.cached(KRONECKER_FILE).stat().st_mtime_ns == kept
+    assert len(passes) == len(STATISTICS_FILES) + 1
+    for file, tensors in alone.items():
+        found = load_file(together[file])
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], value) for name, value in tensors.items())
 
 
 @pytest.mark.parametrize("compress", ["bf16", "rank1"])
