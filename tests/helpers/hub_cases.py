@@ -64,5 +64,6 @@ def pickle_weights(hub: StandInHub, repo: str, *, convert: bool = True) -> PullR
 
 
 def recipe(folder: str = "merged-epimer") -> dict[str, object]:
+    """What a merged folder says of its merge, without the list of its files."""
     with open(f"{folder}/merge_config.json", encoding="utf-8") as file:
-        return dict(json.load(file))
+        return {name: value for name, value in json.load(file).items() if name != "files"}
