@@ -13,7 +13,7 @@ demo: .venv/ready  ## make a small zoo, merge it in five ways, print one table (
 test: .venv/ready  ## check the style and the types, then run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy hf_epimer spaces_app
+	$(BIN)/mypy hf_epimer spaces_app scripts
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 lint: .venv/ready  ## put the style right where that can be done by a program

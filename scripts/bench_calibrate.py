@@ -55,11 +55,11 @@ def whole_block(tasks: int, images: int, device: str, console: Console) -> None:
     generator, factors = torch.Generator().manual_seed(0), {}
     for size in {m for m, _ in LAYERS.values()}:
         factors[size] = decaying(size, generator)
-    curvature = {}
+    curvature: dict[str, Tensor] = {}
     for stage in CLIP.stages:
         for name in stage.layers:
             full = f"{CLIP.prefix}{CLIP.blocks}.0.{name}.weight"
-            size = len(tower.get_submodule(f"{CLIP.blocks}.0.{name}").weight)  # type: ignore[arg-type]
+            size = len(tower.get_submodule(f"{CLIP.blocks}.0.{name}").weight)
             curvature |= {f"{full}.output_factor": factors[size], f"{full}.positions": torch.ones(50)}
     given = []
     for number in range(tasks):

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -41,6 +41,9 @@ from hf_epimer.methods.ties import TIESConfig, merge_ties
 from hf_epimer.models.clip import CLIP
 from hf_epimer.numerics.lowrank import LowRank
 
+if TYPE_CHECKING:
+    from hf_epimer.models.classifier import Head
+
 ALPHAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 BATCH = 32
 MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -53,7 +56,7 @@ class Bench:
     """One task in memory: pixels and labels of three splits, and the frozen head."""
 
     name: str
-    head: Tensor
+    head: Head
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -137,7 +140,7 @@ def train(zoo: Zoo, bench: Bench, rank: int, folder: Path, steps: int, rate: flo
         loss.backward()
         optimizer.step()
         schedule.step()
-    tower.save_pretrained(folder)
+    tower.save_pretrained(str(folder))
 
 
 def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDict:
@@ -158,7 +161,7 @@ def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDi
 
         keys = [name + part.suffix for part in KRONECKER.parts]
         hooks.append(module.register_forward_hook(lambda m, x, y, key=keys[0]: add(key, x[0])))
-        hooks.append(module.register_full_backward_hook(lambda m, gx, gy, key=keys[1]: add(key, gy[0])))
+        hooks.append(module.register_full_backward_hook(lambda m, gx, gy, key=keys[1]: add(key, gy[0])))  # type: ignore[misc]
     images, labels = bench.train
     model = zoo.classifier(bench)
     for part in torch.arange(samples).split(64):
@@ -358,8 +361,8 @@ def measure(folder: Path, row: str) -> None:
 
     with tempfile.TemporaryDirectory() as out:
         updates = noted(merge_adapters(adapters, METHODS[method], config))
-        kind = (CLIP.output_class, CLIP.library)
-        write_adapter(Path(out), updates, base, module_name=CLIP.module_name, model_class=kind)
+        model_class = (CLIP.output_class, CLIP.library)
+        write_adapter(Path(out), updates, base, module_name=CLIP.module_name, model_class=model_class)
     found = {
         "seconds": time.monotonic() - began,
         "cpu": time.process_time() - used,

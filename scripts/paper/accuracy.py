@@ -56,10 +56,11 @@ def theirs(benchmark: Benchmark, row: str) -> Numbers:
     if not benchmark.has_paper_tasks:
         return [None] * len(benchmark.names) + [values["average"], min(eight.values())]
     own = [eight.get(name) for name in benchmark.names]
-    if None in own:
+    known = [value for value in own if value is not None]
+    if len(known) < len(own):
         return [*own, None, None]
-    average = values["average"] if set(benchmark.names) == set(eight) else sum(own) / len(own)
-    return [*own, average, min(own)]
+    average = values["average"] if set(benchmark.names) == set(eight) else sum(known) / len(known)
+    return [*own, average, min(known)]
 
 
 def with_totals(values: Sequence[float]) -> list[float]:

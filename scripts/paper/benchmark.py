@@ -282,12 +282,12 @@ class Comparison:
 
     def add(self, label: str, ours: Numbers, theirs: Numbers = ()) -> None:
         """One row of ours, and the paper's below it where the paper has one."""
-        theirs = list(theirs) if any(value is not None for value in theirs) else None
+        printed = list(theirs) if any(value is not None for value in theirs) else None
         comparable = self.benchmark.comparable if self.comparable is None else self.comparable
         difference = None
-        if comparable and theirs:
-            difference = [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
-        self.rows.append({"row": label, "ours": list(ours), "paper": theirs, "difference": difference})
+        if comparable and printed:
+            difference = [None if a is None or b is None else a - b for a, b in zip(ours, printed, strict=True)]
+        self.rows.append({"row": label, "ours": list(ours), "paper": printed, "difference": difference})
 
     def finish(self, **more: Any) -> None:
         """Print the table and write its JSON."""

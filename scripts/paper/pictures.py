@@ -76,7 +76,7 @@ def heterogeneity_and_margin(
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(margins), frameon=False)
     ours = next(iter(margins.values()))
     highest = max(places, key=lambda place: eta[place])
-    best = max(places, key=lambda place: -math.inf if ours[place] is None else ours[place])
+    best = max(places, key=lambda place: -math.inf if (margin := ours[place]) is None else margin)
     margin = f"EpiMer's margin best at rank {ranks[best]} ({_signed(float(ours[best] or 0))} points)"
     figure.suptitle(f"η is largest at rank {ranks[highest]}, {margin}")
     return figure

@@ -54,10 +54,13 @@ def main() -> None:
         everything[way] = dict(zip(map(str, seeds), rows))
     table.finish(rank=options.rank, accuracies=everything)
     by_share = {fraction: averages[way] for way, (_, fraction, _) in ways.items() if fraction}
-    stored = {compress or "float32": averages[way] for way, (samples, _, compress) in ways.items() if samples}
+    stored: dict[str, list[float]] = {
+        compress or "float32": averages[way] for way, (samples, _, compress) in ways.items() if samples
+    }
     average = theirs(benchmark, "epimer")[-2]
-    alike = benchmark.has_paper_tasks and average is not None
-    paper = {f"{table.paper}, rank {printed['rank']}": average} if alike else {}
+    paper = {}
+    if benchmark.has_paper_tasks and average is not None:
+        paper[f"{table.paper}, rank {printed['rank']}"] = average
     write(
         table.file.with_suffix(".png"), lambda: accuracy_by_share(by_share, stored, options.samples, table.ours, paper)
     )

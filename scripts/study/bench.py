@@ -110,6 +110,7 @@ class Bench:
             return self._statistics[statistic.file, look]
         found = []
         for number in range(len(self.names)):
+            assert statistic.file is not None
             made = ACCUMULATORS[statistic.file, "per-sample"]
             found.append(self.swept(number, made(self._subject(number, look).shapes), look))
         if look.at is None:

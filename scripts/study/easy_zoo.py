@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -76,12 +77,13 @@ def main() -> None:
         torch.manual_seed(number)
         task = load_task_file(shortened(load_task_file(file), file, options.out, options.classes))
         samples = read_samples(task, task.train_split)
-        model = classifier_for(load_tower(options.out / "base"), home, task, samples.class_names)
+        tower: Any = load_tower(options.out / "base")
+        model = classifier_for(tower, home, task, samples.class_names)
         before = accuracy(model, task, task.test_split).accuracy
         tune(model.train(), list(ImageBatches(samples, model.pixels, 64)), options.steps)
         after = accuracy(model.eval(), task, task.test_split).accuracy
         folder = options.out / "tasks" / task.name
-        model.tower.config.save_pretrained(folder)
+        tower.config.save_pretrained(folder)
         tensors = {name: value.detach().contiguous() for name, value in model.tower_parameters().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         Console().print(f"{task.name}: zero-shot {before:.3f}, fine-tuned {after:.3f}")

@@ -45,7 +45,7 @@ def plain_bases(bench: Bench, rho: float = 1.0) -> Tensors:
         if f"{name}{INPUT}" not in measured[0]:
             return None
         d = task_vectors(bench, name)
-        triples = task_triples(d, capped_rank(RANK, tuple(d.shape[1:]), len(d)))
+        triples = task_triples(d, capped_rank(RANK, (d.shape[1], d.shape[2]), len(d)))
         u, v = torch.cat([own.u for own in triples], 1).double(), torch.cat([own.v for own in triples], 1).double()
         lefts, rights, sides = [], [], []
         for own, statistics in zip(d.double(), measured, strict=True):
@@ -89,11 +89,13 @@ def exact_core(bench: Bench, rho: float = 1.0) -> Tensors:
     sum_t w_t E[z z^T] m + rho m = sum_t w_t E[z <G, D_t>] + rho m_0, whose left side has rank T N beside rho.
     """
     start = bench.merge("tsv-m", {"rank": RANK})
-    bases = {}
+    bases: dict[str, TaggedBasis] = {}
     for name, value in start.items():
         if value.ndim == 2 and "encoder" in name:
             d = task_vectors(bench, name)
-            bases[name] = tagged_basis(d, capped_rank(RANK, tuple(value.shape), len(d)))
+            basis = tagged_basis(d, capped_rank(RANK, (value.shape[0], value.shape[1]), len(d)))
+            if basis is not None:
+                bases[name] = basis
     found = []
     for number, tuned in enumerate(bench.tuned):
         own = {name: tuned[name] - bench.base[name] for name in bases}
