@@ -2,19 +2,24 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-fast check lint bench clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/ready  ## make a small zoo, merge it in five ways, print one table (about three minutes)
 	$(BIN)/hf-epimer demo
 
-test: .venv/ready  ## check the style and the types, then run the tests
+test: check  ## the style, the types and every test
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+test-fast: check  ## the style, the types and the tests that take about a minute together
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow'
+
+check: .venv/ready  ## the style and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy hf_epimer spaces_app scripts
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 lint: .venv/ready  ## put the style right where that can be done by a program
 	$(BIN)/ruff check --fix .

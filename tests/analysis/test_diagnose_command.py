@@ -183,6 +183,7 @@ def test_from_python_and_twice(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) 
         diagnose(recipe)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from hf_epimer import MergeRecipe, ModelRef, diagnose\n"
@@ -260,6 +261,7 @@ def test_without_matplotlib_the_report_is_there_and_the_error_says_what_to_insta
     assert "Curvature" in output
 
 
+@pytest.mark.slow
 def test_the_package_does_without_matplotlib_until_it_draws() -> None:
     code = "import sys, hf_epimer.analysis.diagnosis, hf_epimer.analysis.plots; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

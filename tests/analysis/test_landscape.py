@@ -223,6 +223,7 @@ def test_what_cannot_be_drawn_is_refused(clip_zoo: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_to_draw() -> None:
     code = "import sys, hf_epimer.analysis.landscape; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

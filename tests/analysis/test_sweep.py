@@ -247,6 +247,7 @@ def test_without_matplotlib_the_report_is_there(clip_zoo: Path, run: Run, monkey
     assert "best on average" in output
 
 
+@pytest.mark.slow
 def test_a_sweep_of_repos_gives_a_command_with_their_commits(benchmark_hub: StandInHub, tmp_path: Path) -> None:
 
     def command(*words: object) -> None:

@@ -326,6 +326,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["people"]
 
 
+@pytest.mark.slow
 def test_a_really_full_disk(tiny_zoo: Path) -> None:
     """A limit on file sizes makes the operating system refuse the write itself."""
     script = (
@@ -506,6 +507,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("delay", [0.05, 0.35, 0.7])
 def test_an_interrupted_merge_leaves_the_target_complete_or_absent(

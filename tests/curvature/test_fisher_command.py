@@ -98,6 +98,7 @@ def test_unknown_tasks_and_unlike_models(clip_zoo: Path, tiny_zoo: Path, run: Ru
     assert code == 1 and "no text tower" in complaint
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
     """An odd number of samples: none is dropped, none counted twice."""
     environment = {

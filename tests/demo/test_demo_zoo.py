@@ -80,6 +80,7 @@ def test_recorded_accuracies_come_back_from_the_files(
         assert infer_task(repo_name=name, tasks={name: task}) is task
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_leaves_the_generators_alone(zoo: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected, numbers = torch.rand(1), np.random.get_state()[1].tolist()
@@ -138,6 +139,7 @@ def test_every_word_of_every_caption_is_one_known_token() -> None:
         assert all(piece.endswith("</w>") for piece in pieces)
 
 
+@pytest.mark.slow
 def test_the_demo_command_merges_and_measures_in_five_ways(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

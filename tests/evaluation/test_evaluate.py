@@ -84,6 +84,7 @@ def test_json_limit_split_and_per_class(clip_zoo: Path, run: Run) -> None:
         assert row["per_class"][name] == (sum(own) / len(own) if own else None)
 
 
+@pytest.mark.slow
 def test_two_processes_count_what_one_does(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
     arguments = [*words(clip_zoo), "--limit", 23, "--batch-size", 4]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "two")}
@@ -226,6 +227,7 @@ def test_the_merged_folders_results_are_those_of_evaluate(clip_zoo: Path, run: R
     assert len(load_file(tmp_path / "merged" / "model.safetensors")) > 30
 
 
+@pytest.mark.slow
 def test_all_eight_benchmarks_come_from_the_hub(clip_zoo: Path, tmp_path: Path) -> None:
     """Small parquet repos of the same schema, in a process of its own: ids, configs, splits, columns, class counts."""
     tasks = benchmark_tasks()

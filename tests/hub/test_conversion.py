@@ -12,6 +12,7 @@ from helpers.hub_cases import MISSION, downloads, fails, in_a_process, pickle_we
 from helpers.hub_server import Fault, StandInHub
 
 
+@pytest.mark.slow
 def test_the_mission_command_on_a_base_in_the_bots_pull_request(hub: StandInHub, run: Run, tmp_path: Path) -> None:
     pull = pickle_weights(hub, "org/base")
     assert pull is not None

@@ -18,6 +18,7 @@ from helpers.hub_cases import MISSION, TOKENS, downloads, environment, fails, in
 from helpers.hub_server import READER, STRANGER, WRITER, Fault, StandInHub
 
 
+@pytest.mark.slow
 def test_the_mission_command(hub: StandInHub, tmp_path: Path) -> None:
     """In a process of its own, as a user types it; then the pushed repo loads with transformers from the Hub."""
     done = in_a_process(hub, tmp_path, *MISSION)
@@ -330,6 +331,7 @@ def test_only_merged_folders_are_pushed(hub: StandInHub, run: Run, tmp_path: Pat
     assert writes(hub) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.6])
 def test_a_killed_push_is_one_commit_or_none(delay: float, hub: StandInHub, run: Run, tmp_path: Path) -> None:
     assert run(*MISSION[:3], "--out", "merged")[0] == 0

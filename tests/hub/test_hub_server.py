@@ -225,6 +225,7 @@ def test_closed_hub_does_not_answer() -> None:
             client.get(url)
 
 
+@pytest.mark.slow
 def test_load_dataset(hub: StandInHub, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -32,6 +32,7 @@ def hub(empty_hub: StandInHub, adapters: tuple[Path, Path], base_folder: Path) -
     return empty_hub
 
 
+@pytest.mark.slow
 def test_adapters_from_the_hub_pushed_and_loaded_back(hub: StandInHub, run: Run, tmp_path: Path) -> None:
     pinned = hub.commits("org/base")[0].oid
     hub.commit("org/base", {"config.json": b"{}"})  # b names the commit before this one

@@ -210,6 +210,7 @@ def test_reports_are_strict_json(tiny_zoo: Path, run: Run) -> None:
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     """Twenty more layers are 63 MB more of every model; the merge must not hold on to any of them."""
     import subprocess

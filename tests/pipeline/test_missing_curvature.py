@@ -167,6 +167,7 @@ def test_small_files_merge_nearly_alike(compress: str, clip_zoo: Path, run: Run,
     assert change < (0.02 if compress == "bf16" else 0.5)
 
 
+@pytest.mark.slow
 def test_the_mission_command_estimates_on_the_benchmarks_own_data(benchmark_hub: StandInHub, tmp_path: Path) -> None:
     """No Fisher file anywhere: tasks from the repos' names, data and base from the Hub, in a process of its own."""
     words = ("merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--push-to", "org/merged")
@@ -183,6 +184,7 @@ def test_the_mission_command_estimates_on_the_benchmarks_own_data(benchmark_hub:
     assert header["model_sha"] == benchmark_hub.commits("org/vit-b32-svhn")[0].oid
 
 
+@pytest.mark.slow
 def test_a_merge_from_the_hub_is_calibrated_and_pushed(benchmark_hub: StandInHub, tmp_path: Path) -> None:
     models = ("org/vit-b32-dtd", "org/vit-b32-svhn")
     words = ("merge", *models, "--method", "mean", "--calibrate", "--push-to", "org/merged")
@@ -193,6 +195,7 @@ def test_a_merge_from_the_hub_is_calibrated_and_pushed(benchmark_hub: StandInHub
     assert {"model.safetensors", "merge_config.json"} <= files and not any(".tmp" in name for name in files)
 
 
+@pytest.mark.slow
 def test_large_data_sets_are_streamed(
     benchmark_hub: StandInHub, run: Run, clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

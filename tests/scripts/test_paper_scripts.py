@@ -106,6 +106,7 @@ def laid_out(clip_zoo: Path, folder: Path) -> Path:
     return zoo
 
 
+@pytest.mark.slow
 def test_every_script_runs_and_shares_what_is_measured(
     clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

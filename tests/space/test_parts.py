@@ -27,6 +27,7 @@ from settings import Settings
 SPACE = Path(choosing.__file__).parent
 
 
+@pytest.mark.slow
 def test_work_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
     ticket = jobs.Ticket()
     for event in jobs.run("build_zoo", str(tmp_path / "zoo"), ticket=ticket):
@@ -37,6 +38,7 @@ def test_work_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_work_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     started = time.monotonic()
     *_, last = jobs.run("build_zoo", str(tmp_path / "zoo"), seconds=1)
@@ -152,6 +154,7 @@ def test_a_page_uses_public_names_only() -> None:
             assert not line.strip().startswith(("import hf_epimer", "from hf_epimer.")), f"{file.name}: {line}"
 
 
+@pytest.mark.slow
 def test_the_zoo_is_made_where_it_is_missing_and_is_seen_to_be_made(tmp_path: Path) -> None:
     from zoo_maker import ZooMaker
 

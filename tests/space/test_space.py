@@ -26,6 +26,7 @@ import jobs
 import work
 from gradio_client import Client, handle_file
 
+pytestmark = pytest.mark.slow
 OWNER, VISITOR = "hf_owner_secret_token", "hf_visitor_secret_token"
 
 

@@ -18,6 +18,7 @@ if not CHROMIUM or not DRIVER:
     pytest.skip("chromium and chromedriver are not installed", allow_module_level=True)
 pytest.importorskip("gradio")
 webdriver = pytest.importorskip("selenium.webdriver")
+pytestmark = pytest.mark.slow
 
 FLAGS = (
     "--headless=new",
