@@ -214,11 +214,9 @@ def _against_hessian(
     architecture = plan.architecture
     last = plan.vision_config[architecture.depth] - 1
     chosen = [
-        f"{architecture.prefix}{architecture.blocks}.{index}.{layer}.weight"
+        f"{architecture.prefix}{architecture.blocks}.{index}.{residual.writes}.weight"
         for index in sorted({0, last // 2, last})
-        for stage in architecture.stages
-        if stage.residual
-        for layer in stage.layers
+        for residual in architecture.residuals
     ]
     bases = tagged_bases(ingredients, rank, seed=plan.recipe.seed)
     few = {name: bases[name] for name in chosen if name in bases}

@@ -32,6 +32,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = "solve layers again in forward order, on --samples images of every task; epimer-core does unless told not to"
     parser.add_argument("--calibrate", action=argparse.BooleanOptionalAction, default=absent, help=what)
+    what = "of a calibration: how often every image is seen, whole and as random crops; default 1"
+    parser.add_argument("--views", type=int, default=absent, metavar="N", help=what)
+    what = "of a calibration: how strongly a layer is held where it is; default 0.2"
+    parser.add_argument("--calibration-rho", type=float, default=absent, metavar="RHO", help=what)
     what = "choose alpha by how near predictions come to the checkpoints' own on --samples images of every task"
     parser.add_argument("--tune-alpha", action="store_true", default=absent, help=what)
     parser.add_argument("--evaluate", action="store_true", default=absent, help="measure the merge on its tasks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from hf_epimer.methods.report import RankReport, SolveReport
@@ -31,13 +32,9 @@ class CalibrationReport:
     """One layer that was solved again.
 
     Attributes:
-        calibration_steps: of the solver.
-        calibration_residual: relative, where it ended.
         calibration_size: norm of the change, relative to that of the weight.
     """
 
-    calibration_steps: int
-    calibration_residual: float
     calibration_size: float
 
 
@@ -88,7 +85,7 @@ def totals_of(layers: Sequence[LayerReport]) -> dict[str, Any]:
     calibrations = [layer.calibration for layer in layers if layer.calibration]
     if calibrations:
         totals["calibrated"] = len(calibrations)
-        totals["calibration_steps"] = sum(layer.calibration_steps for layer in calibrations)
+        totals["typical_calibration"] = median(layer.calibration_size for layer in calibrations)
         totals["largest_calibration"] = max(layer.calibration_size for layer in calibrations)
     factored = [layer.adapter for layer in layers if layer.adapter]
     if factored:

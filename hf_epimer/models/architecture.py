@@ -20,16 +20,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Linear layers of a block that read the same input.
+class Residual:
+    """One of the sums that a block consists of: h + write(... read(norm(h)) ...).
 
     Attributes:
-        layers: their canonical names within the block.
-        residual: the layer whose input is the residual stream to which their output is added; None where it is not.
+        run: (block, hidden states [n, positions, w]) -> the sum.
+        reads: the linear layers that read norm(h), by their canonical names within the block.
+        writes: the linear layer whose output is added to h.
     """
 
-    layers: tuple[str, ...]
-    residual: str | None = None
+    run: Callable[[nn.Module, Tensor], Tensor]
+    reads: tuple[str, ...]
+    writes: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All of them, in the order in which data runs through them."""
+        return (*self.reads, self.writes)
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,10 @@ class Architecture:
         processors: classes of image processors, the first that the installed transformers has is used.
         carried: fields of the base's config.json that a merged model keeps beside its vision config.
         features: (tower, pixels [n, 3, height, width]) -> what is classified, [n, w].
+        positions: vision config -> length of the sequence of hidden states.
         width, depth: the fields of a vision config that are w and the number of blocks.
-        run_block: (block, hidden states [n, positions, w]) -> the same after it.
         blocks: the list of residual blocks, in the order in which data runs through them.
-        stages: the linear layers of a block, in the same order; the last one's output ends the block, added to the
-            residual stream.
+        residuals: the sums of a block, in the same order.
         known: the values of `known_by` of well-known base models -> Hub id.
         known_by: fields by which a base is known.
         zero_shot: how classes are made out of texts; None where a task must bring its head.
@@ -99,9 +105,9 @@ class Architecture:
     tower_classes: tuple[str, ...]
     processors: tuple[str, ...]
     features: Callable[[nn.Module, Tensor], Tensor]
-    run_block: Callable[[nn.Module, Tensor], Tensor]
+    positions: Callable[[Mapping[str, Any]], int]
     blocks: str
-    stages: tuple[Stage, ...]
+    residuals: tuple[Residual, ...]
     prefix: str = ""
     nested: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""CLIP's vision tower. Everything that is CLIP's own stands here: names, shapes, stages, and its text tower.
+"""CLIP's vision tower. Everything that is CLIP's own stands here: names, shapes, residuals, and its text tower.
 
 Names are `vision_model.*` in transformers 4 and in every full CLIPModel, without that prefix in a CLIPVisionModel of
 transformers 5.6 and later; every version reads the former.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.models.architecture import Architecture, Stage, ZeroShot
+from hf_epimer.models.architecture import Architecture, Residual, ZeroShot
 from hf_epimer.types import Shape
 
 if TYPE_CHECKING:
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 def _parameters(config: Mapping[str, Any]) -> dict[str, Shape]:
     width, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
-    positions = (config["image_size"] // patch) ** 2 + 1
     shapes: dict[str, Shape] = {
         "embeddings.class_embedding": (width,),
         "embeddings.patch_embedding.weight": (width, config["num_channels"], patch, patch),
-        "embeddings.position_embedding.weight": (positions, width),
+        "embeddings.position_embedding.weight": (_positions(config), width),
         "pre_layrnorm.weight": (width,),
         "pre_layrnorm.bias": (width,),
     }
@@ -44,14 +43,24 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Shape]:
     return shapes
 
 
+def _positions(config: Mapping[str, Any]) -> int:
+    patches: int = (config["image_size"] // config["patch_size"]) ** 2
+    return patches + 1
+
+
 def _features(tower: Any, pixels: Tensor) -> Tensor:
     features: Tensor = tower(pixel_values=pixels).pooler_output
     return features
 
 
-def _run_block(block: Any, hidden: Tensor) -> Tensor:
-    after: Tensor = block(hidden, attention_mask=None)
-    return after
+def _attention(block: Any, hidden: Tensor) -> Tensor:
+    attended: Tensor = block.self_attn(block.layer_norm1(hidden), attention_mask=None)[0]
+    return hidden + attended
+
+
+def _mlp(block: Any, hidden: Tensor) -> Tensor:
+    change: Tensor = block.mlp(block.layer_norm2(hidden))
+    return hidden + change
 
 
 def _embed(model: Any, tokens: Any) -> Tensor:
@@ -87,13 +96,11 @@ CLIP = Architecture(
     processors=("CLIPImageProcessorPil", "CLIPImageProcessor"),  # the plain name needs no torchvision before the other
     carried=("projection_dim",),
     features=_features,
-    run_block=_run_block,
+    positions=_positions,
     blocks="encoder.layers",
-    stages=(
-        Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Stage(("self_attn.out_proj",), residual="layer_norm1"),
-        Stage(("mlp.fc1",)),
-        Stage(("mlp.fc2",), residual="layer_norm2"),
+    residuals=(
+        Residual(_attention, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"),
+        Residual(_mlp, ("mlp.fc1",), "mlp.fc2"),
     ),
     known={
         (768, 12, 12, 32, 224): "openai/clip-vit-base-patch32",

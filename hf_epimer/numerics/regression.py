@@ -1,11 +1,13 @@
-"""Regression of one linear layer on several tasks at once, each with a curvature of its outputs, anchored at a start.
+"""Regression of one linear layer on samples, anchored where it is.
 
-    minimise over E, m x n:   sum_t g_t sum_i (y_i - (W + E) x_i)^T S_t (y_i - (W + E) x_i) + rho |E|^2
-    sum_t g_t S_t E G_t + rho E = sum_t g_t S_t C_t,    G_t = sum_i x_i x_i^T,   C_t = sum_i (y_i - W x_i) x_i^T
+    minimise over E, m x n:   sum_i |y_i - (W + E) x_i|^2 + rho |E|^2
+    E (G + rho I) = C,        G = sum_i x_i x_i^T,   C = sum_i (y_i - W x_i) x_i^T = Y X^T - W G
 
-over the samples i of task t. g_t = l_t / mean(diag G_t) brings inputs to one scale; S_t is divided by its mean
-eigenvalue and mixed with the identity, since a few hundred samples do not fill it. With S_t = I and inputs of the
-fine-tuned models themselves it is RegMean with a ridge at W.
+One Cholesky factor of an n x n matrix, whatever m. G and C of several tasks are added, each brought to one scale; with
+inputs of the fine-tuned models themselves that is RegMean with a ridge at W.
+
+A task vector D = W_t - W_0 is what training summed up of (output gradient) (input)^T, so D^T D is a second sum over
+inputs: those that moved the layer, over the whole training and not over a few hundred samples. `prior` adds it.
 """
 
 from __future__ import annotations
@@ -13,41 +15,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_epimer.numerics.linalg import Solution
-from hf_epimer.numerics.sylvester import solve_sylvester
 
-
-def anchored_step(
-    grams: Tensor,
-    crosses: Tensor,
-    outputs: Tensor,
-    weights: Tensor,
-    *,
-    rho: float,
-    share: float,
-    tolerance: float = 1e-3,
-) -> Solution:
-    """Solve for the step E.
+def anchored_step(gram: Tensor, cross: Tensor, rho: float) -> Tensor:
+    """Solve E (G + rho I) = C.
 
     Args:
-        grams: G_t, T x n x n.
-        crosses: C_t, T x m x n.
-        outputs: S_t, T x m x m, symmetric and positive semidefinite.
-        weights: l_t, length T, summing to 1.
-        rho: > 0, in units of the mean squared input.
-        share: of S_t in its mixture with the identity, in [0, 1].
-        tolerance: relative error of E.
+        gram: G, n x n, symmetric and positive semidefinite.
+        cross: C, m x n.
+        rho: > 0, in units of G.
 
     Returns:
-        The solution with `x` = E; zero where no task has any input.
+        E, m x n.
     """
-    means = grams.diagonal(dim1=1, dim2=2).mean(1)
-    gains = weights * torch.where(means > 0, 1 / means, torch.zeros_like(means))
-    scales = outputs.diagonal(dim1=1, dim2=2).mean(1)
-    shares = torch.where(scales > 0, share / scales, torch.zeros_like(scales))
-    rest = torch.where(scales > 0, 1.0 - share, 1.0)  # a task without curvature counts as a flat one
-    identity = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
-    metrics = shares[:, None, None] * outputs + rest[:, None, None] * identity
-    metrics = gains[:, None, None] * metrics
-    right_side = (metrics @ crosses).sum(0)
-    return solve_sylvester(metrics, grams, rho, torch.zeros_like(right_side), right_side, tolerance=tolerance)
+    ridge = gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(cross.mT, torch.linalg.cholesky(ridge)).mT
+
+
+def prior(task_vector: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+    """What a task vector adds to G and C, of mean diagonal 1: N = D^T D / mean(diag D^T D) and (W_t - W) N.
+
+    Args:
+        task_vector: D = W_t - W_0, m x n.
+        gap: W_t - W, m x n.
+
+    Returns:
+        n x n and m x n; zero where D is.
+    """
+    mean = task_vector.square().sum() / task_vector.shape[1]
+    scale = 1 / mean if mean > 0 else torch.zeros_like(mean)
+    return scale * (task_vector.mT @ task_vector), scale * ((gap @ task_vector.mT) @ task_vector)
+
+
+def gram(x: Tensor, weighted: Tensor, block: int = 1024) -> Tensor:
+    """sum_i w_i x_i x_i^T, of which only the blocks on and above the diagonal are multiplied out.
+
+    Args:
+        x: N x n.
+        weighted: w_i x_i, N x n.
+
+    Returns:
+        n x n, symmetric.
+    """
+    n = x.shape[1]
+    result = x.new_empty(n, n)
+    for start in range(0, n, block):
+        rows = slice(start, start + block)
+        result[rows, start:] = weighted[:, rows].mT @ x[:, start:]
+        result[start + block :, rows] = result[rows, start + block :].mT
+    return result

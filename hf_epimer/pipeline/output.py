@@ -67,9 +67,9 @@ def write_merge(
     dtype = dtype_of(plan, ingredients.base)
     layers = dense_layers(plan, ingredients, dtype, on_layer)
     if plan.recipe.calibrate:
-        from hf_epimer.pipeline.calibration.step import calibrated_layers
+        from hf_epimer.pipeline.calibration.layers import calibrated_layers
 
-        layers = calibrated_layers(layers, plan, ingredients, folder, progress)
+        layers = calibrated_layers(layers, plan, ingredients, progress)
     _write_checkpoint(folder, plan, dtype, noted(layers))
     return tuple(reports)
 

@@ -151,6 +151,15 @@ class Plan:
         """Canonical name -> shape of every parameter that will be merged."""
         return self.architecture.shapes(self.vision_config)
 
+    @property
+    def calibration_bytes(self) -> int:
+        """Of the hidden states that a calibration keeps on the disk: two towers, twice, in float32; 0 without one."""
+        if not self.recipe.calibrate:
+            return 0
+        images = sum(model.images.sampling.samples or 0 for model in self.models if model.images)
+        width = int(self.vision_config[self.architecture.width])
+        return 16 * images * self.recipe.views * self.architecture.positions(self.vision_config) * width
+
     def at_alpha(self, alpha: float) -> Plan:
         """The same merge with its alpha chosen."""
         options = replace(self.recipe.options, alpha=alpha)
@@ -181,6 +190,7 @@ class Plan:
                 f"{statistic} of {request.model.label}: {request.images}" for statistic, request in self.to_estimate
             ],
             "calibrate_on": images if self.recipe.calibrate else [],
+            "calibration_bytes": self.calibration_bytes,
             "tune_alpha_on": images if self.recipe.tune_alpha else [],
             "parameters": len(self.shapes),
             "matrices": len(matrices),

@@ -34,6 +34,8 @@ class MergeRecipe:
         samples: per task, where curvature has to be estimated.
         calibrate: solve the merge's linear layers again in forward order, on `samples` images of every task; None for
             what the method does by itself: `epimer-core` where there are images, no other.
+        views: of a calibration: how often every image is seen, whole and as random crops.
+        calibration_rho: of a calibration: how strongly a layer is held where it is, in units of the mean squared input.
         tune_alpha: choose alpha by how near the predictions come to the fine-tuned models' on those images.
         evaluate: measure the result on every model's task.
         limit: of `evaluate`: the first so many test images per task; None for all.
@@ -60,6 +62,8 @@ class MergeRecipe:
     fisher: tuple[ModelRef, ...] = ()
     samples: int = 256
     calibrate: bool | None = None
+    views: int = 1
+    calibration_rho: float = 0.2
     tune_alpha: bool = False
     evaluate: bool = False
     limit: int | None = None
@@ -90,6 +94,10 @@ class MergeRecipe:
             raise UsageError(f"--out-rank must be a whole number of at least 1, not {self.out_rank!r}")
         if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
             raise UsageError(f"--limit must be a whole number of at least 1, not {self.limit!r}")
+        if not isinstance(self.views, int) or not 1 <= self.views <= 64:
+            raise UsageError(f"--views must be a whole number from 1 to 64, not {self.views!r}")
+        if not isinstance(self.calibration_rho, int | float) or not 1e-6 <= self.calibration_rho <= 1e6:
+            raise UsageError(f"--calibration-rho must be a number from 1e-6 to 1e6, not {self.calibration_rho!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.push_to is not None:
@@ -121,7 +129,8 @@ class MergeRecipe:
             words += ["--samples", str(self.samples)]
         if bool(self.calibrate) != method.calibrates:
             words += ["--calibrate" if self.calibrate else "--no-calibrate"]
-        for name, usual in (("device", "cpu"), ("dtype", None), ("seed", 0), ("out_rank", None)):
+        kept = (("views", 1), ("calibration_rho", 0.2)) if self.calibrate else ()
+        for name, usual in (*kept, ("device", "cpu"), ("dtype", None), ("seed", 0), ("out_rank", None)):
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != usual else []
         words += [f"--{name.replace('_', '-')}" for name in ("tune_alpha", "exact", "dense") if getattr(self, name)]
@@ -137,6 +146,8 @@ _DECIDES = (
     "weights",
     "samples",
     "calibrate",
+    "views",
+    "calibration_rho",
     "evaluate",
     "limit",
     "tasks",

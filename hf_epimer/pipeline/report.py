@@ -64,7 +64,8 @@ class MergeReport:
             words["alpha"] = f"{totals['alpha']:g}: {when}where predictions are nearest to those of the models merged"
         if "calibrated" in totals:
             words["calibrated layers"] = str(totals["calibrated"])
-            words["largest change of a layer by calibration"] = f"{totals['largest_calibration']:.1%} of its weight"
+            typical, largest = totals["typical_calibration"], totals["largest_calibration"]
+            words["change of a layer by calibration"] = f"{typical:.1%} of its weight (median), at most {largest:.1%}"
         if "largest_rank" in totals:
             words["largest rank of a merged layer"] = str(totals["largest_rank"])
             words["largest part of a layer's norm cut off"] = f"{totals['largest_cut_off']:.2%}"

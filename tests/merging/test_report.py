@@ -47,8 +47,8 @@ def test_fields_of_adapters_and_calibration() -> None:
         "name": "a", "shape": (4, 2), "ranks": (1, 2), "out_rank": 3, "cut_off": 0.25, "rank": 2, "capped": False,
         "atoms": 4, "steps": 3, "residual": 0.1, "angle": 0.9, "unique": False, "note": "far apart", "merged_norm": 1.0,
     }  # fmt: skip
-    calibrated = LayerReport("b", (4,), 2.0, (1.0, 2.0), calibration=CalibrationReport(7, 1e-5, 0.5))
-    fields = ["calibration_steps", "calibration_residual", "calibration_size"]
+    calibrated = LayerReport("b", (4,), 2.0, (1.0, 2.0), calibration=CalibrationReport(0.5))
+    fields = ["calibration_size"]
     assert list(calibrated.to_json()) == [*START, *END, *fields]
 
 
@@ -61,12 +61,10 @@ def test_totals_are_those_of_what_was_done(base_state: StateDict) -> None:
     assert totals["parameters"] == sum(value.numel() for value in base_state.values())
     assert totals["steps"] == sum(layer.solve.steps for layer in layers if layer.solve)
     adapter = LayerReport("a", (4, 2), 3.0, adapter=AdapterReport((1, 2), 3, 0.25))
-    other = LayerReport(
-        "b", (4, 2), 4.0, adapter=AdapterReport((1, 2), 2, 0.5), calibration=CalibrationReport(7, 0, 0.5)
-    )
+    other = LayerReport("b", (4, 2), 4.0, adapter=AdapterReport((1, 2), 2, 0.5), calibration=CalibrationReport(0.5))
     totals = totals_of([adapter, other])
     assert (totals["largest_rank"], totals["largest_cut_off"], totals["merged_norm"]) == (3, 0.5, 5.0)
-    assert (totals["calibrated"], totals["calibration_steps"], totals["largest_calibration"]) == (1, 7, 0.5)
+    assert (totals["calibrated"], totals["typical_calibration"], totals["largest_calibration"]) == (1, 0.5, 0.5)
 
 
 def _reports(method: str, base: StateDict) -> list[LayerReport]:

@@ -84,7 +84,7 @@ def test_the_commands_of_the_page_do_what_it_says(zoo: Path, family: Architectur
         assert not report["missing_keys"] and not report["unexpected_keys"]
     assert load_file("merged/model.safetensors").keys() == expected.keys()
     totals = json.loads(Path("calibrated/merge_report.json").read_text())["totals"]
-    assert totals["calibrated"] == CONFIG.num_hidden_layers * sum(len(stage.layers) for stage in family.stages)
+    assert totals["calibrated"] == CONFIG.num_hidden_layers * sum(len(residual.layers) for residual in family.residuals)
     card = Path("calibrated/README.md").read_text()
     assert "2 fine-tuned ViT-MSNs merged" in card and "ViTMSNModel.from_pretrained" in card
     assert "of the task's own head" in card and "type: image-classification" in card and "CLIP" not in card

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,49 +21,43 @@ from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower
-from hf_epimer.numerics.regression import anchored_step
+from hf_epimer.numerics.regression import anchored_step, gram, prior
 from hf_epimer.pipeline.calibration.states import SMALLEST, crops
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.tasks.images import Batch
 
 POSITIONS = 5
-LAYERS = [f"encoder.layers.{i}.{name}" for i in range(2) for stage in CLIP.stages for name in stage.layers]
+LAYERS = [f"encoder.layers.{i}.{name}" for i in range(2) for residual in CLIP.residuals for name in residual.layers]
 
 
-def spd(size: int, seed: int) -> Tensor:
-    x = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x.mT @ x
-
-
-def test_the_step_is_the_dense_solution() -> None:
+def test_the_step_is_where_the_error_is_smallest() -> None:
+    """Against the dense solution, and against the loss itself by autograd."""
     generator = torch.Generator().manual_seed(0)
-    m, n, rho, share = 4, 6, 0.3, 0.7
-    x = [torch.randn(30, n, generator=generator, dtype=torch.float64) for _ in range(3)]
-    off = [torch.randn(30, m, generator=generator, dtype=torch.float64) for _ in range(3)]
-    grams, crosses = torch.stack([a.mT @ a for a in x]), torch.stack([b.mT @ a for a, b in zip(x, off, strict=True)])
-    outputs, weights = torch.stack([spd(m, seed) for seed in range(3)]), [0.5, 0.2, 0.3]
-    system, right = rho * torch.eye(m * n, dtype=torch.float64), torch.zeros(m * n, dtype=torch.float64)
-    for weight, gram, cross, s in zip(weights, grams, crosses, outputs, strict=True):
-        metric = share * s / (s.trace() / m) + (1 - share) * torch.eye(m, dtype=torch.float64)
-        gain = weight / (gram.trace() / n)
-        system += gain * torch.kron(metric, gram)
-        right += gain * (metric @ cross).flatten()
-    expected = torch.linalg.solve(system, right).view(m, n)
-    arguments: dict[str, Any] = {"rho": rho, "share": share, "tolerance": 1e-10}
-    found = anchored_step(grams, crosses, outputs, torch.tensor(weights, dtype=torch.float64), **arguments)
-    assert torch.allclose(found.x, expected, atol=1e-8)
+    m, n, rho = 4, 6, 0.3
+    x, y, weight = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((30, n), (30, m), (m, n)))
+    step = anchored_step(x.mT @ x, y.mT @ x - weight @ (x.mT @ x), rho)
+    step.requires_grad_(True)
+    loss = (y - x @ (weight + step).mT).square().sum() + rho * step.square().sum()
+    (gradient,) = torch.autograd.grad(loss, step)
+    assert float(gradient.abs().max()) < 1e-9
 
 
-def test_no_curvature_counts_as_a_flat_one_and_no_inputs_as_no_task() -> None:
-    gram, cross = spd(3, 0), torch.ones(2, 3, dtype=torch.float64)
-    one = torch.ones(1, dtype=torch.float64)
-    flat = anchored_step(gram[None], cross[None], torch.zeros(1, 2, 2).double(), one, rho=0.1, share=0.8).x
-    equal = anchored_step(gram[None], cross[None], torch.eye(2).double()[None], one, rho=0.1, share=0.8).x
-    assert torch.allclose(flat, equal) and bool(flat.any())
-    grams, crosses = torch.stack([gram, 0 * gram]), torch.stack([cross, 0 * cross])
-    outputs = torch.eye(2).double().expand(2, 2, 2)
-    half = anchored_step(grams, crosses, outputs, torch.tensor([0.5, 0.5]).double(), rho=0.05, share=0.8).x
-    assert torch.allclose(half, flat, atol=1e-3)
+def test_the_prior_is_what_inputs_along_the_task_vector_would_add() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vector, gap = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    gram_, cross = prior(vector, gap)
+    assert float(gram_.diagonal().mean()) == pytest.approx(1.0)
+    assert torch.allclose(cross, gap @ gram_)
+    assert torch.allclose(gram_ / gram_[0, 0], (vector.mT @ vector) / (vector.mT @ vector)[0, 0])
+    still = prior(torch.zeros(4, 6), gap.float())
+    assert not bool(still[0].any()) and not bool(still[1].any())
+
+
+@pytest.mark.parametrize("block", [4, 7, 100])
+def test_half_a_gram_matrix_is_enough(block: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(20, 13, generator=generator), torch.rand(20, 1, generator=generator)
+    assert torch.allclose(gram(x, scale * x, block), (scale * x).mT @ x, atol=1e-5)
 
 
 # --- towers ---------------------------------------------------------------------------------------------------------
@@ -81,9 +78,7 @@ def tuned_tower(base: Path, seed: int) -> nn.Module:
 def curvature(tower: nn.Module, seed: int, heard: Tensor | None = None) -> StateDict:
     found = {}
     for number, name in enumerate(LAYERS):
-        size = len(tower.get_submodule(name).weight)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(seed + number)
-        found[f"vision_model.{name}.weight.output_factor"] = spd(size, seed + number).float()
         profile = torch.rand(POSITIONS, generator=generator) if heard is None else heard
         found[f"vision_model.{name}.weight.positions"] = profile
     return StateDict("curvature", found)
@@ -98,19 +93,21 @@ def images(seed: int, count: int = 48, batch: int = 16) -> list[Batch]:
     ]
 
 
-def task_of(tower: nn.Module, seed: int, **options: Any) -> CalibrationTask:
+def task_of(tower: nn.Module, seed: int, weight: float = 1.0, **options: Any) -> CalibrationTask:
     heard = options.pop("heard", None)
-    return CalibrationTask(
-        StateDict(f"task {seed}", parameters(tower)), curvature(tower, seed, heard), images(seed, **options)
-    )
+    own = StateDict(f"task {seed}", parameters(tower))
+    return CalibrationTask(own, weight, curvature(tower, seed, heard), images(seed, **options))
 
 
 def calibrated(
     start: nn.Module, tasks: list[CalibrationTask], folder: Path, **options: Any
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, float]]:
+    """By default without a prior, whose limits are those of the regression alone."""
     tower = copy.deepcopy(start)
-    weights = options.pop("weights", [1 / len(tasks)] * len(tasks))
-    return tower, calibrate(tower, tasks, weights, CLIP, folder, **options)
+    base = options.pop("base", StateDict("base", parameters(start)))
+    total = sum(task.weight for task in tasks)
+    tasks = [replace(task, weight=task.weight / total) for task in tasks]
+    return tower, calibrate(tower, base, tasks, CLIP, folder, **{"prior_weight": 0.0, **options})
 
 
 @torch.no_grad()
@@ -128,7 +125,7 @@ def test_a_model_calibrated_on_itself_stays_as_it_is(clip_base: Path, tmp_path: 
     found, report = calibrated(tower, [task_of(tower, 1), task_of(tower, 2)], tmp_path / "w")
     for name, value in tower.named_parameters():
         assert torch.allclose(found.get_parameter(name), value, atol=1e-6), name
-    assert len(report) == len(LAYERS) and all(entry.calibration_size < 1e-5 for entry in report.values())
+    assert len(report) == len(LAYERS) and all(size < 1e-5 for size in report.values())
 
 
 @pytest.mark.parametrize("unbiased", [(), ("q_proj", "k_proj"), ("fc2",)], ids=str)
@@ -164,45 +161,61 @@ def test_a_strong_pull_leaves_the_merge_as_it_is(clip_base: Path, tmp_path: Path
 def test_the_order_of_tasks_and_the_batches_do_not_matter(clip_base: Path, tmp_path: Path) -> None:
     start = load_tower(clip_base)
     towers = {seed: tuned_tower(clip_base, seed) for seed in (1, 2, 3)}
-    forward, _ = calibrated(start, [task_of(towers[s], s) for s in (1, 2, 3)], tmp_path / "a", weights=[0.5, 0.3, 0.2])
-    tasks = [task_of(towers[s], s, batch=7) for s in (3, 1, 2)]
-    other, _ = calibrated(start, tasks, tmp_path / "b", weights=[0.2, 0.5, 0.3])
-    assert difference(forward, other, start) < 0.02
-    equal, _ = calibrated(start, [task_of(towers[s], s) for s in (1, 2, 3)], tmp_path / "c")
+    weights = {1: 0.5, 2: 0.3, 3: 0.2}
+    base = StateDict("base", parameters(load_tower(clip_base)))
+    options: dict[str, Any] = {"base": base, "prior_weight": 1.0}
+    forward, _ = calibrated(start, [task_of(towers[s], s, weights[s]) for s in (1, 2, 3)], tmp_path / "a", **options)
+    tasks = [task_of(towers[s], s, weights[s], batch=7) for s in (3, 1, 2)]
+    other, _ = calibrated(start, tasks, tmp_path / "b", **options)
+    assert difference(forward, other, start) < 1e-3
+    equal, _ = calibrated(start, [task_of(towers[s], s) for s in (1, 2, 3)], tmp_path / "c", **options)
     assert difference(forward, equal, start) > 0.05
 
 
-def test_the_first_stages_are_the_regressions_that_they_claim_to_be(clip_base: Path, tmp_path: Path) -> None:
+def test_the_first_layers_are_the_regressions_that_they_claim_to_be(clip_base: Path, tmp_path: Path) -> None:
     """Queries of the first block, and its output projection with the stream's own error, from plain forward passes."""
     start, tuned = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    base = load_tower(clip_base)
     tasks = [task_of(tower, seed) for seed, tower in enumerate(tuned, 1)]
-    found, _ = calibrated(start, tasks, tmp_path / "w", views=1, rho=0.1, share=0.8)
+    found, _ = calibrated(start, tasks, tmp_path / "w", rho=0.1, prior_weight=0.7)
     half = copy.deepcopy(start)  # as the tower is when the output projection is solved
-    for name in ("q_proj", "k_proj", "v_proj"):
+    reads = ("q_proj", "k_proj", "v_proj")
+    for name in reads:
         source = found.get_submodule(f"encoder.layers.0.self_attn.{name}")
         half.get_submodule(f"encoder.layers.0.self_attn.{name}").load_state_dict(source.state_dict())
     for layer, tower in (("self_attn.q_proj", start), ("self_attn.out_proj", half)):
         name = f"encoder.layers.0.{layer}"
-        grams, crosses, outputs = [], [], []
+        before: Any = start.get_submodule(name)
+        grams, crosses = [], []
         for own, task in zip(tuned, tasks, strict=True):
             pixels = torch.cat([batch.inputs for batch in task.images])
             here, there = seen(tower, name, pixels), seen(own, name, pixels)
             off = there["out"] - here["out"]
+            siblings = [name]
             if layer.endswith("out_proj"):
                 off = off + there["stream"] - here["stream"]
-            heard = task.curvature.tensor(f"vision_model.{name}.weight.positions")
-            scale = (heard / heard.mean()).repeat(len(pixels)).double()
+            else:
+                siblings = [f"encoder.layers.0.self_attn.{sibling}" for sibling in reads]
+            profiles = [task.curvature.tensor(f"vision_model.{n}.weight.positions") for n in siblings]
+            heard = torch.stack([profile / profile.mean() for profile in profiles]).mean(0)
+            scale = heard.repeat(len(pixels)).double()
             x = torch.cat([here["in"], torch.ones(*here["in"].shape[:2], 1)], dim=2).flatten(0, 1).double()
-            grams.append((x * scale[:, None]).mT @ x)
-            crosses.append(off.flatten(0, 1).double().mT @ (x * scale[:, None]))
-            outputs.append(task.curvature.tensor(f"vision_model.{name}.weight.output_factor").double())
-        step = anchored_step(
-            torch.stack(grams), torch.stack(crosses), torch.stack(outputs), torch.tensor([0.5, 0.5]).double(),
-            rho=0.1, share=0.8, tolerance=1e-8,
-        ).x  # fmt: skip
-        linear, before = found.get_submodule(name), start.get_submodule(name)
-        changed = torch.cat([linear.weight - before.weight, (linear.bias - before.bias)[:, None]], 1).detach()  # type: ignore[operator,union-attr,index]
-        assert float((changed - step).norm() / step.norm()) < 2e-3, layer
+            gram_, cross = (x * scale[:, None]).mT @ x, off.flatten(0, 1).double().mT @ (x * scale[:, None])
+            gain = 0.5 / float(gram_.diagonal().mean())
+            goal: Any = own.get_submodule(name)
+            origin: Any = base.get_submodule(name)
+            vector, gap = (goal.weight - origin.weight).double(), (goal.weight - before.weight).double()
+            known = vector.mT @ vector / (vector.mT @ vector).diagonal().mean()
+            gram_, cross = gain * gram_, gain * cross
+            gram_[:-1, :-1] += 0.5 * 0.7 * known
+            cross[:, :-1] += 0.5 * 0.7 * gap @ known
+            grams.append(gram_)
+            crosses.append(cross)
+        total = sum(grams) + 0.1 * torch.eye(len(grams[0])).double()
+        step = torch.linalg.solve(total, sum(crosses).mT).mT  # type: ignore[union-attr]
+        linear: Any = found.get_submodule(name)
+        changed = torch.cat([linear.weight - before.weight, (linear.bias - before.bias)[:, None]], 1).detach()
+        assert float((changed - step).norm() / step.norm()) < 1e-3, layer
 
 
 @torch.no_grad()
@@ -255,7 +268,7 @@ def test_views_are_images_more(clip_base: Path, tmp_path: Path) -> None:
     task = task_of(tuned, 1)
     twice, _ = calibrated(start, [task], tmp_path / "a", views=2)
     more = [Batch(crops(batch.inputs, batch.indices, 1), batch.labels, batch.indices) for batch in task.images]
-    listed = CalibrationTask(task.tuned, task.curvature, [*task.images, *more])
+    listed = replace(task, images=[*task.images, *more])
     explicit, _ = calibrated(start, [listed], tmp_path / "b", views=1)
     assert difference(twice, explicit, start) < 0.01
     once, _ = calibrated(start, [task], tmp_path / "c", views=1)
@@ -277,7 +290,39 @@ def test_a_task_without_images_is_an_error(clip_base: Path, tmp_path: Path) -> N
     tower = tuned_tower(clip_base, 1)
     task = task_of(tower, 1)
     with pytest.raises(DataError, match="there are no images to calibrate on"):
-        calibrated(tower, [CalibrationTask(task.tuned, task.curvature, [])], tmp_path / "w")
+        calibrated(tower, [replace(task, images=[])], tmp_path / "w")
+
+
+def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(clip_base: Path, tmp_path: Path) -> None:
+    start, towers = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    tasks = [task_of(tower, seed) for seed, tower in enumerate(towers, 1)]
+    whole, sizes = calibrated(start, tasks, tmp_path / "whole", prior_weight=1.0)
+
+    def stopped_after(steps: int) -> tuple[nn.Module, dict[str, float]]:
+        folder, counted = tmp_path / f"stopped {steps}", 0
+
+        def stop(done: int, total: int) -> None:
+            nonlocal counted
+            counted += done
+            if counted == steps:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(start, tasks, folder, prior_weight=1.0, on_step=stop)
+        begun = sorted(path.name for path in folder.glob("block-*"))
+        assert len(begun) == (steps - 1) // 4
+        unread = [replace(task, images=never()) for task in tasks]
+        return calibrated(start, unread, folder, prior_weight=1.0)
+
+    for steps in (1, 2, 3, 4, 5, 8):
+        again, found = stopped_after(steps)
+        assert found == sizes
+        assert all(torch.equal(again.get_parameter(name), value) for name, value in whole.named_parameters()), steps
+
+
+def never() -> Iterator[Batch]:
+    raise AssertionError("the images of an interrupted run are read a second time")
+    yield
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -308,6 +353,7 @@ def test_calibrate_from_the_command(words: tuple[object, ...], run: Run, tmp_pat
     assert merged.keys() == base.keys()
     card = (tmp_path / "m" / "README.md").read_text()
     assert "Then calibrated" in card and "up to 24 training images" in card and "| calibrated layers | 12 |" in card
+    assert not list((tmp_path / "home" / "hf-epimer" / "calibration").iterdir())
     again = run("merge", "--config", tmp_path / "m" / "merge_config.json", "--out", tmp_path / "n")
     assert again[0] == 0, again[2]
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == (tmp_path / "n" / "model.safetensors").read_bytes()
@@ -329,6 +375,34 @@ def test_calibration_brings_the_merge_closer_to_every_task(
     far = sum(float((plain - goal).square().sum()) for goal in goals)
     near = sum(float((better - goal).square().sum()) for goal in goals)
     assert near < far
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--views", 0), ("--views", 65), ("--calibration-rho", 0), ("--calibration-rho", "nan")]
+)
+def test_settings_out_of_range_are_wrong_usage(
+    flag: str, value: object, words: tuple[object, ...], run: Run, tmp_path: Path
+) -> None:
+    code, _, err = run(*words, flag, value, "--out", tmp_path / "m")
+    assert code == 2 and err.startswith(f"error: {flag} must be")
+
+
+def test_settings_of_a_calibration_change_it_and_are_repeated(
+    words: tuple[object, ...], run: Run, tmp_path: Path
+) -> None:
+    assert run(*words, "--views", 2, "--calibration-rho", 0.5, "--out", tmp_path / "a")[0] == 0
+    assert run(*words, "--out", tmp_path / "b")[0] == 0
+    assert run("merge", "--config", tmp_path / "a" / "merge_config.json", "--out", tmp_path / "c")[0] == 0
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == c and a != b
+
+
+def test_no_room_for_hidden_states_is_said_before_they_are_computed(
+    words: tuple[object, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, _, err = run(*words, "--out", tmp_path / "m")
+    assert code == 1 and "calibration needs" in err and "GB are free" in err and not (tmp_path / "m").exists()
 
 
 def test_what_calibration_cannot_do_is_said_before_any_work(

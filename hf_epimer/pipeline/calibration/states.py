@@ -1,13 +1,13 @@
-"""The pictures of one task on their way through two towers, block by block: the merged one and the task's own.
+"""The pictures of one task on their way through two towers, residual by residual: the merged one and the task's own.
 
-Hidden states are kept in files that are mapped into memory; a block is passed as often as its stages need. Every
-picture is seen several times, whole and as random crops: no label is used, so whatever a crop shows, each task's own
-tower says what is to become of it, and a few hundred pictures are few for layers that are heard at one position only.
+Hidden states are kept in files that are mapped into memory, one set at the beginning of a block and one within it, so
+that a block can be begun again. No label is used, so whatever a picture or a crop of it shows, each task's own tower
+says what is to become of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample
 
-from hf_epimer.checkpoints.reader import TensorSource
-from hf_epimer.errors import DataError
-from hf_epimer.models.architecture import Architecture
-from hf_epimer.models.weights import Block, parameters_of, put_weights
-from hf_epimer.tasks.images import Batch
-
 BATCH = 32
 """Images at a time."""
 
@@ -30,65 +24,49 @@ SMALLEST = 0.6
 """Of a picture's area: the smallest crop."""
 
 
-class Run:
-    """Hidden states of one task's images before some block: in the merged tower and in the task's own."""
+class HiddenStates:
+    """Hidden states of one task's images, images x positions x width, in the merged tower and in the task's own.
 
-    def __init__(
-        self, merged: Tensor, tuned: Tensor, device: torch.device, run_block: Callable[[nn.Module, Tensor], Tensor]
-    ) -> None:
-        self.merged, self.tuned, self.device, self.run_block = merged, tuned, device, run_block
-
-    def batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(which images, merged, tuned) hidden states, some images at a time."""
-        for start in range(0, len(self.merged), BATCH):
-            part = slice(start, start + BATCH)
-            yield part, self.merged[part].to(self.device), self.tuned[part].to(self.device)
-
-    def advance(self, block: Block) -> None:
-        """Through a block of the merged tower; the tuned states are put forward by the block's last stage."""
-        for part, merged, _ in self.batches():
-            self.merged[part] = self.run_block(block.module, merged)
-
-
-def start_run(
-    towers: tuple[nn.Module, nn.Module],
-    first_blocks: tuple[Block, Block],
-    weights: TensorSource,
-    images: Iterable[Batch],
-    views: int,
-    architecture: Architecture,
-    workspace: Path,
-) -> Run:
-    """Through both towers up to their first block.
+    Of each tower there are two files: the states at the beginning of a block, and those within it, so that a block that
+    was interrupted can be begun again.
 
     Args:
-        towers: the merged one and the one for the task's weights.
-        first_blocks: of both.
-        weights: the task's own.
-        images: read once.
-        views: how often each is seen.
-        workspace: a new folder for hidden states.
-
-    Raises:
-        DataError: there are none.
+        folder: for the files; those that are there are gone on with.
+        shape: of the states.
+        blocks: how many are done.
     """
-    inside = f"{architecture.prefix}{architecture.blocks}."
-    parameters = parameters_of(towers[1], architecture)
-    put_weights({name: value for name, value in parameters.items() if not name.startswith(inside)}, weights)
-    device = next(towers[0].parameters()).device
-    states: tuple[list[Tensor], list[Tensor]] = [], []
-    for batch in images:
-        for view in range(views):
-            pixels = crops(batch.inputs, batch.indices, view) if view else batch.inputs
-            for tower, first, before in zip(towers, first_blocks, states, strict=True):
-                with caught({first.module: "in"}) as seen, stopped():
-                    architecture.features(tower, pixels.to(device))
-                before.append(seen[first.module].cpu())
-    if not states[0]:
-        raise DataError(f"{weights.label}: there are no images to calibrate on")
-    workspace.mkdir(parents=True)
-    merged, tuned = (_mapped(workspace / str(number), torch.cat(parts)) for number, parts in enumerate(states))
-    return Run(merged, tuned, device, architecture.run_block)
+
+    def __init__(self, folder: Path, shape: Sequence[int], blocks: int = 0) -> None:
+        self.count = shape[0]
+        self._files = {tower: [_mapped(folder / f"{tower}-{side}", shape) for side in (0, 1)] for tower in TOWERS}
+        self._start = blocks % 2
+        self._within: set[str] = set()
+
+    def batches(self) -> Iterator[slice]:
+        """Which images are taken together."""
+        for start in range(0, self.count, BATCH):
+            yield slice(start, min(start + BATCH, self.count))
+
+    def read(self, tower: str, part: slice) -> Tensor:
+        """The states of some images, as far as they have got."""
+        side = 1 - self._start if tower in self._within else self._start
+        return self._files[tower][side][part]
+
+    def write(self, tower: str, part: slice, states: Tensor) -> None:
+        """The states of some images one residual further; `passed` when all are there."""
+        self._files[tower][1 - self._start][part] = states
+
+    def passed(self, tower: str) -> None:
+        """All images of a tower have been written."""
+        self._within.add(tower)
+
+    def end_block(self) -> None:
+        """What has been written is the beginning of the next block."""
+        self._start = 1 - self._start
+        self._within.clear()
+
+
+TOWERS = ("merged", "tuned")
 
 
 def crops(pixels: Tensor, indices: Sequence[int], view: int) -> Tensor:
@@ -97,8 +75,10 @@ def crops(pixels: Tensor, indices: Sequence[int], view: int) -> Tensor:
     Args:
         pixels: N x channels x height x width.
         indices: which pictures these are; one has the same crop in every batch.
-        view: another number, other crops.
+        view: another number, other crops; 0 for the whole pictures.
     """
+    if not view:
+        return pixels
     rows = [np.random.Generator(np.random.Philox(key=view, counter=index)).random(3) for index in indices]
     area, across, down = torch.from_numpy(np.stack(rows)).to(pixels).unbind(1)
     side = (SMALLEST + (1 - SMALLEST) * area).sqrt()
@@ -108,10 +88,10 @@ def crops(pixels: Tensor, indices: Sequence[int], view: int) -> Tensor:
     return grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def _mapped(path: Path, values: Tensor) -> Tensor:
-    """The same numbers in a file, which the system may put out of memory."""
-    stored = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
-    return stored.copy_(values)
+def _mapped(path: Path, shape: Sequence[int]) -> Tensor:
+    """Numbers in a file, which the system may put out of memory; those of an earlier run where it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=torch.float32).view(*shape)
 
 
 class _Stop(Exception):
@@ -128,25 +108,20 @@ def stopped() -> Iterator[None]:
 
 
 @contextmanager
-def caught(wanted: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, Tensor]]:
-    """What goes into (`in`) or comes out of (`out`) some modules in a forward pass, which ends when all is there."""
+def caught(reader: nn.Module | None = None, outputs: Iterable[nn.Module] = ()) -> Iterator[dict[nn.Module, Tensor]]:
+    """What goes into `reader` in a forward pass, which ends there; or what comes out of some modules in a whole one."""
     seen: dict[nn.Module, Tensor] = {}
 
-    def keep(module: nn.Module, value: Tensor) -> None:
-        seen[module] = value
-        if len(seen) == len(wanted):
-            raise _Stop
-
     def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        keep(module, arguments[0])
+        seen[module] = arguments[0]
+        raise _Stop
 
     def after(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        keep(module, output)
+        seen[module] = output
 
-    hooks = [
-        module.register_forward_pre_hook(before) if which == "in" else module.register_forward_hook(after)
-        for module, which in wanted.items()
-    ]
+    hooks = [module.register_forward_hook(after) for module in outputs]
+    if reader is not None:
+        hooks.append(reader.register_forward_pre_hook(before))
     try:
         yield seen
     finally:

@@ -4,56 +4,48 @@ A merge is made layer by layer from weights, so every layer meets inputs that it
 told it about. Calibration goes through the merged tower from front to back. At each linear layer, x is what the merged
 tower gives it on images of task t, y what task t's own tower makes of the same images there:
 
-    minimise sum_t g_t sum_{n, s} pi_ts (y_ns - (W + E) x_ns)^T S_t (y_ns - (W + E) x_ns) + rho |E|^2
+    minimise over E   sum_t l_t (nrm_t sum_i pi_i |y_i - (W + E) x_i|^2 + prior tr((W_t - W - E) N_t (W_t - W - E)^T))
+                      + rho |E|^2
 
-with g_t = l_t over the mean squared input, S_t the curvature of task t's loss in the layer's outputs (Kronecker factor)
-and pi_ts how much of it sits at position s of the sequence; without pi the last block would be fitted to patches that
-nobody reads. Where the output is added to the residual stream, y contains what the stream itself is off by. Biases
-belong to W (x has a 1 in it). Labels enter through S_t and pi alone. `hf_epimer.numerics.regression` solves it. Every
-image is seen `VIEWS` times, whole and as random crops (`states.py`). The constants below were chosen on validation
-images of a small zoo; docs/study.md has what half or three times of them changes.
+i runs over images, views and positions; pi_i is how much the loss of task t hears of a position; nrm_t divides by the
+mean squared input; N_t = D_t^T D_t of mean diagonal 1 is what the task vector says of the inputs that a few hundred
+images do not (`hf_epimer.numerics.regression`). A bias belongs to W (x has a 1 in it), but not to the prior. A layer
+that writes to the residual stream is asked for what the stream itself is off by, too. Labels enter through pi alone.
 
-Related: RegMean (inputs of the tuned towers, S_t = I, pi = 1, all layers at once), RegMean++ (inputs of merged layers).
+Per block and view, in units of one layer w x w at every position: the tuned tower is passed once (12 of a CLIP block),
+the merged one up to each layer that writes and once through (7 + 12), and sums take 12 (cross products) and 19 (Gram
+matrices, of which fc2's is 16).
 
-Memory: two towers, the sums of one layer, and the hidden states of all images in files that are mapped into memory.
+Related: RegMean (inputs of the tuned towers, no prior, all layers at once); RegMean++ and FeatCal (inputs of merged
+layers).
 """
 
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_epimer.checkpoints.reader import StateDict, TensorSource
-from hf_epimer.merging.finite import check_merged, stored_as
-from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.merging.report import CalibrationReport
-from hf_epimer.merging.stream import MergedLayer
-from hf_epimer.models.architecture import Architecture, Stage
-from hf_epimer.models.files import base_folder, processor_folder
-from hf_epimer.models.loading import load_processor, load_tower, preprocess
+from hf_epimer.checkpoints.atomic import atomic_file, write_text
+from hf_epimer.checkpoints.reader import TensorSource
+from hf_epimer.errors import DataError
+from hf_epimer.merging.finite import check_merged
+from hf_epimer.models.architecture import Architecture, Residual
 from hf_epimer.models.weights import Block, blocks_of, parameters_of, put_weights
-from hf_epimer.numerics.regression import anchored_step
-from hf_epimer.pipeline.calibration.states import BATCH, Run, caught, start_run, stopped
-from hf_epimer.pipeline.plan import Plan
-from hf_epimer.tasks.images import Batch, ImageBatches, read_images
-from hf_epimer.types import Progress
+from hf_epimer.numerics.regression import anchored_step, gram, prior
+from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, crops, stopped
+from hf_epimer.tasks.images import Batch
 
-VIEWS = 4
-"""How often every image is seen: whole, and as random crops."""
-
-RHO = 0.1
-"""How strongly a layer is held at its merge, in units of the mean squared input."""
-
-SHARE = 0.8
-"""Of S_t in its mixture with the identity."""
+PRIOR = 1.0
+"""The say of the task vectors against that of the images."""
 
 OnStep = Callable[[int, int], None]
 """(steps done since the last call, steps in all)."""
@@ -61,9 +53,17 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CalibrationTask:
-    """What calibration reads of one task: its weights, the curvature of its outputs, and its images, read once."""
+    """What calibration reads of one task.
+
+    Attributes:
+        tuned: theta_t.
+        weight: l_t.
+        curvature: how much its loss hears of every position of a layer, as `<weight's name>.positions`.
+        images: in batches, read once.
+    """
 
     tuned: TensorSource
+    weight: float
     curvature: TensorSource
     images: Iterable[Batch]
 
@@ -71,154 +71,197 @@ class CalibrationTask:
 @torch.no_grad()
 def calibrate(
     tower: nn.Module,
+    base: TensorSource,
     tasks: Sequence[CalibrationTask],
-    weights: Sequence[float],
     architecture: Architecture,
     workspace: Path,
     *,
-    views: int = VIEWS,
-    rho: float = RHO,
-    share: float = SHARE,
+    views: int = 1,
+    rho: float = 0.2,
+    prior_weight: float = PRIOR,
     on_step: OnStep = lambda done, total: None,
-) -> dict[str, CalibrationReport]:
+) -> dict[str, float]:
     """Solve every linear layer of a merged tower again, in place.
 
     Args:
         tower: the merge, in evaluation mode, on the device where it is to be done.
-        tasks: one per merged checkpoint.
-        weights: l_t, summing to 1.
-        workspace: a folder for hidden states of both towers: 8 bytes times images, views, positions and width.
+        base: theta_0.
+        tasks: one per merged checkpoint, their weights summing to 1.
+        workspace: a folder for hidden states and finished blocks; what an interrupted run with the same arguments has
+            left there is gone on with.
         views: of every image, at least 1.
-        rho, share: as above; layers are solved in float32, so rho should stay well above 1e-4.
-        on_step: progress; a step is one task in one stage of one block.
+        rho, prior_weight: as above; rho > 0.
+        on_step: progress; a step is one task in one residual of one block.
 
     Returns:
-        Canonical name of every solved weight -> how its solve went.
+        Canonical name of every solved weight -> the step's norm relative to the weight's.
 
     Raises:
         DataError: a task has no images.
         NumericalError: a solution is not finite.
     """
-    other = copy.deepcopy(tower)  # takes the tuned weights of one task after the other
-    blocks, tuned_blocks = blocks_of(tower, architecture), blocks_of(other, architecture)
-    total = len(blocks) * len(architecture.stages) * len(tasks)
-    on_step(0, total)
-    first = blocks[0], tuned_blocks[0]
-    runs = [
-        start_run((tower, other), first, task.tuned, task.images, views, architecture, workspace / str(number))
+    blocks = blocks_of(tower, architecture)
+    done = [load_file(path) for path in takewhile(Path.exists, (_finished(workspace, n) for n in range(len(blocks))))]
+    steps = len(architecture.residuals) * len(tasks)
+    on_step(0, len(blocks) * steps)
+    states = [
+        _first_states(tower, task, views, architecture, workspace / str(number), len(done))
         for number, task in enumerate(tasks)
     ]
-    reports: dict[str, CalibrationReport] = {}
-    for block, tuned in zip(blocks, tuned_blocks, strict=True):
-        for stage in architecture.stages:
-            sums = []
-            for task, run in zip(tasks, runs, strict=True):
-                put_weights(tuned.parameters, task.tuned)
-                profiles = {name: _profile(task, f"{block.name}.{name}") for name in stage.layers}
-                sums.append(_moments(block, tuned, stage, run, profiles, is_last=stage is architecture.stages[-1]))
-                on_step(1, total)
-            for name in stage.layers:
-                layer = f"{block.name}.{name}"
-                curvature = [task.curvature.tensor(f"{layer}.weight.output_factor") for task in tasks]
-                moments = [of_task[name] for of_task in sums]
-                reports[f"{layer}.weight"] = _solve(block.layers[name], moments, curvature, weights, rho, share, layer)
-        for run in runs:
-            run.advance(block)
-    return reports
+    tuned = copy.deepcopy(blocks[0])  # takes the weights of any block of any task
+    sizes: dict[str, float] = {}
+    for number, block in enumerate(blocks):
+        if number < len(done):
+            sizes |= _restored(block, done[number])
+            on_step(steps, len(blocks) * steps)
+            continue
+        solved: dict[str, float] = {}
+        for residual in architecture.residuals:
+            passages = [_Passage(block, tuned, residual, *entry) for entry in zip(tasks, states, strict=True)]
+            for layers in (residual.reads, (residual.writes,)):
+                moments = _pooled([passage.moments(layers) for passage in passages], tasks)
+                for layer in layers:
+                    solved[f"{block.name}.{layer}.weight"] = _solve(
+                        block, layer, moments, tasks, base, rho, prior_weight
+                    )
+            for passage in passages:
+                passage.advance()
+                on_step(1, len(blocks) * steps)
+        for state in states:
+            state.end_block()
+        _keep(block, solved, _finished(workspace, number))
+        sizes |= solved
+    return sizes
 
 
-def calibrated_layers(
-    merged: Iterator[MergedLayer], plan: Plan, ingredients: Ingredients, folder: Path, progress: Progress
-) -> Iterator[MergedLayer]:
-    """A merge's layers, calibrated: all of them are taken before the first is given.
-
-    Args:
-        merged: every parameter of the tower.
-        plan: with a calibration.
-        folder: where hidden states can be kept meanwhile.
+def _first_states(
+    tower: nn.Module, task: CalibrationTask, views: int, architecture: Architecture, folder: Path, blocks: int
+) -> HiddenStates:
+    """One task's images through both towers up to their first block, or as an interrupted run has left them.
 
     Raises:
-        DataError: what is wrong with the images of a task.
-        NumericalError: as in `calibrate`, or a value that does not fit into the merge's type.
+        DataError: there are none.
     """
-    layers = {layer.name: layer for layer in merged}
-    tower = load_tower(base_folder(plan.base))
-    put_weights(
-        parameters_of(tower, plan.architecture),
-        StateDict("merge", {name: layer.tensor for name, layer in layers.items()}),
-    )
-    pixels = partial(preprocess, load_processor(processor_folder(plan.base)))
-    images = [ImageBatches(read_images(model.images), pixels, BATCH) for model in plan.models if model.images]
-    tasks = list(map(CalibrationTask, ingredients.models, ingredients.curvature, images))
-    workspace = folder / "hidden-states.tmp"
-    reports = calibrate(
-        tower.to(plan.recipe.device),
-        tasks,
-        plan.weights,
-        plan.architecture,
-        workspace,
-        on_step=lambda done, total: progress("calibrating", done, total),
-    )
-    shutil.rmtree(workspace)
-    for seen in images:
-        seen.report_broken()
-    parameters = parameters_of(tower.cpu(), plan.architecture)
-    for name, layer in layers.items():
-        value = parameters[name].detach()
-        stored = stored_as(value, layer.tensor.dtype, name)
-        norm = float((value - ingredients.base.tensor(name).to(value)).norm())
-        report = replace(layer.report, merged_norm=norm, calibration=reports.get(name))
-        yield MergedLayer(name, stored, report)
+    note = folder / "shape.json"
+    if note.exists():
+        return HiddenStates(folder, json.loads(note.read_text(encoding="utf-8")), blocks)
+    other = copy.deepcopy(tower)
+    put_weights(parameters_of(other, architecture), task.tuned)
+    first = {name: (module, blocks_of(module, architecture)[0].module) for name, module in zip(TOWERS, (tower, other))}
+    device = next(tower.parameters()).device
+    chunks: dict[str, list[Tensor]] = {name: [] for name in TOWERS}
+    for batch in task.images:
+        for view in range(views):
+            pixels = crops(batch.inputs, batch.indices, view).to(device)
+            for name, (module, block) in first.items():
+                with caught(block) as seen, stopped():
+                    architecture.features(module, pixels)
+                chunks[name].append(seen[block].cpu())
+    if not chunks["merged"]:
+        raise DataError(f"{task.tuned.label}: there are no images to calibrate on")
+    shape = (sum(map(len, chunks["merged"])), *chunks["merged"][0].shape[1:])
+    states = HiddenStates(folder, shape, blocks=1)
+    for name, parts in chunks.items():
+        states.write(name, slice(None), torch.cat(parts))
+    states.end_block()
+    write_text(note, json.dumps(shape))
+    return states
 
 
-# --- one stage ------------------------------------------------------------------------------------------------------
+# --- one residual ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Moments:
-    """G and C of one layer and one task, sums over images and positions; x has a 1 at its end where there is a bias."""
+    """Sums of one task over images and positions, in float64, x with a 1 at its end: sum pi x x^T, sum pi y x^T."""
 
     gram: Tensor
-    cross: Tensor
+    cross: dict[str, Tensor]
 
 
-def _moments(
-    block: Block, tuned: Block, stage: Stage, run: Run, profiles: Mapping[str, Tensor], *, is_last: bool
-) -> dict[str, _Moments]:
-    """The sums of every layer of a stage over one task's images; the last stage takes them through the tuned block."""
-    first = block.layers[stage.layers[0]]
-    inputs = {first: "in"}
-    outputs = {tuned.layers[name]: "out" for name in stage.layers}
-    if stage.residual:
-        inputs[block.layers[stage.residual]] = "in"
-        outputs[tuned.layers[stage.residual]] = "in"
-    moments: dict[str, _Moments] = {}
-    for part, merged_states, tuned_states in run.batches():
-        with caught(inputs) as here, stopped():
-            run.run_block(block.module, merged_states)
-        with caught(outputs) as there, stopped():
-            run.run_block(tuned.module, tuned_states)
-        states = here[first]
-        with_one = torch.cat([states, states.new_ones(*states.shape[:-1], 1)], dim=-1)
-        for name in stage.layers:
-            x = states if block.layers[name].bias is None else with_one
-            off = there[tuned.layers[name]] - block.layers[name](states)
-            if stage.residual:
-                stream = there[tuned.layers[stage.residual]]
-                off += stream - here[block.layers[stage.residual]]
-                if is_last:
-                    run.tuned[part] = stream + there[tuned.layers[name]]
-            heard = profiles[name].to(x.device)
-            kept = heard > 0
-            flat = x[:, kept].flatten(0, 1)
-            weighted = (x[:, kept] * heard[kept, None]).flatten(0, 1)
-            gram, cross = _precise(weighted.mT @ flat), _precise(off[:, kept].flatten(0, 1).mT @ weighted)
-            if name in moments:
-                moments[name].gram += gram
-                moments[name].cross += cross
-            else:
-                moments[name] = _Moments(gram, cross)
-    return moments
+@dataclass(frozen=True)
+class _Passage:
+    """One task's images on their way through one residual of a block.
+
+    Attributes:
+        tuned: a block for the task's own weights.
+    """
+
+    block: Block
+    tuned: Block
+    residual: Residual
+    task: CalibrationTask
+    states: HiddenStates
+
+    def moments(self, layers: tuple[str, ...]) -> _Moments:
+        """Of the layers that read, while the tuned tower's states are taken through; or of the one that writes."""
+        reading = layers == self.residual.reads
+        if reading:
+            self._load_tuned()
+        heard = torch.stack([_heard(self.task, f"{self.block.name}.{layer}.weight") for layer in layers]).mean(0)
+        sums: _Moments | None = None
+        for part in self.states.batches():
+            x = self._input(layers[0], part)
+            targets = self._tuned_outputs(part) if reading else {layers[0]: self._missing(part)}
+            sums = _added(sums, x, targets, heard.to(x))
+        if reading:
+            self.states.passed("tuned")
+        assert sums is not None
+        return sums
+
+    def advance(self) -> None:
+        """Take the merged tower's states through the residual with its new weights."""
+        for part in self.states.batches():
+            self.states.write("merged", part, self.residual.run(self.block.module, self._read("merged", part)))
+        self.states.passed("merged")
+
+    def _load_tuned(self) -> None:
+        for name, parameter in self.tuned.parameters.items():
+            own = f"{self.block.name}.{name.removeprefix(self.tuned.name + '.')}"
+            parameter.copy_(self.task.tuned.tensor(own))
+
+    def _read(self, tower: str, part: slice) -> Tensor:
+        return self.states.read(tower, part).to(next(iter(self.block.parameters.values())).device)
+
+    def _input(self, layer: str, part: slice) -> Tensor:
+        """What a layer reads in the merged tower, with a 1 at its end."""
+        linear = self.block.layers[layer]
+        with caught(linear) as seen, stopped():
+            self.residual.run(self.block.module, self._read("merged", part))
+        return torch.cat([seen[linear], seen[linear].new_ones(*seen[linear].shape[:-1], 1)], dim=-1)
+
+    def _tuned_outputs(self, part: slice) -> dict[str, Tensor]:
+        """What the reading layers put out in the tuned tower, whose states move on."""
+        linears = {layer: self.tuned.layers[layer] for layer in self.residual.reads}
+        with caught(outputs=linears.values()) as seen:
+            self.states.write("tuned", part, self.residual.run(self.tuned.module, self._read("tuned", part)))
+        return {layer: seen[linear] for layer, linear in linears.items()}
+
+    def _missing(self, part: slice) -> Tensor:
+        """What the merged tower's residual stream lacks after this residual."""
+        return self._read("tuned", part) - self._read("merged", part)
+
+
+def _heard(task: CalibrationTask, weight: str) -> Tensor:
+    """pi, length positions, of mean 1; flat where the loss does not hear of the layer at all."""
+    heard = task.curvature.tensor(f"{weight}.positions").float()
+    return heard / heard.mean() if bool(heard.any()) else torch.ones_like(heard)
+
+
+def _added(sums: _Moments | None, x: Tensor, targets: Mapping[str, Tensor], heard: Tensor) -> _Moments:
+    """Sums with those of one batch; positions that nobody reads are left out."""
+    kept = heard > 0
+    inputs, weighted = x[:, kept].flatten(0, 1), (x[:, kept] * heard[kept, None]).flatten(0, 1)
+    new = _Moments(
+        _precise(gram(inputs, weighted)),
+        {layer: _precise(y[:, kept].flatten(0, 1).mT @ weighted) for layer, y in targets.items()},
+    )
+    if sums is None:
+        return new
+    sums.gram += new.gram
+    for layer, cross in new.cross.items():
+        sums.cross[layer] += cross
+    return sums
 
 
 def _precise(sums: Tensor) -> Tensor:
@@ -226,31 +269,72 @@ def _precise(sums: Tensor) -> Tensor:
     return (sums.cpu() if sums.device.type == "mps" else sums).double()
 
 
-def _profile(task: CalibrationTask, layer: str) -> Tensor:
-    """pi_ts, length positions, of mean 1; flat where the loss does not hear of the layer at all."""
-    heard = task.curvature.tensor(f"{layer}.weight.positions").float()
-    return heard / heard.mean() if bool(heard.any()) else torch.ones_like(heard)
+def _pooled(moments: Iterable[_Moments], tasks: Sequence[CalibrationTask]) -> _Moments:
+    """sum_t l_t nrm_t of all tasks' sums; a task without inputs adds nothing."""
+    pooled: _Moments | None = None
+    for task, sums in zip(tasks, moments, strict=True):
+        mean = float(sums.gram.diagonal().mean())
+        gain = task.weight / mean if mean > 0 else 0.0
+        scaled = _Moments(gain * sums.gram, {layer: gain * cross for layer, cross in sums.cross.items()})
+        if pooled is None:
+            pooled = scaled
+        else:
+            pooled.gram += scaled.gram
+            for layer, cross in scaled.cross.items():
+                pooled.cross[layer] += cross
+    assert pooled is not None
+    return pooled
 
 
 def _solve(
-    linear: Any,
-    moments: Sequence[_Moments],
-    curvature: Sequence[Tensor],
-    weights: Sequence[float],
+    block: Block,
+    layer: str,
+    moments: _Moments,
+    tasks: Sequence[CalibrationTask],
+    base: TensorSource,
     rho: float,
-    share: float,
-    name: str,
-) -> CalibrationReport:
-    """One layer's step, added to it."""
-    # solved in float32: rho keeps the system far from singular, and most GPUs are slow at float64
-    grams = torch.stack([of_task.gram.float() for of_task in moments])
-    crosses = torch.stack([of_task.cross.float() for of_task in moments])
-    outputs = torch.stack(list(curvature)).to(grams)
-    solution = anchored_step(grams, crosses, outputs, grams.new_tensor(weights), rho=rho, share=share)
-    check_merged(solution.x, name, "calibration")
-    step, width = solution.x.to(linear.weight), linear.weight.shape[1]
-    size = float(step[:, :width].norm() / linear.weight.norm())
-    linear.weight += step[:, :width]
+    prior_weight: float,
+) -> float:
+    """One layer's step, added to it; its norm relative to the weight's."""
+    name = f"{block.name}.{layer}.weight"
+    linear: Any = block.layers[layer]
+    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
+    before = torch.cat(parts, dim=1).to(moments.gram)
+    size, width = before.shape[1], linear.weight.shape[1]
+    sums = moments.gram[:size, :size].clone()
+    cross = moments.cross[layer][:, :size] - before @ sums
+    for task in tasks:
+        tuned, start = (source.tensor(name).to(linear.weight) for source in (task.tuned, base))
+        extra_gram, extra_cross = prior(tuned - start, tuned - linear.weight)
+        sums[:width, :width] += prior_weight * task.weight * extra_gram
+        cross[:, :width] += prior_weight * task.weight * extra_cross
+    step = anchored_step(sums, cross, rho)
+    check_merged(step, name, "calibration")
+    linear.weight += step[:, :width].to(linear.weight)
     if linear.bias is not None:
-        linear.bias += step[:, -1]
-    return CalibrationReport(solution.steps, solution.residual, size)
+        linear.bias += step[:, -1].to(linear.bias)
+    return float(step[:, :width].norm() / before[:, :width].norm())
+
+
+# --- finished blocks ------------------------------------------------------------------------------------------------
+
+
+def _finished(workspace: Path, number: int) -> Path:
+    return workspace / f"block-{number}.safetensors"
+
+
+def _keep(block: Block, sizes: Mapping[str, float], path: Path) -> None:
+    """A solved block, for a run that is begun again."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in block.parameters.items()}
+    with atomic_file(path) as unfinished:
+        save_file(
+            tensors | {f"{name}.size": torch.tensor(size, dtype=torch.float64) for name, size in sizes.items()},
+            unfinished,
+        )
+
+
+def _restored(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Put a solved block's weights in place; the sizes of its steps."""
+    for name, parameter in block.parameters.items():
+        parameter.copy_(tensors[name])
+    return {name.removesuffix(".size"): float(size) for name, size in tensors.items() if name.endswith(".size")}
