@@ -1,91 +1,139 @@
-"""What calibration costs for a ViT-B: the solve of each kind of layer, and one whole block of a ViT-B/32.
+"""What a calibrated merge costs: a whole `hf-epimer merge` of ViT-sized checkpoints on encoded pictures.
 
-    python scripts/bench_calibrate.py [--tasks 8] [--images 256] [--device cuda]
+    python scripts/bench_calibrate.py [--model vit-b-32] [--tasks 8] [--images 256] [--views 1] [--blocks 2]
 
-Weights are random and curvature is made up, with a decaying spectrum. A block is solved as `--calibrate` does it, with
-all its passes over images and crops; a ViT-B has 12 of them.
+Weights and task vectors are random, pictures are noise in JPEG: that is enough for seconds and bytes, not for accuracy.
+Prints the command's own seconds by part, its peak memory, and the floating-point operations of the calibration against
+what this machine's matrix products reach. `--blocks` makes a shallower model, for a first look.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
-from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
 
-from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.models.clip import CLIP
-from hf_epimer.models.weights import parameters_of
-from hf_epimer.numerics.regression import anchored_step
-from hf_epimer.pipeline.calibration.step import RHO, SHARE, VIEWS, CalibrationTask, calibrate
-from hf_epimer.tasks.images import Batch
+from hf_epimer.models.loading import processor_class
 
-LAYERS = {"attention": (768, 769), "fc1": (3072, 769), "fc2": (768, 3073)}
-"""Outputs, and inputs with the bias."""
-
-
-def decaying(size: int, generator: torch.Generator) -> Tensor:
-    """Symmetric, positive, eigenvalues i^-1.2 in random directions."""
-    directions, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
-    return (directions * torch.arange(1, size + 1).float() ** -1.2) @ directions.mT
-
-
-def solve(name: str, tasks: int, device: str, console: Console) -> None:
-    """One layer's solve."""
-    generator, (m, n) = torch.Generator().manual_seed(0), LAYERS[name]
-    grams, outputs = (torch.stack([decaying(size, generator) for _ in range(tasks)]) for size in (n, m))
-    crosses = torch.randn(tasks, m, n, generator=generator) @ grams * 0.1
-    moved = [tensor.to(device) for tensor in (grams, crosses, outputs, torch.full((tasks,), 1 / tasks))]
-    started = time.perf_counter()
-    found = anchored_step(*moved, rho=RHO, share=SHARE)
-    norm = float(found.x.norm())  # waits for the device
-    seconds = time.perf_counter() - started
-    console.print(f"{name}, {m} x {n}: {seconds:.1f} s, {found.steps} steps, norm {norm:.3g}")
+VISION = {
+    "vit-b-32": {},
+    "vit-b-16": {"patch_size": 16},
+    "vit-l-14": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}
+CLASSES = 10
+UNITS = 12 + 7 + 12 + 12 + 0.6 * 19
+"""Of 2 x positions x width^2 operations a view and block: see `hf_epimer/pipeline/calibration/step.py`."""
 
 
-def whole_block(tasks: int, images: int, device: str, console: Console) -> None:
-    """One block of a ViT-B/32."""
+def make_zoo(folder: Path, options: argparse.Namespace) -> list[str]:
+    """A base, fine-tuned towers, heads and pictures; returns the words of the merge."""
+    vision = VISION[options.model] | ({"num_hidden_layers": options.blocks} if options.blocks else {})
     torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=1)).eval()
-    generator, factors = torch.Generator().manual_seed(0), {}
-    for size in {m for m, _ in LAYERS.values()}:
-        factors[size] = decaying(size, generator)
-    curvature: dict[str, Tensor] = {}
-    for stage in CLIP.stages:
-        for name in stage.layers:
-            full = f"{CLIP.prefix}{CLIP.blocks}.0.{name}.weight"
-            size = len(tower.get_submodule(f"{CLIP.blocks}.0.{name}").weight)
-            curvature |= {f"{full}.output_factor": factors[size], f"{full}.positions": torch.ones(50)}
-    given = []
-    for number in range(tasks):
-        weights = {name: w + 0.01 * torch.randn_like(w) for name, w in parameters_of(tower, CLIP).items()}
-        batches = [
-            Batch(torch.randn(32, 3, 224, 224), torch.zeros(32), range(start, start + 32))
-            for start in range(0, images, 32)
-        ]
-        given.append(CalibrationTask(StateDict(str(number), weights), StateDict(str(number), curvature), batches))
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        calibrate(tower.to(device), given, [1 / tasks] * tasks, CLIP, Path(folder))
-        seconds = time.perf_counter() - started
-    console.print(f"one block, {tasks} tasks, {images} images each, seen {VIEWS} times: {seconds:.0f} s")
+    base = CLIPModel(CLIPConfig(vision_config=vision, text_config={"num_hidden_layers": 1}))
+    base.save_pretrained(folder / "base")
+    processor_class(CLIP)().save_pretrained(folder / "base")
+    weights = {f"vision_model.{name}": value for name, value in base.vision_model.named_parameters()}
+    words = ["merge"]
+    for task in range(options.tasks):
+        name = f"task{task}"
+        (folder / name).mkdir()
+        tuned = {key: (value + 0.002 * torch.randn_like(value)).half() for key, value in weights.items()}
+        save_file(tuned, folder / name / "model.safetensors", metadata={"format": "pt"})
+        config = base.config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
+        (folder / name / "config.json").write_text(json.dumps(config))
+        save_file({"weight": torch.randn(CLASSES, base.config.projection_dim)}, folder / f"{name}-head.safetensors")
+        write_pictures(folder / "data" / name, options.images, task)
+        content = {"name": name, "dataset": f"data/{name}", "head": f"{name}-head.safetensors"}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+        words += [f"{name}={folder / name}"]
+    tasks = [str(folder / f"task{task}.json") for task in range(options.tasks)]
+    return [*words, "--base", str(folder / "base"), "--task", *tasks]
+
+
+def write_pictures(folder: Path, count: int, seed: int) -> None:
+    """JPEG noise of the size of ordinary pictures, in one parquet file."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        small = Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        small.resize((500, 400)).save(buffer, "JPEG", quality=90)
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    names = [f"class {number}" for number in range(CLASSES)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    labels = rng.integers(0, CLASSES, count).tolist()
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features).to_parquet(folder / "train.parquet")
+
+
+def peak(device: str) -> float:
+    """Operations a second of a large float32 matrix product."""
+    x = torch.randn(2048, 2048, device=device)
+    x @ x
+    started = time.perf_counter()
+    for _ in range(10):
+        y = x @ x
+    float(y[0, 0])  # waits for the device
+    return 10 * 2 * 2048**3 / (time.perf_counter() - started)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=VISION, default="vit-b-32")
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--images", type=int, default=256, help="per task; a multiple of 32")
+    parser.add_argument("--images", type=int, default=256, help="per task")
+    parser.add_argument("--views", type=int, default=1)
+    parser.add_argument("--blocks", type=int, help="of the towers; default: all of the model's")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    console = Console(highlight=False)
-    for name in LAYERS:
-        solve(name, options.tasks, options.device, console)
-    whole_block(options.tasks, options.images, options.device, console)
+    datasets.disable_progress_bars()
+    console = Console(highlight=False, soft_wrap=True)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        words = [sys.executable, "-m", "hf_epimer", *make_zoo(folder, options), "--method", "tsv-m", "--calibrate"]
+        words += ["--samples", str(options.images), "--views", str(options.views), "--device", options.device]
+        words += ["--out", str(folder / "merged"), "--json"]
+        started = time.perf_counter()
+        done = subprocess.run(
+            words, env=os.environ | {"HF_HOME": str(folder / "home")}, stdout=subprocess.PIPE, text=True, check=True
+        )
+        wall = time.perf_counter() - started
+    report = json.loads(done.stdout)
+    config = CLIPConfig(vision_config=VISION[options.model]).vision_config
+    blocks = options.blocks or config.num_hidden_layers
+    positions = (config.image_size // config.patch_size) ** 2 + 1
+    views = options.tasks * options.images * options.views
+    operations = UNITS * 2 * positions * config.hidden_size**2 * blocks * views
+    for part, seconds in report["seconds"].items():
+        console.print(f"{part:<16} {seconds:8.1f} s")
+    console.print(f"{'process':<16} {wall:8.1f} s")
+    for name, size in report["memory"].items():
+        console.print(f"{name:<16} {size / 2**30:8.2f} GiB")
+    reached = peak(options.device)
+    console.print(
+        f"calibration: {operations / 1e12:.0f} T operations, and {reached / 1e12:.2f} T a second in a product"
+    )
 
 
 if __name__ == "__main__":
