@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hf_epimer.errors import UsageError
 
@@ -42,6 +42,20 @@ def exists(path: Path) -> bool:
         return False
 
 
+def open_file(file: Path) -> BinaryIO:
+    """A file to read bytes from.
+
+    Raises:
+        Unreadable: it is a pipe or device, which may never end.
+        OSError: it is not there, or may not be read.
+    """
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # to open a pipe must not wait
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable("it is no ordinary file")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_text(file: Path, largest: int = LARGEST) -> str:
     """All of a UTF-8 text file.
 
@@ -49,10 +63,7 @@ def read_text(file: Path, largest: int = LARGEST) -> str:
         Unreadable: it is a pipe or device, larger than `largest` bytes, or no text.
         OSError: it is not there, or may not be read.
     """
-    with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as opened:  # a pipe must not wait
-        status = os.fstat(opened.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable("it is no ordinary file")
+    with open_file(file) as opened:
         content = opened.read(largest + 1)
     if len(content) > largest:
         raise Unreadable(f"it is larger than {largest / 2**20:.0f} MiB")

@@ -193,13 +193,13 @@ def diagnose(
     plan = make_plan(local, statistics_optional=not estimate)
     fetch(plan, progress)
     ingredients = open_inputs(plan, progress)
-    with atomic_folder(Path(out), REPORT, recipe.overwrite) as folder:
+    with atomic_folder(local.target, REPORT, recipe.overwrite) as folder:
         progress("diagnosing", 0, len(plan.shapes))
         layers = []
         for layer in diagnose_layers(ingredients, wanted, seed=recipe.seed, exact=recipe.exact, device=recipe.device):
             layers.append(layer)
             progress("diagnosing", 1, len(plan.shapes))
-        found = _summary(plan, wanted, layers, Path(out))
+        found = _summary(plan, wanted, layers, local.target)
         if exact:
             found = replace(found, exact=_against_hessian(plan, ingredients, wanted[0], progress))
         write_json(folder / REPORT, found.to_json())

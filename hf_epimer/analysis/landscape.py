@@ -150,13 +150,14 @@ def landscape(
         raise UsageError("a landscape lies between checkpoints: give at least two")
     if steps < 2 or samples < 1 or not margin >= 0:
         raise UsageError("a landscape needs at least 2 steps, 1 sample and no negative margin")
-    plan = make_plan(replace(recipe.looked_into(out), method="mean", options=None, fisher=(), evaluate=True))
+    local = replace(recipe.looked_into(out), method="mean", options=None, fisher=(), evaluate=True)
+    plan = make_plan(local)
     fetch(plan, progress)
     ingredients = open_inputs(plan, progress)
     marked = [_open(plan, ref) for ref in merged]
     _check_names([*ingredients.models, *marked])
     plane = plane_of(ingredients, marked)
-    with atomic_folder(Path(out), REPORT, recipe.overwrite) as folder:
+    with atomic_folder(local.target, REPORT, recipe.overwrite) as folder:
         tower = Tower(plan.base, plan.tasks, samples, seed=recipe.seed, device=recipe.device)
         models: dict[str, TensorSource] = {BASE: ingredients.base}
         models |= {model.label: model for model in (*ingredients.models, *marked)}
@@ -175,7 +176,7 @@ def landscape(
                     losses[name][row].append(loss)
                 progress("measuring losses", 1, total)
         tuned = {model.task.name: model.label for model in plan.models if model.task}
-        found = Landscape(plane, tower.samples, first, second, losses, itself, tuned, Path(out))
+        found = Landscape(plane, tower.samples, first, second, losses, itself, tuned, local.target)
         write_json(folder / REPORT, found.to_json())
         pictures = _draw(found, folder)
     return replace(found, pictures=pictures)

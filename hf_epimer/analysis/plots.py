@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_epimer.errors import OutputError
+from hf_epimer.outside import Unreadable, exists, open_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 
 MARKERS = "osD^vPX*"
 DPI = 150
+
+SOFTWARE = "hf-epimer"
+"""Noted in every picture, so that it is known again."""
 
 SCALE = 20.0
 """Points of accuracy below the best that a heat map tells apart: merges that collapse must not take all its colours."""
@@ -49,8 +53,27 @@ def require() -> None:
 def save(figures: Mapping[str, Figure], folder: Path) -> list[str]:
     """Write figures as PNG; the names of the files."""
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=DPI)
+        figure.savefig(folder / name, dpi=DPI, metadata={"Software": SOFTWARE})
     return list(figures)
+
+
+def check_replaceable(picture: Path) -> None:
+    """Refuse to draw over a picture that is not one of ours.
+
+    Raises:
+        OutputError: naming it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not exists(picture):
+        return
+    try:
+        with open_file(picture) as file, Image.open(file) as image:
+            is_ours = image.info.get("Software") == SOFTWARE
+    except (OSError, Unreadable, UnidentifiedImageError):
+        is_ours = False
+    if not is_ours:
+        raise OutputError(f"{picture} exists and was not drawn by hf-epimer: choose another folder")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_epimer.errors import CheckpointError
-from hf_epimer.outside import Unreadable, parse_json, read_text
+from hf_epimer.outside import Unreadable, open_file, parse_json, read_text
 from hf_epimer.types import Shape
 
 WEIGHTS = "model.safetensors"
@@ -193,7 +193,7 @@ def _header_length(file: Path) -> int:
         OSError: it may not be read.
         ValueError: it has none, or one that is too large.
     """
-    with open(file, "rb") as opened:
+    with open_file(file) as opened:
         start = opened.read(8)
     if len(start) < 8:
         raise ValueError("it has no header")
@@ -206,7 +206,7 @@ def _header_length(file: Path) -> int:
 def _read_header(file: Path) -> tuple[dict[str, tuple[int, int]], int]:
     """Where each tensor lies behind the header (begin, end), and where the header ends."""
     length = _header_length(file)
-    with open(file, "rb") as opened:
+    with open_file(file) as opened:
         header = parse_json(opened.read(8 + length)[8:].decode("utf-8"))
     try:
         places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_epimer.errors import UsageError
@@ -11,6 +12,7 @@ from hf_epimer.hub.refs import ModelRef
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.base import Method
 from hf_epimer.methods.options import Option, options_of
+from hf_epimer.outside import expanded
 from hf_epimer.pipeline.recipe import MergeRecipe
 
 if TYPE_CHECKING:
@@ -21,6 +23,14 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that prints something."""
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def path(word: str) -> Path:
+    """The type of a flag that names a file or folder: `~` is the home folder behind an equals sign, too."""
+    try:
+        return expanded(word)
+    except UsageError as error:  # as other errors of this kind, argparse would say it in its own words
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_method_arguments(group: _ActionsContainer, without: Collection[str] = ()) -> None:

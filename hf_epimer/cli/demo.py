@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from hf_epimer.cli.arguments import add_output_arguments
+from hf_epimer.cli.arguments import add_output_arguments, path
 from hf_epimer.cli.terminal import Command
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="demo-merges", help="where the merged models go")
+    parser.add_argument("--out", type=path, metavar="DIR", default="demo-merges", help="where the merged models go")
     parser.add_argument("--web", action="store_true", help="open the page instead, where it can be tried out")
     add_output_arguments(parser)
 
@@ -23,7 +22,7 @@ def _run(namespace: argparse.Namespace) -> None:
         return
     from hf_epimer.demo.run import run_demo
 
-    run_demo(Path(namespace.out), quiet=namespace.quiet, as_json=namespace.json)
+    run_demo(namespace.out, quiet=namespace.quiet, as_json=namespace.json)
 
 
 DEMO = Command("make a small zoo and merge it, offline", _add_arguments, _run)

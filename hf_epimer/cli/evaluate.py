@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.cli.arguments import add_output_arguments
+from hf_epimer.cli.arguments import add_output_arguments, path
 from hf_epimer.cli.terminal import Command, progress_bar
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.outside import Unreadable, exists, parse_json, read_text
+from hf_epimer.tasks.task import find_task
 
 if TYPE_CHECKING:
     from hf_epimer.evaluation.results import Results
@@ -23,12 +25,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="S", help="of the data sets; default: each task's test split")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples a task")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="per process; default 64")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write results.json there")
+    parser.add_argument("--out", type=path, metavar="FILE", help="write results.json there")
     parser.add_argument(
-        "--fine-tuned", nargs="+", type=Path, default=(), metavar="FILE", help="results.json files to normalise by"
+        "--fine-tuned", nargs="+", type=path, default=(), metavar="FILE", help="results.json files to normalise by"
     )
     parser.add_argument("--per-class", action="store_true", help="also the accuracy within each class")
-    parser.add_argument("--confusion", type=Path, metavar="DIR", help="draw each task's confusion matrix there (PNG)")
+    parser.add_argument("--confusion", type=path, metavar="DIR", help="draw each task's confusion matrix there (PNG)")
     parser.add_argument("--update-card", action="store_true", help="put the accuracies into a local folder's README.md")
     add_output_arguments(parser)
 
@@ -37,13 +39,8 @@ def _run(namespace: argparse.Namespace) -> None:
     model = ModelRef.parse(namespace.model)
     if namespace.update_card and not model.is_local:
         raise UsageError(f"--update-card writes into a local folder, and {model} is on the Hub")
-    if namespace.out and namespace.out.is_dir():
-        raise OutputError(f"--out {namespace.out} is a folder, not a file")
+    _check_written(namespace)
     fine_tuned = _fine_tuned(namespace.fine_tuned)
-    if namespace.confusion:
-        from hf_epimer.analysis import plots
-
-        plots.require()
     from accelerate import PartialState
 
     from hf_epimer.evaluation.accuracy import evaluate
@@ -67,15 +64,18 @@ def _run(namespace: argparse.Namespace) -> None:
 
 def _deliver(results: Results, namespace: argparse.Namespace, folder: str) -> None:
     from hf_epimer.checkpoints.atomic import write_text
+    from hf_epimer.checkpoints.manifest import enter
     from hf_epimer.pipeline.card import with_results
 
     content = results.to_json(namespace.per_class)
     if namespace.out:
         write_text(namespace.out, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        enter(namespace.out)
     if namespace.update_card:
         card = Path(folder) / "README.md"
         old = card.read_text(encoding="utf-8") if card.is_file() else ""
         write_text(card, with_results(old, results, Path(folder).name))
+        enter(card)
     if namespace.confusion:
         from hf_epimer.analysis import plots
 
@@ -93,6 +93,32 @@ def _deliver(results: Results, namespace: argparse.Namespace, folder: str) -> No
             print(f"file    {namespace.out}")
 
 
+def _check_written(namespace: argparse.Namespace) -> None:
+    """Refuse to write over what somebody else has written.
+
+    Raises:
+        OutputError: naming the file.
+    """
+    if namespace.out and namespace.out.is_dir():
+        raise OutputError(f"--out {namespace.out} is a folder, not a file")
+    if namespace.out and exists(namespace.out) and not _is_results(namespace.out):
+        raise OutputError(f"--out {namespace.out} exists and is no results.json: choose another name")
+    if namespace.confusion:
+        from hf_epimer.analysis import plots
+
+        plots.require()
+        for task in namespace.task:
+            plots.check_replaceable(namespace.confusion / f"{find_task(task).name}.png")
+
+
+def _is_results(file: Path) -> bool:
+    try:
+        content = parse_json(read_text(file))
+    except (OSError, Unreadable):
+        return False
+    return isinstance(content, dict) and {"model", "tasks", "average"} <= content.keys()
+
+
 def _fine_tuned(files: list[Path]) -> dict[str, float]:
     """Task -> accuracy from results.json files.
 
@@ -102,7 +128,7 @@ def _fine_tuned(files: list[Path]) -> dict[str, float]:
     found: dict[str, float] = {}
     for file in files:
         try:
-            rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["tasks"]
+            rows: dict[str, Any] = parse_json(read_text(file))["tasks"]
             found |= {task: float(row["accuracy"]) for task, row in rows.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"--fine-tuned {file}: not a results.json ({error})") from error

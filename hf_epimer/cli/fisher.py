@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from hf_epimer.cli.arguments import add_output_arguments
+from hf_epimer.cli.arguments import add_output_arguments, path
 from hf_epimer.cli.terminal import Command, progress_bar
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.methods.statistic import FISHER_FILE, GRADIENT_GRAM_FILE, KRONECKER_FILE, PUBLISHED_FILES, StatisticsFile
@@ -38,7 +37,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], help="of the passes, not the sums")
     parser.add_argument("--no-probe", action="store_true", help="do not look for dropout and augmentation first")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="FILE", help="file to write, or a folder to write into")
+    where.add_argument("--out", type=path, metavar="FILE", help="file to write, or a folder to write into")
     where.add_argument("--push", action="store_true", help="add the files to the checkpoint's repo in one commit")
     add_output_arguments(parser)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.cli.arguments import add_method_arguments, add_output_arguments, check_options, given_options
+from hf_epimer.cli.arguments import add_method_arguments, add_output_arguments, check_options, given_options, path
 from hf_epimer.cli.terminal import Command, progress_bar, without_layers
 from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef
@@ -46,7 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push-to", default=absent, metavar="ORG/NAME", help="push the merge to the Hub")
     parser.add_argument("--private", action="store_true", default=absent, help="create the pushed repo private")
     parser.add_argument("--create-pr", action="store_true", default=absent, help="open a pull request instead")
-    parser.add_argument("--config", metavar="FILE", help="repeat a merge_config.json")
+    parser.add_argument("--config", type=path, metavar="FILE", help="repeat a merge_config.json")
     parser.add_argument("--device", default=absent, help="where layers are solved: cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", default=absent, help="of the written weights: float32, float16, bfloat16")
     parser.add_argument("--seed", type=int, default=absent, help="of everything random; default 0")
@@ -61,7 +60,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     """The recipe that the words ask for; a --config file fills in what they leave out."""
     given = vars(namespace)
-    arguments: dict[str, Any] = recipe_from_json(Path(namespace.config)) if namespace.config else {}
+    arguments: dict[str, Any] = recipe_from_json(namespace.config) if namespace.config else {}
     if namespace.config and namespace.models:
         raise UsageError("--config names its checkpoints itself: give no others")
     if namespace.models:

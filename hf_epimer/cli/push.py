@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from hf_epimer.cli.arguments import add_output_arguments
+from hf_epimer.cli.arguments import add_output_arguments, path
 from hf_epimer.cli.terminal import Command
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="a merged folder")
+    parser.add_argument("folder", type=path, metavar="DIR", help="a merged folder")
     parser.add_argument("repo", metavar="ORG/NAME", help="where to push it")
     parser.add_argument("--private", action="store_true", help="create the repo private")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
@@ -21,7 +20,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(namespace: argparse.Namespace) -> None:
     from hf_epimer.pipeline.folder import push_merged
 
-    url = push_merged(Path(namespace.folder), namespace.repo, private=namespace.private, create_pr=namespace.create_pr)
+    url = push_merged(namespace.folder, namespace.repo, private=namespace.private, create_pr=namespace.create_pr)
     print(json.dumps({"url": url}) if namespace.json else f"pushed  {url}")
 
 

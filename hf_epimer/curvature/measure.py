@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from hf_epimer.checkpoints.atomic import atomic_file
+from hf_epimer.checkpoints.manifest import enter
 from hf_epimer.curvature.card import statistics_section
 from hf_epimer.curvature.estimate import estimate_files
 from hf_epimer.curvature.files import Compression, StatisticsMetadata, save_statistics
@@ -141,6 +142,7 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
         for file, out in targets.items():
             with atomic_file(out) as unfinished:
                 shutil.copyfile(paths[file], unfinished)
+            enter(out)
         if recipe.push:
             progress("pushing", 0, 0)
             url = _push(paths, recipe.model, model)

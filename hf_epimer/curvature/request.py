@@ -53,7 +53,8 @@ class CurvatureRequest:
     def cached(self, file: StatisticsFile) -> Path:
         """Where the file is, or will be, in the cache."""
         identity = json.dumps([file.format, self._identity()], sort_keys=True)
-        name = f"{self.images.task.name}-{file.key}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
+        name = f"{self.images.task.file_name}-{file.key}-{digest}.safetensors"
         return Path(constants.HF_HOME) / "hf-epimer" / "statistics" / name
 
     def _identity(self) -> dict[str, Any]:

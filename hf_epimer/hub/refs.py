@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_epimer.errors import NotFoundError, UsageError
+from hf_epimer.outside import exists, expanded
 
-_LABEL = re.compile(r"[A-Za-z0-9][\w.-]*")
+_LABEL = re.compile(r"\w[\w.-]*")
+
+LONGEST_LABEL = 64
+"""Characters of a label."""
+
+_URL = re.compile(r"(?:https?://|hf://|(?:www\.)?huggingface\.co/|hf\.co/)", re.IGNORECASE)
 
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -48,6 +54,18 @@ def same_repo(one: str, other: str) -> bool:
     return one == other or other.rpartition("/")[2] == one or one.rpartition("/")[2] == other
 
 
+def _check_label(label: str, text: str) -> None:
+    if len(label) > LONGEST_LABEL:
+        raise UsageError(f"{text[:20]}...: a label has at most {LONGEST_LABEL} characters, this one {len(label)}")
+    if not _LABEL.fullmatch(label):
+        raise UsageError(f"{text!r}: a label is a task's name, letters, digits, - and _")
+
+
+def _without_query(url: str) -> str:
+    """An address as it may be shown: a query or a user's part may hold secrets."""
+    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """`[label=]ref`, ref = a local folder (or file) or `org/name[@revision]`."""
@@ -69,12 +87,13 @@ class ModelRef:
             UsageError: it is neither a path nor `org/name[@revision]`.
         """
         label, rest = None, text
-        if "=" in text and not (local and Path(text).exists()):
+        if "=" in text and not _URL.match(text) and not (local and exists(Path(text))):
             label, rest = text.split("=", 1)
-            if not _LABEL.fullmatch(label):
-                raise UsageError(f"{text!r}: a label is a task's name, letters, digits, - and _")
-        if local and rest and Path(rest).expanduser().exists():
-            return cls(str(Path(rest).expanduser().absolute()), None, label)
+            _check_label(label, text)
+        if local and rest and exists(expanded(rest)):
+            return cls(str(expanded(rest).absolute()), None, label)
+        if _URL.match(rest):
+            raise UsageError(f"{_without_query(rest)} is a URL: name the repo as org/name or org/name@revision")
         repo, _, revision = rest.partition("@")
         if local and (rest.startswith((".", "/", "~")) or repo.count("/") > 1):
             raise NotFoundError(f"{text}: folder {rest} does not exist")

@@ -122,7 +122,7 @@ def base_parts(base: Source, task: Task, class_names: Sequence[str]) -> dict[str
 def _cached(base: Source, task: Task, class_names: Sequence[str]) -> Path:
     prompts = None if task.head else [list(class_names), list(task.templates)]
     identity = hashlib.sha256(json.dumps([content_sha(base), prompts]).encode()).hexdigest()[:24]
-    return Path(constants.HF_HOME) / "hf-epimer" / "heads" / f"{task.name}-{identity}.safetensors"
+    return Path(constants.HF_HOME) / "hf-epimer" / "heads" / f"{task.file_name}-{identity}.safetensors"
 
 
 @torch.no_grad()

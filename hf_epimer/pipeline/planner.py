@@ -22,6 +22,7 @@ from hf_epimer.errors import DataError, HubError, MismatchError, StatisticsError
 from hf_epimer.hub import push as pushing
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.card import names_in
+from hf_epimer.hub.refs import LONGEST_LABEL
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
@@ -38,6 +39,7 @@ from hf_epimer.models.files import (
     vision_config_of,
     weight_names,
 )
+from hf_epimer.outside import expanded
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
 from hf_epimer.pipeline.plan import CurvatureFile, Plan, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
@@ -102,7 +104,7 @@ def _complete(recipe: MergeRecipe) -> tuple[Method, MergeRecipe]:
 def _check_targets(recipe: MergeRecipe) -> str | None:
     """Refuse a folder or repo that may not be written to; the repo's name as the Hub has it, if it is to be pushed."""
     named = (*recipe.models, *([recipe.base] if recipe.base else []), *recipe.fisher)
-    local = [Path(ref.location) for ref in named if ref.is_local] + [Path(task) for task in recipe.tasks]
+    local = [Path(ref.location) for ref in named if ref.is_local] + [expanded(task) for task in recipe.tasks]
     check_target(recipe.target, recipe.overwrite, local)
     if recipe.push_to is None:
         return None
@@ -171,7 +173,8 @@ def _task_of(source: Source, card: dict[str, Any], known: Mapping[str, Task], ne
 
 
 def _free_label(source: Source, task: Task | None, taken: Sequence[str]) -> str:
-    wanted = task.name if task else re.sub(r"[^\w.-]+", "-", source.ref.name).strip("-._") or "model"
+    name = task.name if task else source.ref.name
+    wanted = re.sub(r"[^\w.-]+", "-", name)[: LONGEST_LABEL - 4].strip("-._") or "model"  # there may come a number
     numbered = (f"{wanted}-{number}" for number in count(2))
     return next(name for name in chain([wanted], numbered) if name not in taken)
 
@@ -282,6 +285,6 @@ def _pin(recipe: MergeRecipe, method: Method, base: Source, models: tuple[Planne
         base=replace(base.pinned, label=None),
         models=tuple(model.source.pinned for model in models),
         fisher=tuple(file.source.pinned for file in given if isinstance(file, CurvatureFile)),
-        tasks=tuple(str(Path(task).absolute()) for task in recipe.tasks),
+        tasks=tuple(str(expanded(task).absolute()) for task in recipe.tasks),
     )
     return Plan(pinned, method, base, models, vision_config_of(base), architecture_of(base))

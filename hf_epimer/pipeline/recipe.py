@@ -6,7 +6,6 @@ validates what can be validated without reading anything; `pipeline.merge` carri
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef, check_new_repo_id
 from hf_epimer.methods import find_method
 from hf_epimer.methods.options import options_of
+from hf_epimer.outside import expanded, parse_json, read_text
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -109,7 +109,7 @@ class MergeRecipe:
     @property
     def target(self) -> Path:
         """The folder that is written."""
-        return Path(self.out or f"merged-{self.method}")
+        return expanded(self.out or f"merged-{self.method}")
 
     def command_line(self) -> str:
         """The `hf-epimer merge` that makes this merge, for the shell; where the merge goes is left open.
@@ -180,7 +180,7 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
         UsageError: the file is missing, no JSON, or lacks what a recipe needs.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
         method = find_method(content["method"])
         known = {item.name for item in fields(method.config)}
         unknown = set(content["options"]) - known

@@ -9,18 +9,24 @@ A checkpoint's task is guessed from, in this order: its label, the data sets of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hf_epimer.errors import TaskError
 from hf_epimer.hub.refs import same_repo
+from hf_epimer.outside import Unreadable, exists, expanded, parse_json, parse_yaml, read_text
 
 TASK_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+
+_NAME = re.compile(r"\w(?:[\w. -]{0,62}[\w.-])?")
+"""Of a task: it is shown, is a label and becomes part of file names."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,20 @@ class Task:
     templates: tuple[str, ...] = ()
     head: str | None = None
 
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise TaskError(
+                f"{self.name!r} cannot be a task's name: it has letters, digits, spaces, - _ and . in it, begins with "
+                "a letter or digit and is at most 64 characters long"
+            )
+
+    @property
+    def file_name(self) -> str:
+        """The name, or where not every file system has its letters a digest of it."""
+        if re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
+            return self.name
+        return hashlib.sha256(self.name.encode()).hexdigest()[:16]
+
 
 _LISTS = {"class_names", "templates"}
 _OPTIONAL = {"config", "class_names", "head"}
@@ -53,17 +73,20 @@ def benchmark_tasks() -> dict[str, Task]:
 def find_task(name_or_file: str | Path) -> Task:
     """The benchmark of this name, or the task that this file describes."""
     known = benchmark_tasks()
-    if str(name_or_file) in known:
-        return known[str(name_or_file)]
-    path = Path(name_or_file)
-    if path.is_file() or path.suffix in TASK_FILE_SUFFIXES:
+    name = str(name_or_file)
+    if name in known:
+        return known[name]
+    path = expanded(name_or_file)
+    if (exists(path) and not path.is_dir()) or path.suffix in TASK_FILE_SUFFIXES:
         return load_task_file(path)
-    raise TaskError(f"no task is called {str(name_or_file)!r}: known are {', '.join(known)}; or give a task file")
+    similar = get_close_matches(name.lower(), known, n=1)
+    meant = f"did you mean {similar[0]}? " if similar else ""
+    raise TaskError(f"no task is called {name!r}: {meant}known are {', '.join(known)}; or give a task file")
 
 
 def load_task_file(path: str | Path) -> Task:
     """Read and check a task file. Local paths in it start at the file's own folder."""
-    path = Path(path)
+    path = expanded(path)
     task = _task(_read_mapping(path), str(path))
     return Task(**{**vars(task), "dataset": _beside(path, task.dataset), "head": _beside(path, task.head)})
 
@@ -91,7 +114,7 @@ def infer_task(
 
 
 def _words(name: str) -> list[str]:
-    return [word for word in re.split(r"[-_/.]", name.lower()) if word]
+    return [word for word in re.split(r"[-_/.\s]", name.lower()) if word]
 
 
 def _contains(words: list[str], run: list[str]) -> bool:
@@ -102,22 +125,18 @@ def _beside(file: Path, reference: str | None) -> str | None:
     """A path relative to the file's folder if something lies there; otherwise (a Hub id) the reference as it is."""
     if reference is None:
         return None
-    local = file.parent / reference
-    return str(local.resolve()) if local.exists() else reference
+    local = file.parent / expanded(reference)
+    return str(local.resolve()) if exists(local) else reference
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+        values = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read as a task file: {error.strerror or error}") from error
+    except Unreadable as error:
         raise TaskError(f"{path}: cannot be read as a task file: {error}") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        first_line = " ".join(str(error).split())
-        raise TaskError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {first_line}") from error
     if not isinstance(values, dict):
         raise TaskError(f"{path}: a task file is a mapping with the keys {', '.join(_keys())}")
     return values
@@ -143,7 +162,10 @@ def _task(values: Mapping[str, Any], source: str) -> Task:
     names = checked.get("class_names")
     if names is not None and len(set(names)) != len(names):
         raise TaskError(f"{source}: class_names: a name occurs twice")
-    return Task(**checked)
+    try:
+        return Task(**checked)
+    except TaskError as error:
+        raise TaskError(f"{source}: name: {error}") from error
 
 
 def _checked(key: str, value: Any, source: str) -> Any:

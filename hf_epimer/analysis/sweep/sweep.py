@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,7 +90,7 @@ def sweep(
         _check_disjoint(own, chosen)
     ingredients = [open_inputs(own, progress) for own, _ in plans]
     seconds = {"preparing": time.monotonic() - started}
-    with atomic_folder(Path(out), REPORT, recipe.overwrite) as folder:
+    with atomic_folder(local.target, REPORT, recipe.overwrite) as folder:
         with task_vector_file(folder / "task-vectors.tmp", plan.shapes, len(candidates)) as stored:
             _merge_all(plans, ingredients, candidates, stored, progress)
             seconds["merging"] = time.monotonic() - started - seconds["preparing"]
@@ -119,7 +118,7 @@ def sweep(
             test=tuple(tested),
             commands=_commands(plans, candidates, {setting: settings[setting] for setting in wanted}),
             seconds=seconds,
-            out=Path(out),
+            out=local.target,
         )
         pictures = write_report(report, folder)
     return replace(report, pictures=pictures)
