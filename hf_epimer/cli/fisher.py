@@ -84,8 +84,8 @@ def _run(namespace: argparse.Namespace) -> None:
         return
     what = " and ".join(file.title for file in recipe.files)
     print(f"{what} of {model} from {report.metadata['samples']} samples in {report.seconds:.1f} s")
-    for path in report.paths:
-        print(f"file    {path}")
+    for written in report.paths:
+        print(f"file    {written}")
     if report.url:
         print(f"pushed  {report.url}")
 

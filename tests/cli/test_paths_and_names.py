@@ -123,7 +123,17 @@ def test_evaluate_writes_over_its_own_files_only(clip_zoo: Path, own_home: None,
 def test_what_evaluate_adds_to_a_merged_folder_is_replaced_with_it(
     clip_zoo: Path, own_home: None, run: Run, tmp_path: Path
 ) -> None:
-    words = ["merge", clip_zoo / "a", clip_zoo / "b", "--base", clip_zoo / "base", "--method", "mean", "--out", "merged"]
+    words = [
+        "merge",
+        clip_zoo / "a",
+        clip_zoo / "b",
+        "--base",
+        clip_zoo / "base",
+        "--method",
+        "mean",
+        "--out",
+        "merged",
+    ]
     assert run(*words)[0] == 0
     measure = ["evaluate", "merged", "--base", clip_zoo / "base", "--task", clip_zoo / "a.json", "--limit", 4]
     assert run(*measure, "--out", "merged/results.json", "--update-card")[0] == 0

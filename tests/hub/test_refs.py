@@ -39,7 +39,14 @@ def test_an_address_is_called_one_and_its_secrets_are_not_shown(text: str, shown
 
 @pytest.mark.parametrize(
     "text",
-    ["a" * 300 + "=org/a", "a" * (LONGEST_LABEL + 1) + "=org/a", "~nosuchuser/a", "x=~nosuchuser", "/" + "x" * 300, "-=org/a"],
+    [
+        "a" * 300 + "=org/a",
+        "a" * (LONGEST_LABEL + 1) + "=org/a",
+        "~nosuchuser/a",
+        "x=~nosuchuser",
+        "/" + "x" * 300,
+        "-=org/a",
+    ],
 )
 def test_what_cannot_be_a_reference_is_said_in_our_words(text: str) -> None:
     with pytest.raises(EpimerError) as refused:
