@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from hf_epimer.errors import DataError, UsageError
-from hf_epimer.evaluation.results import Results, TaskResult
+from hf_epimer.evaluation.results import Results, Split, TaskResult
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import Source
@@ -190,8 +190,13 @@ def _evaluate(
 
         rows[task.name] = classify(model, samples, batch_size, step)
         progress("tasks", 1, len(tasks))
-    places = {
-        task.name: Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset for task in tasks
+    measured_on = {
+        task.name: Split(
+            Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset,
+            task.config,
+            split or task.test_split,
+        )
+        for task in tasks
     }
     zero_shot = all(task.head is None for task in tasks)
-    return Results(name, base.title, rows, places, fine_tuned or {}, zero_shot)
+    return Results(name, base.title, rows, measured_on, fine_tuned or {}, zero_shot)

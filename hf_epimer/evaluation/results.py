@@ -47,13 +47,22 @@ def wilson(correct: int, samples: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Which images of a data set: its Hub id or a local folder's name, its config if it has several, and the split."""
+
+    dataset: str
+    config: str | None
+    split: str
+
+
+@dataclass(frozen=True)
 class Results:
     """One checkpoint on several tasks; `to_json()` is results.json.
 
     Attributes:
         model, base: as they are called in cards.
         tasks: by name.
-        datasets: task -> data set, for the card.
+        measured_on: task -> the images, for the card.
         fine_tuned: task -> accuracy of the fine-tuned model, where it is known.
         zero_shot: whether all classes were made out of texts; otherwise some tasks brought their own heads.
     """
@@ -61,7 +70,7 @@ class Results:
     model: str
     base: str
     tasks: dict[str, TaskResult]
-    datasets: dict[str, str]
+    measured_on: dict[str, Split]
     fine_tuned: dict[str, float] = field(default_factory=dict)
     zero_shot: bool = True
 

@@ -25,6 +25,7 @@ from hf_epimer.hub.notes import cached_commit, read_note, write_note
 from hf_epimer.hub.refs import ModelRef, is_repo_id
 from hf_epimer.hub.retry import persist
 from hf_epimer.hub.words import one_line
+from hf_epimer.outside import Unreadable, read_text
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -144,7 +145,11 @@ class Source:
             if not self.is_listed:
                 logger.warning("%s: %s is not in the cache, and HF_HUB_OFFLINE is set", self, CARD)
             return {}
-        return card_metadata(self.read_text(CARD), str(self))
+        try:
+            return card_metadata(read_text(self.fetch(CARD)))
+        except Unreadable as error:
+            logger.warning("%s: its %s has no readable metadata (%s)", self, CARD, str(error)[:200])
+            return {}
 
     def __str__(self) -> str:
         return str(self.pinned)

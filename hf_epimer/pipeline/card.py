@@ -101,11 +101,21 @@ def _datasets(plan: Plan) -> list[str]:
     return sorted({task.dataset for task in plan.tasks if not Path(task.dataset).is_absolute()})
 
 
+class _TaskResult(EvalResult):
+    """An accuracy that stays an entry of its own where another task has the same data set, config and split."""
+
+    @property
+    def unique_identifier(self) -> tuple[Any, ...]:
+        return (*super().unique_identifier, self.dataset_name)
+
+
 def _eval_results(results: Results) -> list[EvalResult]:
     return [
-        EvalResult(
+        _TaskResult(
             task_type="zero-shot-image-classification" if results.zero_shot else "image-classification",
-            dataset_type=results.datasets[task],
+            dataset_type=results.measured_on[task].dataset,
+            dataset_config=results.measured_on[task].config,
+            dataset_split=results.measured_on[task].split,
             dataset_name=task,
             metric_type="accuracy",
             metric_value=round(row.accuracy, 4),
@@ -140,5 +150,6 @@ def with_results(card: str, results: Results, name: str) -> str:
     new = _eval_results(results)
     measured = {entry.dataset_name for entry in new}
     data.model_name = data.model_name or name
-    data.eval_results = [*(old for old in data.eval_results or [] if old.dataset_name not in measured), *new]
+    kept = [_TaskResult(**vars(old)) for old in data.eval_results or [] if old.dataset_name not in measured]
+    data.eval_results = [*kept, *new]
     return str(content)

@@ -582,7 +582,7 @@ class StandInHub:
             "private": call.repo.private,
             "gated": "auto" if call.repo.gated else False,
             "tags": [],
-            "cardData": _front_matter(readme.path.read_text("utf-8")) if readme else None,
+            "cardData": _front_matter(readme.path.read_text("utf-8", errors="replace")) if readme else None,
             "usedStorage": sum(blob.size for blob in commit.files.values()),
             "siblings": siblings,
         }
