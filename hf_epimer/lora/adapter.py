@@ -6,7 +6,7 @@ Stored keys are base_model.model.<module>.lora_A.weight (r x n) and .lora_B.weig
 model that was trained, with `vision_model.` before transformers 5.6 and in every CLIPModel. Names are made canonical
 by the architecture, as those of checkpoints. Convolutions are folded to m x (n k k); embeddings (num x m) store A as
 r x num and B as m x r, so that D = (B A)^T. `modules_to_save` and trained biases replace the base's values.
-`fan_in_fan_out` says nothing here: PEFT itself drops it for the Linear layers of which CLIP consists.
+`fan_in_fan_out` says nothing here: PEFT itself drops it for Linear layers.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Adapter:
         self.base = base
         self._stored = stored
         check_config(config, label)
-        self._towers = {name.split(".")[0] for name in base.shapes}
+        self._roots = {name.split(".")[0] for name in base.shapes}
         self._low: dict[str, _Low] = {}
         self._replaced: dict[str, str] = {}
         self._added: dict[str, tuple[str, float]] = {}
@@ -190,7 +190,7 @@ class Adapter:
         if match:
             name = f"{module}.{'bias' if part == 'lora_B.bias' else 'weight'}"
         parameter = canonical(name.replace(".base_layer.", "."))
-        if parameter is None or parameter.split(".")[0] not in self._towers:
+        if parameter is None or parameter.split(".")[0] not in self._roots:
             return False
         if not match:
             self._replaced[parameter] = key
