@@ -1,7 +1,7 @@
 """Merging models in memory: tensors of any architecture in, tensors out; no files, no Hub.
 
 `merge_state_dicts` takes names as they are. `merge_models`, behind `EpiMerConfig(...).merge(...)`, also takes modules
-and statistics files, and knows the layouts in which transformers names the tensors of one CLIP vision tower.
+and statistics files, and knows the layouts in which transformers names the tensors of one vision tower.
 """
 
 from __future__ import annotations
