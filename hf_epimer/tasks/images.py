@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,17 +90,14 @@ class ImageBatches:
             yield Batch(self.pixels(list(images)), torch.tensor(labels), indices)
 
     def _decoded(self, indices: Sequence[int]) -> Iterator[tuple[int, Image.Image, int]]:
-        from PIL.Image import DecompressionBombError
-
         samples, task = self.samples, self.samples.task
         for index in indices:
             row = samples.rows[index]
             label = _checked_label(row[task.label_column], samples, index)
             try:
                 image = decode(row[task.image_column])
-            except (OSError, SyntaxError, ValueError, TypeError, DecompressionBombError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.broken.append(f"row {samples.numbers[index]} ({reason})")
+            except Exception as error:  # a broken file can make a decoder raise anything
+                self.broken.append(f"row {samples.numbers[index]} ({_reason(error)})")
                 self.check_broken(len(self.broken))
             else:
                 yield index, image, label
@@ -136,10 +134,31 @@ def decode(value: Any) -> Image.Image:
     from PIL import Image
 
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
+        return as_rgb(value)
     if value is None:
         raise ValueError("there is no image")
-    return ImageFeature(mode="RGB").decode_example(value)
+    return as_rgb(ImageFeature().decode_example(value))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB. Grey levels of 16 bits, or between 0 and 1, are scaled; PIL alone would clip them.
+
+    Raises:
+        ValueError: its levels are on no scale that is known.
+    """
+    return (_in_eight_bits(image) if image.mode == "F" or image.mode.startswith("I") else image).convert("RGB")
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    levels = np.asarray(image, dtype=np.float64)
+    low, high = float(levels.min()), float(levels.max())
+    scales = (1, 255) if image.mode == "F" else (255, 65535)
+    top = next((top for top in scales if low >= 0 and high <= top), None)  # NaN is on none
+    if top is None:
+        raise ValueError(f"its grey levels, {low:g} to {high:g}, are neither from 0 to {scales[0]} nor to {scales[1]}")
+    return Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
 
 
 def read_images(images: TaskImages) -> Samples:
@@ -228,6 +247,12 @@ def class_names_of(task: Task, features: Any) -> tuple[str, ...]:
                 f"{names[place]!r} in the task and {stored[place]!r} in the data"
             )
     return names
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a picture, without the address of the object that it was read from."""
+    line = (str(error).splitlines() or [""])[0]
+    return re.sub(r"\s*<[\w.]+ object at 0x[0-9a-f]+>", "", line) or type(error).__name__
 
 
 def _plain(name: str) -> str:

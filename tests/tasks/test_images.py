@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from helpers.data import CLASSES, write_data
 from hf_epimer.errors import DataError
+from hf_epimer.tasks import images
 from hf_epimer.tasks.dataset import data_revision
-from hf_epimer.tasks.images import ImageBatches, Samples, decode, read_samples
+from hf_epimer.tasks.images import ImageBatches, Samples, as_rgb, decode, read_samples
 from hf_epimer.tasks.task import Task
 
 
@@ -89,12 +91,77 @@ def test_all_modes_become_rgb() -> None:
         assert decode({"bytes": stream.getvalue(), "path": None}).mode == "RGB"
 
 
-def broken_data(folder: Path, broken: int, total: int = 200) -> Task:
-    """`broken` of `total` images are cut off."""
+GREY = np.random.default_rng(1).integers(0, 256, (16, 16), dtype=np.uint8)
+GREY[0, 0] = 255
+
+
+def encoded(image: Image.Image, form: str) -> dict[str, object]:
+    stream = io.BytesIO()
+    image.save(stream, form)
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("levels", "form"),
+    [
+        (GREY.astype(np.uint16) * 257, "PNG"),
+        (GREY.astype(np.uint16) * 257, "TIFF"),
+        ((GREY.astype(np.uint16) * 257).astype(">u2"), "TIFF"),
+        (GREY.astype(np.int32) * 257, "TIFF"),
+        (GREY.astype(np.uint16), "PNG"),
+        (GREY.astype(np.int32), "TIFF"),
+        (GREY.astype(np.float32) / 255, "TIFF"),
+        (GREY.astype(np.float32), "TIFF"),
+    ],
+)
+def test_grey_levels_of_more_than_eight_bits_are_scaled(levels: np.ndarray, form: str) -> None:
+    decoded = decode(encoded(Image.fromarray(levels), form))
+    assert decoded.mode == "RGB"
+    for channel in np.asarray(decoded).transpose(2, 0, 1):
+        assert np.array_equal(channel, GREY)
+    assert np.array_equal(np.asarray(as_rgb(Image.fromarray(levels))), np.asarray(decoded))
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        np.full((4, 4), 256.0, np.float32),
+        np.full((4, 4), -0.1, np.float32),
+        np.full((4, 4), np.nan, np.float32),
+        np.full((4, 4), 65536, np.int32),
+        np.full((4, 4), -1, np.int32),
+    ],
+)
+def test_grey_levels_on_no_known_scale_are_counted_as_broken(levels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="grey levels"):
+        decode(encoded(Image.fromarray(levels), "TIFF"))
+
+
+def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import struct
+
+    samples = read_samples(broken_data(tmp_path, 0), "train", limit=100)
+    for error in (struct.error("unpack requires"), IndexError(), AssertionError("x"), NotImplementedError()):
+        seen = iter([error])
+
+        def fails_once(value: object, seen: Iterator[Exception] = seen) -> Image.Image:
+            for error in seen:
+                raise error
+            return decode(value)
+
+        monkeypatch.setattr(images, "decode", fails_once)
+        batches = ImageBatches(samples, mean_colour, 16)
+        assert sum(len(batch.labels) for batch in batches) == 99
+        assert batches.broken == [f"row 0 ({str(error) or type(error).__name__})"]
+
+
+def broken_data(folder: Path, broken: int, total: int = 200, bytes_of_broken: bytes = b"") -> Task:
+    """`broken` of `total` images are cut off, or `bytes_of_broken`."""
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(stream, "PNG")
     good = stream.getvalue()
-    values = [{"bytes": good[:60] if i < broken else good, "path": f"{i}.png"} for i in range(total)]
+    bad = bytes_of_broken or good[:60]
+    values = [{"bytes": bad if i < broken else good, "path": f"{i}.png"} for i in range(total)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
     data = datasets.Dataset.from_dict(
         {"image": values, "label": [0] * total}, features=datasets.Features({**features, "image": _RAW})
@@ -117,6 +184,13 @@ def test_up_to_one_percent_of_broken_images_is_left_out_by_name(
     with caplog.at_level(logging.WARNING, "hf_epimer"):
         batches.report_broken()
     assert "2 images of task 'tiny' cannot be decoded and were left out: row 0 (" in caplog.text
+
+
+def test_a_broken_picture_is_not_named_by_an_address(tmp_path: Path) -> None:
+    data = broken_data(tmp_path, 1, bytes_of_broken=b"no picture")
+    batches = ImageBatches(read_samples(data, "train"), mean_colour, 16)
+    list(batches)
+    assert batches.broken == ["row 0 (cannot identify image file)"]
 
 
 def test_more_broken_images_are_an_error(tmp_path: Path) -> None:
