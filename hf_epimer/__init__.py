@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hf_epimer.merging.state_dicts import merge_state_dicts
     from hf_epimer.methods import METHODS
     from hf_epimer.methods.epimer import EpiMerConfig
+    from hf_epimer.methods.options import Option
     from hf_epimer.pipeline.folder import push_merged
     from hf_epimer.pipeline.merge import merge
     from hf_epimer.pipeline.plan import Plan
@@ -51,6 +52,7 @@ _HOMES = {
     "MergeRecipe": "pipeline.recipe",
     "MergeReport": "pipeline.report",
     "ModelRef": "hub.refs",
+    "Option": "methods.options",
     "Plan": "pipeline.plan",
     "SweepReport": "analysis.sweep.report",
     "Task": "tasks.task",
@@ -86,6 +88,7 @@ __all__ = [
     "MergeRecipe",
     "MergeReport",
     "ModelRef",
+    "Option",
     "Plan",
     "Results",
     "SweepReport",

@@ -6,62 +6,22 @@ have a fixed list of inputs, and a new method brings its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import gradio as gr
 
-from hf_epimer import METHODS, EpimerError
+from hf_epimer import METHODS, EpimerError, Option
 
 DEFAULT_METHOD = "epimer"
 PLAIN = ("rank", "alpha")
 """Options that are always in sight; the others are folded away."""
 
 
-@dataclass(frozen=True)
-class Option:
-    """One field of one config."""
-
-    name: str
-    kind: Any
-    default: Any
-    help: str
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """Of a Literal; empty for numbers."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it takes whole numbers."""
-        return self.kind is int or int in get_args(self.kind)
-
-    @property
-    def may_be_empty(self) -> bool:
-        """Whether it can be left to the method."""
-        return type(None) in get_args(self.kind)
-
-    def updated(self) -> dict[str, Any]:
-        """What the input shows for this method."""
-        own = {"choices": list(self.choices)} if self.choices else {"placeholder": "automatic"}
-        return {"value": self.default, "info": self.help[:1].upper() + self.help[1:], **own}
-
-
-def options_of(method: str) -> dict[str, Option]:
-    """A method's options by name."""
-    config = METHODS[method].config
-    hints = get_type_hints(config)
-    return {
-        item.name: Option(item.name, hints[item.name], item.default, item.metadata["help"]) for item in fields(config)
-    }
-
-
 def all_options() -> dict[str, Option]:
     """Every option of any method, as the first method that has it describes it; those always in sight first."""
     found: dict[str, Option] = {}
     for method in (DEFAULT_METHOD, *METHODS):
-        for name, option in options_of(method).items():
+        for name, option in METHODS[method].options.items():
             found.setdefault(name, option)
     return {name: found[name] for name in sorted(found, key=lambda name: name not in PLAIN)}
 
@@ -69,14 +29,14 @@ def all_options() -> dict[str, Option]:
 def option_inputs(names: list[str]) -> list[Any]:
     """Inputs for some options, as the default method has them."""
     made: list[Any] = []
-    own = options_of(DEFAULT_METHOD)
+    own = METHODS[DEFAULT_METHOD].options
     for name in names:
         option = own.get(name) or all_options()[name]
         label = name.replace("_", " ").capitalize()
-        shown = {"label": label, "visible": name in own, "min_width": 140, **option.updated()}
+        shown = {"label": label, "visible": name in own, "min_width": 140, **_settings(option)}
         if option.choices:
             made.append(gr.Radio(**shown))
-        elif option.may_be_empty:  # an empty number would have to be given by every client of the API
+        elif option.optional:  # an empty number would have to be given by every client of the API
             made.append(gr.Textbox(**{**shown, "value": ""}))
         else:
             made.append(gr.Number(**shown))
@@ -85,9 +45,9 @@ def option_inputs(names: list[str]) -> list[Any]:
 
 def shown_for(method: str) -> list[Any]:
     """Updates of all inputs, in the order of `all_options`, and of the fold of those not always in sight."""
-    own = options_of(method)
+    own = METHODS[method].options
     updates: list[Any] = [
-        gr.update(visible=True, **own[name].updated()) if name in own else gr.update(visible=False)
+        gr.update(visible=True, **_settings(own[name])) if name in own else gr.update(visible=False)
         for name in all_options()
     ]
     return [*updates, gr.update(visible=any(name not in PLAIN for name in own))]
@@ -102,7 +62,7 @@ def chosen_options(method: str, values: dict[str, Any]) -> dict[str, Any]:
     if method not in METHODS:
         raise EpimerError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
     found = {}
-    for name, option in options_of(method).items():
+    for name, option in METHODS[method].options.items():
         value = values.get(name, option.default)
         found[name] = value if option.choices else _number(option, value)
     return found
@@ -111,11 +71,17 @@ def chosen_options(method: str, values: dict[str, Any]) -> dict[str, Any]:
 def _number(option: Option, value: Any) -> float | int | None:
     name = option.name.replace("_", " ")
     if value in (None, ""):
-        if option.may_be_empty:
+        if option.optional:
             return None
         raise EpimerError(f"{name} is empty: give a number, such as {option.default:g}")
     try:
         number = float(value)
     except ValueError:
         raise EpimerError(f"{name}: {value!r} is not a number") from None
-    return int(number) if option.is_whole and number.is_integer() else number
+    return int(number) if option.kind is int and number.is_integer() else number
+
+
+def _settings(option: Option) -> dict[str, Any]:
+    """What the input shows for this method."""
+    own = {"choices": list(option.choices)} if option.choices else {"placeholder": "automatic"}
+    return {"value": option.default, "info": option.help[:1].upper() + option.help[1:], **own}

@@ -11,7 +11,7 @@ from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.base import Method
-from hf_epimer.methods.options import Option, options_of
+from hf_epimer.methods.options import Option
 from hf_epimer.outside import expanded
 from hf_epimer.pipeline.recipe import MergeRecipe
 
@@ -53,7 +53,7 @@ def check_options(method: Method, given: Collection[str]) -> None:
     Raises:
         UsageError: naming the methods that have it.
     """
-    known = options_of(method.config)
+    known = method.options
     for name in given:
         if name not in known:
             option, methods = _method_options()[name]
@@ -79,6 +79,6 @@ def _method_options() -> dict[str, tuple[Option, list[str]]]:
     """Option name -> the option as the first method has it, and all methods that have it."""
     found: dict[str, tuple[Option, list[str]]] = {}
     for method in METHODS.values():
-        for name, option in options_of(method.config).items():
+        for name, option in method.options.items():
             found.setdefault(name, (option, []))[1].append(method.name)
     return found

@@ -10,7 +10,6 @@ from hf_epimer.cli.arguments import add_output_arguments
 from hf_epimer.cli.terminal import Command
 from hf_epimer.methods import METHODS as TABLE
 from hf_epimer.methods.base import Method
-from hf_epimer.methods.options import options_of
 
 
 def _run(namespace: argparse.Namespace) -> None:
@@ -24,7 +23,7 @@ def _run(namespace: argparse.Namespace) -> None:
     for column in ("method", "what it does", "needs", "options (default)", "source"):
         table.add_column(column, overflow="fold")
     for name, method in TABLE.items():
-        options = ", ".join(f"{option.flag} ({option.default})" for option in options_of(method.config).values())
+        options = ", ".join(f"{option.flag} ({option.default})" for option in method.options.values())
         table.add_row(f"[bold]{name}", method.summary, str(method.needs or ""), options, method.paper.cited)
     Console().print(table)
 
@@ -34,7 +33,7 @@ def _described(method: Method) -> dict[str, Any]:
         "summary": method.summary,
         "formula": method.formula,
         "needs": method.needs and method.needs.name,
-        "options": {name: option.default for name, option in options_of(method.config).items()},
+        "options": {name: option.default for name, option in method.options.items()},
         "paper": method.paper.title,
         "url": method.paper.url,
     }

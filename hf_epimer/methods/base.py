@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hf_epimer.errors import StatisticsError
-from hf_epimer.methods.options import options_of
+from hf_epimer.methods.options import Option, options_of
 from hf_epimer.methods.report import RankReport, SolveReport
 from hf_epimer.methods.statistic import StatisticKind
 
@@ -187,6 +187,11 @@ class Method:
     survey: Callable[[Any, OverLayers], Any] | None = None
     needs_with: Callable[[Any], StatisticKind | None] | None = None
     calibrates: bool = False
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Its options by name, in the order of its config's fields."""
+        return options_of(self.config)
 
     def statistic(self, config: Any) -> StatisticKind | None:
         """What it needs with these options."""

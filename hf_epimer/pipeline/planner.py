@@ -199,7 +199,7 @@ def _check(recipe: MergeRecipe, method: Method, base: Source, models: Sequence[P
         weight_names(base)
     if recipe.calibrate and _writes_adapter(recipe, models):
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
-    if recipe.tune_alpha and "alpha" not in method.config.__dataclass_fields__:
+    if recipe.tune_alpha and "alpha" not in method.options:
         raise UsageError(f"--tune-alpha: {method.name} has no alpha")
     if recipe.tune_alpha and _writes_adapter(recipe, models):
         raise UsageError("--tune-alpha puts whole layers into a model: for adapters add --dense")

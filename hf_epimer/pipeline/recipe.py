@@ -7,14 +7,13 @@ validates what can be validated without reading anything; `pipeline.merge` carri
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef, check_new_repo_id
 from hf_epimer.methods import find_method
-from hf_epimer.methods.options import options_of
 from hf_epimer.outside import expanded, parse_json, read_text
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -118,7 +117,7 @@ class MergeRecipe:
         """
         method = find_method(self.method)
         words = ["hf-epimer", "merge", *map(str, self.models), "--base", str(self.base), "--method", method.name]
-        for name, option in options_of(method.config).items():
+        for name, option in method.options.items():
             value = getattr(self.options, name)
             shown = value != option.default or (name in ("rank", "alpha") and value is not None)
             if shown and not (name == "alpha" and self.tune_alpha):
@@ -182,8 +181,7 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_text(file))
         method = find_method(content["method"])
-        known = {item.name for item in fields(method.config)}
-        unknown = set(content["options"]) - known
+        unknown = set(content["options"]) - set(method.options)
         if unknown:
             raise UsageError(f"--config {file}: {method.name} has no option {sorted(unknown)[0]!r}")
         arguments = {name: content[name] for name in _DECIDES if name in content}

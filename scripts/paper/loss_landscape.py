@@ -24,7 +24,7 @@ def main() -> None:
     benchmark = benchmark_of(options)
     merged = []
     for method in options.merges:
-        own = {"rank": options.rank} if "rank" in METHODS[method].config.__dataclass_fields__ else {}
+        own = {"rank": options.rank} if "rank" in METHODS[method].options else {}
         folder = merge(benchmark.recipe(method, own, str(benchmark.out / f"merged-{method}"))).out
         merged.append(ModelRef.parse(f"{method}={folder}"))
     recipe, samples = benchmark.recipe("mean", {}, "landscape"), options.limit or 256

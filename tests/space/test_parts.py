@@ -56,7 +56,7 @@ def test_a_bug_is_a_sentence_too() -> None:
 def test_every_method_has_its_options_as_inputs() -> None:
     known = options.all_options()
     for name, method in METHODS.items():
-        own = options.options_of(name)
+        own = method.options
         chosen = options.chosen_options(name, {key: option.default for key, option in known.items()} | {
             key: option.default for key, option in own.items()
         })  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hf_epimer.errors import UsageError
@@ -90,8 +90,8 @@ class Grid:
             flag = "--" + name.replace("_", "-")
             if name in ("rank", "alpha"):
                 raise UsageError(f"{flag} belongs to the grid: give it as Grid({name}s=...)")
-            if not any(_has(method, name) for method in chosen):
-                users = ", ".join(method.name for method in METHODS.values() if _has(method, name))
+            if not any(name in method.options for method in chosen):
+                users = ", ".join(method.name for method in METHODS.values() if name in method.options)
                 raise UsageError(f"none of these methods has an option {flag}; {users or 'no method'} has it")
         object.__setattr__(self, "methods", tuple(method.name for method in chosen))
         ranks: list[Rank] = sorted({rank for rank in self.ranks if rank != "max"})
@@ -109,19 +109,19 @@ class Grid:
         return [
             Candidate(method, self._config(method, rank))
             for method in map(find_method, self.methods)
-            for rank in (sorted(numbers) if _has(method, "rank") else [None])
+            for rank in (sorted(numbers) if "rank" in method.options else [None])
         ]
 
     def settings(self, candidate: Candidate) -> list[Setting]:
         """One candidate at every alpha."""
-        alphas = self.alphas if _has(candidate.method, "alpha") else (None,)
+        alphas = self.alphas if "alpha" in candidate.method.options else (None,)
         return [Setting(candidate.method.name, candidate.rank, alpha) for alpha in alphas]
 
     def _config(self, method: Method, rank: int | None) -> Any:
-        own = {name: value for name, value in self.options.items() if _has(method, name)}
+        own = {name: value for name, value in self.options.items() if name in method.options}
         if rank is not None:
             own["rank"] = rank
-        if _has(method, "alpha"):
+        if "alpha" in method.options:
             own["alpha"] = 1.0
         return method.config(**own)
 
@@ -129,7 +129,3 @@ class Grid:
 def config_of(candidate: Candidate, setting: Setting) -> Any:
     """The method's options in a merge of its own at this setting."""
     return candidate.config if setting.alpha is None else replace(candidate.config, alpha=setting.alpha)
-
-
-def _has(method: Method, option: str) -> bool:
-    return option in {item.name for item in fields(method.config)}
