@@ -18,6 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from hf_epimer import __version__
+from hf_epimer.checkpoints.cache import remove_spare
 from hf_epimer.cli.demo import DEMO
 from hf_epimer.cli.diagnose import DIAGNOSE
 from hf_epimer.cli.evaluate import EVALUATE
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def console() -> NoReturn:
     """The `hf-epimer` program: after a failure it does not wait for downloads still under way in threads."""
     code = main()
+    remove_spare()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()

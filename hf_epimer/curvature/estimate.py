@@ -8,12 +8,14 @@ tasks repeats only what is missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from hf_epimer.checkpoints.cache import keep
 from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator, ProjectedFisher, Together, split
 from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
@@ -54,7 +56,8 @@ def estimate_files(
     tensors, samples = _measure(request, make, batch_size, probe, accelerator, on_samples)
     if accelerator.is_main_process:
         for file, part in zip(missing, split(tensors, len(missing)), strict=True):
-            save_statistics(paths[file], part, _metadata(request, samples), file)
+            metadata = _metadata(request, samples)
+            paths[file] = keep(paths[file], partial(save_statistics, tensors=part, metadata=metadata, file=file))
     accelerator.wait_for_everyone()
     return paths
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from hf_epimer.checkpoints.atomic import atomic_file
+from hf_epimer.checkpoints.cache import keep
 from hf_epimer.checkpoints.manifest import enter
 from hf_epimer.curvature.card import statistics_section
 from hf_epimer.curvature.estimate import estimate_files
@@ -185,7 +186,8 @@ def _published(path: Path, file: StatisticsFile, compress: Compression | None) -
         header = _header(path)
         fields = {name: header[name] for name in StatisticsMetadata.__dataclass_fields__}
         origin = StatisticsMetadata(**{**fields, "samples": int(fields["samples"]), "seed": int(fields["seed"])})  # type: ignore[arg-type]
-        save_statistics(small, load_file(path), origin, file, compress)
+        tensors = load_file(path)
+        small = keep(small, lambda target: save_statistics(target, tensors, origin, file, compress))
     return small
 
 

@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import constants
-
+from hf_epimer.checkpoints.cache import cached_path
 from hf_epimer.hub.source import Source
 from hf_epimer.methods.statistic import StatisticsFile
 from hf_epimer.models.files import content_sha
@@ -55,7 +54,7 @@ class CurvatureRequest:
         identity = json.dumps([file.format, self._identity()], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
         name = f"{self.images.task.file_name}-{file.key}-{digest}.safetensors"
-        return Path(constants.HF_HOME) / "hf-epimer" / "statistics" / name
+        return cached_path("statistics", name)
 
     def _identity(self) -> dict[str, Any]:
         images, task = self.images, self.images.task

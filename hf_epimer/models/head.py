@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from hf_epimer.checkpoints.atomic import atomic_file
+from hf_epimer.checkpoints.cache import cached_path, keep
 from hf_epimer.errors import StatisticsError, TaskError
 from hf_epimer.hub.source import Source
 from hf_epimer.models.architecture import ZeroShot
@@ -114,15 +114,19 @@ def base_parts(base: Source, task: Task, class_names: Sequence[str]) -> dict[str
         from transformers import AutoTokenizer
 
         parts["head"] = text_head(model, zero_shot, AutoTokenizer.from_pretrained(folder), class_names, task.templates)
-    with atomic_file(path) as unfinished:
-        save_file({name: tensor.contiguous() for name, tensor in parts.items()}, unfinished)
+
+    def write(path: Path) -> None:
+        with atomic_file(path) as unfinished:
+            save_file({name: tensor.contiguous() for name, tensor in parts.items()}, unfinished)
+
+    keep(path, write)
     return parts
 
 
 def _cached(base: Source, task: Task, class_names: Sequence[str]) -> Path:
     prompts = None if task.head else [list(class_names), list(task.templates)]
     identity = hashlib.sha256(json.dumps([content_sha(base), prompts]).encode()).hexdigest()[:24]
-    return Path(constants.HF_HOME) / "hf-epimer" / "heads" / f"{task.file_name}-{identity}.safetensors"
+    return cached_path("heads", f"{task.file_name}-{identity}.safetensors")
 
 
 @torch.no_grad()
