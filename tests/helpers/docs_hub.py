@@ -13,7 +13,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from helpers.adapters import make, rewrite_config
 from helpers.data import write_benchmark
 from helpers.hub_server import StandInHub
-from hf_epimer.models.loading import ImageProcessor, load_vision
+from hf_epimer.models.clip import CLIP
+from hf_epimer.models.loading import load_tower, processor_class
 from hf_epimer.tasks.task import benchmark_tasks
 
 BASE = "openai/clip-vit-base-patch32"
@@ -24,7 +25,7 @@ def fill(hub: StandInHub, folder: Path) -> None:
     """A base that can read, two fine-tuned towers, two adapters, and the data sets of their tasks."""
     base = write_base(folder / "base")
     hub.add_repo(BASE, base)
-    tower = load_vision(base)
+    tower = load_tower(base)
     weights = {f"vision_model.{name}": value for name, value in tower.state_dict().items()}
     for seed, name in enumerate(TASKS, start=1):
         task = benchmark_tasks()[name]
@@ -60,5 +61,5 @@ def write_base(folder: Path) -> Path:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    ImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    processor_class(CLIP)(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
     return folder
