@@ -39,6 +39,7 @@ from hf_epimer.methods.frechet_lora import FrechetLoraConfig
 from hf_epimer.methods.statistic import KRONECKER
 from hf_epimer.methods.ties import TIESConfig, merge_ties
 from hf_epimer.models.clip import CLIP
+from hf_epimer.models.source import resolve_model
 from hf_epimer.numerics.lowrank import LowRank
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ class Zoo:
     """The base model, its tasks, and a classifier whose tower takes any weights."""
 
     def __init__(self, folder: Path, names: Sequence[str], validation: int, limit: int) -> None:
-        from hf_epimer.hub import source as hub
         from hf_epimer.hub.refs import ModelRef
         from hf_epimer.models.head import classifier_for
         from hf_epimer.models.loading import load_processor, load_tower, preprocess
@@ -75,7 +75,7 @@ class Zoo:
         from hf_epimer.tasks.task import load_task_file
 
         self.folder = folder / "base"
-        base = hub.resolve(ModelRef(str(self.folder.absolute())))
+        base = resolve_model(ModelRef(str(self.folder.absolute())))
         self.processor = load_processor(self.folder)
         self.tower = load_tower(self.folder)
         self.parameters = parameters_of(self.tower, CLIP)

@@ -212,7 +212,7 @@ def _against_hessian(
 ) -> dict[str, dict[str, Agreement]]:
     """How good each approximation is, task by task, on a few layers."""
     architecture = plan.architecture
-    last = plan.vision_config[architecture.depth] - 1
+    last = plan.base.vision_config[architecture.depth] - 1
     chosen = [
         f"{architecture.prefix}{architecture.blocks}.{index}.{residual.writes}.weight"
         for index in sorted({0, last // 2, last})

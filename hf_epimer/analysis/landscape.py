@@ -27,17 +27,15 @@ from hf_epimer.checkpoints.folders import atomic_folder
 from hf_epimer.checkpoints.reader import Checkpoint, TensorSource
 from hf_epimer.checkpoints.writer import write_json
 from hf_epimer.errors import UsageError
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.hub.source import Source
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import stream_layers
 from hf_epimer.methods import Layer
 from hf_epimer.models.base import check_same_architecture
 from hf_epimer.models.classifier import Classifier
-from hf_epimer.models.files import base_folder, open_checkpoint
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.planner import make_plan
@@ -286,7 +284,7 @@ class Tower:
 
     def __init__(
         self,
-        base: Source,
+        base: ModelSource,
         tasks: Sequence[Task],
         samples: int,
         *,
@@ -294,7 +292,7 @@ class Tower:
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
-        self.tower = load_tower(base_folder(base))
+        self.tower = load_tower(base.folder_with_tokenizer())
         self.device = device
         self.classifiers: dict[str, Classifier] = {}
         self.batches: dict[str, list[Batch]] = {}
@@ -354,10 +352,9 @@ class Tower:
 
 def _open(plan: Plan, ref: ModelRef) -> Checkpoint:
     """A model to be marked, checked to be of the same architecture."""
-    source = hub.resolve(ref)
-    source = replace(source, label=ref.label or ref.name)
+    source = resolve_model(ref).labelled(ref.label or ref.name)
     check_same_architecture(plan.base, [source])
-    return open_checkpoint(source, plan.architecture, plan.shapes)
+    return source.open(plan.shapes)
 
 
 def _check_names(models: Sequence[TensorSource]) -> None:

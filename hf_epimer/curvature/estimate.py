@@ -21,7 +21,6 @@ from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.methods.statistic import StatisticsFile
-from hf_epimer.models.files import model_folder
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
 from hf_epimer.numerics.subspace import TaggedBasis
@@ -117,9 +116,9 @@ def load_subject(request: CurvatureRequest, batch_size: int, accelerator: Accele
     """
     task = request.images.task
     with accelerator.main_process_first():  # one process fetches, the others find everything in place
-        vision = model_folder(request.model)
+        folder = request.model.folder()
         samples = read_images(request.images)
-        model = classifier_for(load_tower(vision, request.base), request.base, task, samples.class_names)
+        model = classifier_for(load_tower(folder, request.base), request.base, task, samples.class_names)
     subject = Subject(model, model.tower_names())
     share = (accelerator.process_index, accelerator.num_processes)
     return subject, ImageBatches(samples, model.pixels, batch_size, share)
@@ -134,7 +133,7 @@ def _metadata(request: CurvatureRequest, samples: int) -> StatisticsMetadata:
         dataset=Path(task.dataset).name if Path(task.dataset).is_absolute() else task.dataset,
         dataset_revision=request.images.revision,
         model=request.model.title,
-        model_sha=request.model_sha,
+        model_sha=request.model.content_sha,
         labels=request.gradients.labels,
         seed=request.images.sampling.seed,
         kind=request.gradients.kind,

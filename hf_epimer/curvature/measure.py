@@ -25,13 +25,11 @@ from hf_epimer.curvature.files import Compression, StatisticsMetadata, save_stat
 from hf_epimer.curvature.request import CurvatureRequest, Gradients
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.hub import push as pushing
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.hub.source import Source
 from hf_epimer.methods.statistic import FISHER_FILE, STATISTICS_FILES, StatisticsFile
 from hf_epimer.models.base import base_of
-from hf_epimer.models.files import weight_names
 from hf_epimer.models.head import check_head
+from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.tasks.dataset import Sampling, TaskImages, is_large
 from hf_epimer.tasks.task import find_task
 from hf_epimer.types import Progress
@@ -116,10 +114,9 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     task = find_task(recipe.task)
     if recipe.push:
         pushing.check_push_access(recipe.model.location)
-    model = hub.resolve(recipe.model)
+    model = resolve_model(recipe.model)
     if recipe.push and recipe.model.revision == model.ref.revision:
         raise UsageError(f"--push needs a branch to add to, and {recipe.model.revision} is a commit")
-    weight_names(model)
     base = base_of(model, recipe.base)
     check_head(base, task)
     sampling = recipe.sampling
@@ -191,9 +188,9 @@ def _published(path: Path, file: StatisticsFile, compress: Compression | None) -
     return small
 
 
-def _push(paths: Mapping[StatisticsFile, Path], ref: ModelRef, measured: Source) -> str:
+def _push(paths: Mapping[StatisticsFile, Path], ref: ModelRef, measured: ModelSource) -> str:
     """Add the files and a section of the card each in one commit, to the weights that were measured and no others."""
-    weights = {weight: measured.sha256.get(weight) for weight in weight_names(measured)}
+    weights = {weight: measured.sha256.get(weight) for weight in measured.weight_files}
     return pushing.push_beside(
         ref.location,
         ref.revision,

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from hf_epimer.checkpoints.cache import cached_path
-from hf_epimer.hub.source import Source
 from hf_epimer.methods.statistic import StatisticsFile
-from hf_epimer.models.files import content_sha
+from hf_epimer.models.source import ModelSource
 from hf_epimer.tasks.dataset import TaskImages
 
 Labels = Literal["true", "sampled"]
@@ -39,15 +37,10 @@ class Gradients:
 class CurvatureRequest:
     """Curvature of one checkpoint on images of its task, to be measured unless the cache has it."""
 
-    model: Source
-    base: Source
+    model: ModelSource
+    base: ModelSource
     images: TaskImages
     gradients: Gradients = field(default_factory=Gradients)
-
-    @cached_property
-    def model_sha(self) -> str:
-        """The commit of the checkpoint, or the sha256 of its local weights."""
-        return content_sha(self.model)
 
     def cached(self, file: StatisticsFile) -> Path:
         """Where the file is, or will be, in the cache."""
@@ -63,8 +56,8 @@ class CurvatureRequest:
         else:
             head = [task.class_names, task.templates]
         return {
-            "model": self.model_sha,
-            "base": content_sha(self.base),
+            "model": self.model.content_sha,
+            "base": self.base.content_sha,
             "head": head,
             "data": [task.dataset, task.config, images.revision, images.split, task.image_column, task.label_column],
             "sampling": vars(images.sampling) | vars(self.gradients),

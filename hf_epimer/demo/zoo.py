@@ -42,13 +42,12 @@ from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.demo.captions import FAMILIES, LONGEST_TEXT, all_texts, captioned_drawings, make_tokenizer
 from hf_epimer.demo.drawings import DRAWINGS, KINDS, SIDE
 from hf_epimer.errors import OutputError
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.hub.source import Source
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower, preprocess, processor_class
+from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.tasks.task import load_task_file
 
 Progress = Callable[[str, float], None]
@@ -116,7 +115,7 @@ def make_zoo(root: Path, on_progress: Progress | None = None, seed: int = 0, siz
 def _build(root: Path, seed: int, size: ZooSize, on_progress: Progress) -> None:
     started = time.monotonic()
     _write_base(root / "base", _pretrain(np.random.default_rng([seed, 0]), size, partial(on_progress, "base")))
-    base = hub.resolve(ModelRef(str(root / "base")))
+    base = resolve_model(ModelRef(str(root / "base")))
     tasks = {}
     for number, name in enumerate(FAMILIES, start=1):
         rng = np.random.default_rng([seed, number])
@@ -127,7 +126,7 @@ def _build(root: Path, seed: int, size: ZooSize, on_progress: Progress) -> None:
 
 
 def _add_task(
-    root: Path, name: str, base: Source, rng: Generator, seed: int, size: ZooSize, report: Report
+    root: Path, name: str, base: ModelSource, rng: Generator, seed: int, size: ZooSize, report: Report
 ) -> dict[str, Any]:
     """Draw a task's data, tune a tower on it, and write the data set, the task file, the model and its Fisher."""
     _write_task_file(root / "tasks" / f"{name}.yaml", name)

@@ -22,14 +22,12 @@ from torch import nn
 
 from hf_epimer.errors import DataError, UsageError
 from hf_epimer.evaluation.results import Results, Split, TaskResult
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.hub.source import Source
 from hf_epimer.models.base import base_of
 from hf_epimer.models.classifier import Classifier
-from hf_epimer.models.files import model_folder
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.tasks.dataset import is_large
 from hf_epimer.tasks.images import ImageBatches, Samples, read_samples
 from hf_epimer.tasks.task import Task, find_task
@@ -129,17 +127,16 @@ def evaluate(
         raise UsageError(f"--limit must be at least 1, not {limit}")
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
-    source = hub.resolve(ModelRef.parse(model) if isinstance(model, str) else model)
+    source = resolve_model(ModelRef.parse(model) if isinstance(model, str) else model)
     home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
     with Accelerator().main_process_first():  # one process fetches, the others find everything in place
-        folder = model_folder(source)
-        tower = load_tower(folder, home)
+        tower = load_tower(source.folder(), home)
     return _evaluate(tower, source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)
 
 
 def evaluate_folder(
     folder: str | Path,
-    base: str | Path | Source,
+    base: str | Path | ModelSource,
     tasks: Sequence[Task],
     *,
     name: str,
@@ -154,7 +151,7 @@ def evaluate_folder(
         limit: the first so many samples of each split; None for all.
         on_task: called after every task.
     """
-    home = base if isinstance(base, Source) else hub.resolve(ModelRef(str(Path(base).absolute())))
+    home = base if isinstance(base, ModelSource) else resolve_model(ModelRef(str(Path(base).absolute())))
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "tasks":
@@ -166,7 +163,7 @@ def evaluate_folder(
 def _evaluate(
     tower: nn.Module,
     name: str,
-    base: Source,
+    base: ModelSource,
     tasks: Sequence[Task],
     split: str | None,
     limit: int | None,

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_epimer.errors import UsageError
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.models.base import base_of
-from hf_epimer.models.files import model_folder
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.source import resolve_model
 from hf_epimer.tasks.images import read_samples
 from hf_epimer.tasks.task import Task, find_task
 
@@ -47,8 +46,8 @@ def predict(
         raise UsageError("give at least one picture")
     chosen = task if isinstance(task, Task) else find_task(task)
     names = chosen.class_names or read_samples(chosen, chosen.test_split, limit=1).class_names
-    source = hub.resolve(ModelRef.parse(model) if isinstance(model, str) else model)
+    source = resolve_model(ModelRef.parse(model) if isinstance(model, str) else model)
     home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
-    classifier = classifier_for(load_tower(model_folder(source), home), home, chosen, names)
+    classifier = classifier_for(load_tower(source.folder(), home), home, chosen, names)
     probabilities = classifier(classifier.pixels(images)).softmax(-1).tolist()
     return [dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])) for row in probabilities]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,7 @@ class Source:
         """A small text file."""
         return self.fetch(name).read_text(encoding="utf-8")
 
+    @cached_property
     def card(self) -> dict[str, Any]:
         """The metadata of its model card, empty without one (or with one that cannot be read)."""
         if CARD not in self.files:
@@ -221,7 +223,7 @@ def dataset_bytes(repo_id: str) -> int:
     return sum(sibling.size or 0 for sibling in info.siblings or [])
 
 
-def fetch_all(wanted: list[tuple[Source, str]], on_file: Callable[[int], None] = lambda size: None) -> None:
+def fetch_all(wanted: Sequence[tuple[Source, str]], on_file: Callable[[int], None] = lambda size: None) -> None:
     """Bring several files into the cache, two at a time, and check them.
 
     Args:

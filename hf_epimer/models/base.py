@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_epimer.errors import MismatchError, UsageError
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef, is_repo_id
 from hf_epimer.hub.source import Source
-from hf_epimer.lora import adapter as adapters
-from hf_epimer.models.files import adapter_config, architecture_of, is_adapter, vision_config_of
+from hf_epimer.lora.adapter import ADAPTER_CONFIG
+from hf_epimer.models.source import ModelSource, resolve_model
 
 logger = logging.getLogger(__name__)
 
 
-def find_base(given: ModelRef | None, models: Sequence[Source], cards: Sequence[dict[str, Any]]) -> Source:
+def find_base(given: ModelRef | None, models: Sequence[ModelSource]) -> ModelSource:
     """The common base: as given, else as the models say, else by the shape of a well-known model.
 
     An adapter says it in its config, with a revision; a checkpoint on its card.
@@ -27,63 +26,58 @@ def find_base(given: ModelRef | None, models: Sequence[Source], cards: Sequence[
         UsageError: there is nothing to go by.
     """
     if given is not None:
-        return hub.resolve(given)
-    said = [
-        (model, _said_by_adapter(model, card) if is_adapter(model) else card)
-        for model, card in zip(models, cards, strict=True)
-    ]
-    ref, why = base_from_cards(said)
+        return resolve_model(given)
+    ref, why = base_from_cards([(model, _what_it_says(model)) for model in models])
     if ref is not None:
-        return hub.resolve(ref)
+        return resolve_model(ref)
     if "disagree" in why:
         raise MismatchError(f"{why}; name the right one with --base")
-    full = next((model for model in models if not is_adapter(model)), None)
+    full = next((model for model in models if not model.is_adapter), None)
     if full is None:
         raise UsageError(f"{why}: name the base with --base")
-    architecture = architecture_of(full)
-    known = architecture.known_base(vision_config_of(full))
+    known = full.architecture.known_base(full.vision_config)
     if known is None:
         raise UsageError(
-            f"{why} and {full} is not shaped like a well-known {architecture.name}: name the base with --base"
+            f"{why} and {full} is not shaped like a well-known {full.architecture.name}: name the base with --base"
         )
     logger.info("base %s, by the shape of %s", known, full)
-    return hub.resolve(ModelRef(known))
+    return resolve_model(ModelRef(known))
 
 
-def _said_by_adapter(source: Source, card: dict[str, Any]) -> dict[str, Any]:
-    config = adapter_config(source)
-    if config.get("base_model_name_or_path"):
-        base, revision = config["base_model_name_or_path"], config.get("revision")
-        return {"base_model": base, "revision": revision, "said_in": adapters.ADAPTER_CONFIG}
-    return card
+def _what_it_says(model: ModelSource) -> dict[str, Any]:
+    """`base_model`, and a `revision` where an adapter names one, from an adapter's config or else from the card."""
+    base = model.config.get("base_model_name_or_path") if model.is_adapter else None
+    if not base:
+        return model.card
+    return {"base_model": base, "revision": model.config.get("revision"), "said_in": ADAPTER_CONFIG}
 
 
-def check_same_architecture(base: Source, models: Sequence[Source]) -> None:
+def check_same_architecture(base: ModelSource, models: Sequence[ModelSource]) -> None:
     """Refuse checkpoints of another family or shape than the base; what an adapter fits is seen in its weights.
 
     Raises:
         MismatchError: with the unlike fields side by side.
     """
-    family, config = architecture_of(base), vision_config_of(base)
+    family, config = base.architecture, base.vision_config
     for model in models:
-        if is_adapter(model):
+        if model.is_adapter:
             continue
-        if architecture_of(model) is not family:
-            raise MismatchError(f"{model} is a {architecture_of(model).name}, the base {base.title} a {family.name}")
-        other = vision_config_of(model)
+        if model.architecture is not family:
+            raise MismatchError(f"{model} is a {model.architecture.name}, the base {base.title} a {family.name}")
+        other = model.vision_config
         unlike = [field for field, value in config.items() if other[field] != value]
         if unlike:
             listed = "; ".join(f"{field}: {config[field]} | {other[field]}" for field in unlike)
             raise MismatchError(f"{model} is another architecture than the base {base.title} ({listed})")
 
 
-def base_of(model: Source, given: ModelRef | None) -> Source:
+def base_of(model: ModelSource, given: ModelRef | None) -> ModelSource:
     """The base of one checkpoint or adapter, found as by `find_base` and known to be of its architecture.
 
     Raises:
         MismatchError, UsageError: as in `find_base` and `check_same_architecture`.
     """
-    base = find_base(given, [model], [model.card()])
+    base = find_base(given, [model])
     check_same_architecture(base, [model])
     return base
 

@@ -21,22 +21,14 @@ from torch.nn.functional import normalize
 from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.checkpoints.cache import cached_path, keep
 from hf_epimer.errors import StatisticsError, TaskError
-from hf_epimer.hub.source import Source
 from hf_epimer.models.architecture import ZeroShot
 from hf_epimer.models.classifier import Classifier, Head, LinearHead, ZeroShotHead
-from hf_epimer.models.files import (
-    architecture_of,
-    base_folder,
-    content_sha,
-    has_text_tower,
-    processor_folder,
-    vision_config_of,
-)
 from hf_epimer.models.loading import load_full, load_processor
+from hf_epimer.models.source import ModelSource
 from hf_epimer.tasks.task import Task
 
 
-def classifier_for(tower: nn.Module, base: Source, task: Task, class_names: Sequence[str]) -> Classifier:
+def classifier_for(tower: nn.Module, base: ModelSource, task: Task, class_names: Sequence[str]) -> Classifier:
     """A tower behind the head of a task, ready to be evaluated.
 
     Args:
@@ -47,10 +39,10 @@ def classifier_for(tower: nn.Module, base: Source, task: Task, class_names: Sequ
         StatisticsError, TaskError, CheckpointError: as in `load_head`.
     """
     head = load_head(base, task, class_names)
-    return Classifier(tower, architecture_of(base), head, load_processor(processor_folder(base))).eval()
+    return Classifier(tower, base.architecture, head, load_processor(base.folder_with_processor())).eval()
 
 
-def load_head(base: Source, task: Task, class_names: Sequence[str]) -> Head:
+def load_head(base: ModelSource, task: Task, class_names: Sequence[str]) -> Head:
     """The head of a task, out of the cache, or made and kept there.
 
     Raises:
@@ -60,21 +52,21 @@ def load_head(base: Source, task: Task, class_names: Sequence[str]) -> Head:
     """
     check_head(base, task)
     given = _read_head(task, class_names) if task.head else None
-    if architecture_of(base).zero_shot is None:
+    if base.architecture.zero_shot is None:
         assert given is not None
         return LinearHead(*_of_width(given, base, task))
     parts = base_parts(base, task, class_names)
     return ZeroShotHead(parts["projection"], given[0] if given else parts["head"], parts["logit_scale"])
 
 
-def check_head(base: Source, task: Task) -> None:
+def check_head(base: ModelSource, task: Task) -> None:
     """Refuse what cannot work before anything is downloaded.
 
     Raises:
         StatisticsError: there is nothing to classify with: a text tower, its projection, or the task's own head.
     """
     if not can_classify(base, task):
-        zero_shot = architecture_of(base).zero_shot
+        zero_shot = base.architecture.zero_shot
         remedy = (
             f"name a full model ({zero_shot.model_class}) with --base"
             if zero_shot
@@ -85,15 +77,15 @@ def check_head(base: Source, task: Task) -> None:
         )
 
 
-def can_classify(base: Source, task: Task) -> bool:
+def can_classify(base: ModelSource, task: Task) -> bool:
     """Whether images of a task can be classified behind this base: it makes heads, or takes the task's own."""
-    return has_text_tower(base) or (task.head is not None and architecture_of(base).zero_shot is None)
+    return base.has_text_tower or (task.head is not None and base.architecture.zero_shot is None)
 
 
 # --- from texts -----------------------------------------------------------------------------------------------------
 
 
-def base_parts(base: Source, task: Task, class_names: Sequence[str]) -> dict[str, Tensor]:
+def base_parts(base: ModelSource, task: Task, class_names: Sequence[str]) -> dict[str, Tensor]:
     """What a zero-shot head takes from its base, out of the cache, or made and kept there.
 
     Returns:
@@ -104,7 +96,7 @@ def base_parts(base: Source, task: Task, class_names: Sequence[str]) -> dict[str
         return load_file(path)
     except (OSError, SafetensorError):
         pass  # not there yet, or damaged: it is made again
-    folder = base_folder(base)
+    folder = base.folder_with_tokenizer()
     model, zero_shot = load_full(folder)
     parts = {
         "projection": model.get_parameter(zero_shot.projection).detach(),
@@ -123,9 +115,9 @@ def base_parts(base: Source, task: Task, class_names: Sequence[str]) -> dict[str
     return parts
 
 
-def _cached(base: Source, task: Task, class_names: Sequence[str]) -> Path:
+def _cached(base: ModelSource, task: Task, class_names: Sequence[str]) -> Path:
     prompts = None if task.head else [list(class_names), list(task.templates)]
-    identity = hashlib.sha256(json.dumps([content_sha(base), prompts]).encode()).hexdigest()[:24]
+    identity = hashlib.sha256(json.dumps([base.content_sha, prompts]).encode()).hexdigest()[:24]
     return cached_path("heads", f"{task.file_name}-{identity}.safetensors")
 
 
@@ -163,8 +155,8 @@ def _read_head(task: Task, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _of_width(head: tuple[Tensor, Tensor], base: Source, task: Task) -> tuple[Tensor, Tensor]:
-    width = vision_config_of(base)[architecture_of(base).width]
+def _of_width(head: tuple[Tensor, Tensor], base: ModelSource, task: Task) -> tuple[Tensor, Tensor]:
+    width = base.vision_config[base.architecture.width]
     if head[0].shape[1] != width:
         raise TaskError(f"{task.head}: its rows have {head[0].shape[1]} numbers, the features of {base} {width}")
     return head

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 
 from hf_epimer.checkpoints.reader import StateDict, read_json
 from hf_epimer.errors import CheckpointError
-from hf_epimer.hub.source import Source
 from hf_epimer.lora import is_adapter, read_adapter
 from hf_epimer.models import find_architecture
 from hf_epimer.models.architecture import Architecture, ZeroShot
-from hf_epimer.models.files import base_folder
+from hf_epimer.models.source import ModelSource
 from hf_epimer.models.weights import parameters_of, put_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def load_tower(folder: str | Path, base: Source | None = None) -> nn.Module:
+def load_tower(folder: str | Path, base: ModelSource | None = None) -> nn.Module:
     """The vision tower of a checkpoint, in fp32 and evaluation mode; a full model is read too.
 
     Args:
@@ -35,7 +34,7 @@ def load_tower(folder: str | Path, base: Source | None = None) -> nn.Module:
         CheckpointError: of an unknown family, damaged, or a tensor is missing.
     """
     if base is not None and is_adapter([path.name for path in Path(folder).iterdir()]):
-        return _load_adapted(Path(folder), base_folder(base))
+        return _load_adapted(Path(folder), base.folder_with_tokenizer())
     architecture = _architecture_in(folder)
     return _load(architecture, architecture.output_class, folder, architecture.owns)
 

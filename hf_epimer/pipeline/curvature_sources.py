@@ -16,8 +16,8 @@ from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.source import Source
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.statistic import StatisticKind
-from hf_epimer.models.files import architecture_of, has_text_tower
 from hf_epimer.models.head import can_classify, check_head
+from hf_epimer.models.source import ModelSource
 from hf_epimer.pipeline.plan import CurvatureFile, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.dataset import Sampling, TaskImages, data_revision, is_large
@@ -28,7 +28,7 @@ def with_curvature(
     recipe: MergeRecipe,
     needs: StatisticKind | None,
     asked_by: str,
-    base: Source,
+    base: ModelSource,
     models: tuple[PlannedModel, ...],
     *,
     optional: bool = False,
@@ -71,7 +71,7 @@ def with_curvature(
 
 
 def with_images(
-    recipe: MergeRecipe, purpose: str, base: Source, models: Sequence[PlannedModel]
+    recipe: MergeRecipe, purpose: str, base: ModelSource, models: Sequence[PlannedModel]
 ) -> tuple[PlannedModel, ...]:
     """The models, each with images of its task, those that curvature is estimated on, for another `purpose`.
 
@@ -94,7 +94,7 @@ def with_images(
 
 
 def _find_curvature(
-    recipe: MergeRecipe, needs: StatisticKind, base: Source, model: PlannedModel
+    recipe: MergeRecipe, needs: StatisticKind, base: ModelSource, model: PlannedModel
 ) -> CurvatureFile | CurvatureRequest | None:
     """The file beside the weights or in the cache, else what is to be measured; None where that is not possible.
 
@@ -165,14 +165,14 @@ def _refuse_unused(recipe: MergeRecipe, asked_by: str) -> None:
         raise UsageError(f"--fisher: {asked_by} uses no Fisher information; {users} do")
 
 
-def _no_way(needs: StatisticKind, asked_by: str, base: Source, lacking: Sequence[str], reason: str) -> str:
+def _no_way(needs: StatisticKind, asked_by: str, base: ModelSource, lacking: Sequence[str], reason: str) -> str:
     """What can be done about curvature that cannot be had."""
     free = ", ".join(name for name, other in METHODS.items() if other.needs is None)
     ways = []
     if needs.file:
         ways.append(f"give it with --fisher, put {needs.file.name} beside the weights (hf-epimer fisher makes it)")
-    zero_shot = architecture_of(base).zero_shot
-    if zero_shot and not has_text_tower(base):
+    zero_shot = base.architecture.zero_shot
+    if zero_shot and not base.has_text_tower:
         full = zero_shot.model_class
         ways.append(f"name a full model ({full}) with --base so that it can be estimated (this one has no text tower)")
     else:

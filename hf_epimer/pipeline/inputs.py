@@ -18,11 +18,11 @@ from hf_epimer.curvature.files import open_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub import source as hub
+from hf_epimer.hub.source import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods.statistic import OUTPUTS, PROJECTED_FISHER, StatisticKind, StatisticsFile
-from hf_epimer.models.files import model_folder, open_checkpoint, weight_names
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.types import Progress
 
@@ -33,8 +33,8 @@ def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
     Args:
         more: names of other files of the base, as far as it has them.
     """
-    files = [(plan.base, name) for name in weight_names(plan.base)] if plan.reads_base else []
-    files += [(model.source, name) for model in plan.models for name in model.weight_files]
+    files: list[tuple[Source, str]] = [(plan.base, name) for name in plan.base.weight_files] if plan.reads_base else []
+    files += [(model.source, name) for model in plan.models for name in model.source.weight_files]
     files += [(file.source, file.name) for file in plan.measured]
     files += [(plan.base, name) for name in more if name in plan.base.files]
     remote = [(source, name) for source, name in files if not source.ref.is_local]
@@ -115,16 +115,16 @@ def _open_weights(plan: Plan) -> Ingredients:
     base: TensorSource = _open_base(plan) if plan.reads_base else _BaseOnDemand(plan)
     models: list[TensorSource] = []
     for model in plan.models:
-        if model.is_adapter:
-            models.append(read_adapter(model_folder(model.source), base, plan.architecture.canonical, model.label))
+        if model.source.is_adapter:
+            models.append(read_adapter(model.source.folder(), base, plan.architecture.canonical, model.label))
         else:
-            models.append(open_checkpoint(model.source, plan.architecture, plan.shapes))
+            models.append(model.source.open(plan.shapes))
             _check_not_the_base(base, models[-1])
     return Ingredients(base, models, plan.weights)
 
 
 def _open_base(plan: Plan) -> Checkpoint:
-    base = open_checkpoint(plan.base, plan.architecture, plan.shapes)
+    base = plan.base.open(plan.shapes)
     base.label = str(replace(plan.base.pinned, label=None))
     base.shapes = {name: base.shapes[name] for name in plan.shapes}  # in the order of the model, not of the file
     return base

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hf_epimer.checkpoints.folders import atomic_folder
 from hf_epimer.merging.report import totals_of
-from hf_epimer.models.files import PROCESSOR_FILES
+from hf_epimer.models.source import PROCESSOR_FILES
 from hf_epimer.pipeline.folder import CONFIG, push, write_records
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.output import write_merge

@@ -20,7 +20,6 @@ from hf_epimer.lora import Adapter, MergedUpdate, fold_updates, merge_adapters, 
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import MergedLayer, merge_layers
-from hf_epimer.models.files import config_of
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.usage import Usage
 from hf_epimer.types import Progress
@@ -143,11 +142,11 @@ def _write_checkpoint(folder: Path, plan: Plan, dtype: torch.dtype, layers: Iter
 
 
 def _config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    base = config_of(plan.base)
+    base = plan.base.config
     return {
         "architectures": [plan.architecture.output_class],
         "model_type": plan.architecture.output_type,
-        **plan.vision_config,
+        **plan.base.vision_config,
         **{field: base[field] for field in plan.architecture.carried if field in base},
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 5

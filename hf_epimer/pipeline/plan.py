@@ -16,7 +16,7 @@ from hf_epimer.lora import works_in_core
 from hf_epimer.methods import Method
 from hf_epimer.methods.statistic import StatisticKind
 from hf_epimer.models.architecture import Architecture
-from hf_epimer.models.files import weight_names
+from hf_epimer.models.source import ModelSource
 from hf_epimer.numerics.subspace import capped_rank
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.dataset import TaskImages
@@ -59,22 +59,16 @@ class PlannedModel:
     """One checkpoint or adapter of a merge.
 
     Attributes:
-        source: where its files lie, at one commit.
+        source: its files, at one commit, and what they say of it: whether it is an adapter, its config and so on.
         task: what it was tuned on; None where that is not known.
         weight: l_t; those of all models sum to 1.
-        config: its config.json, or an adapter's adapter_config.json.
-        weight_files: names of the files that its weights are in; of an adapter its config is one of them.
-        is_adapter: whether it is a LoRA adapter rather than a full checkpoint.
         curvature: statistic -> the file that it is in, or what is to be measured.
         images: those of its task on which the merge is calibrated or its alpha chosen; None without.
     """
 
-    source: Source
+    source: ModelSource
     task: Task | None
     weight: float
-    config: Mapping[str, Any] = field(repr=False)
-    weight_files: tuple[str, ...]
-    is_adapter: bool
     curvature: Mapping[StatisticKind, CurvatureFile | CurvatureRequest] = field(default_factory=dict)
     images: TaskImages | None = None
 
@@ -93,15 +87,22 @@ class Plan:
 
     Attributes:
         recipe: with every reference pinned to a commit and every option filled in.
-        vision_config: the fields of the base's config that decide with what it can be merged.
     """
 
     recipe: MergeRecipe
     method: Method
-    base: Source
+    base: ModelSource
     models: tuple[PlannedModel, ...]
-    vision_config: Mapping[str, Any]
-    architecture: Architecture
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family that all models are of."""
+        return self.base.architecture
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Canonical name -> shape of every parameter that will be merged."""
+        return self.architecture.shapes(self.base.vision_config)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -122,7 +123,7 @@ class Plan:
     @property
     def only_adapters(self) -> bool:
         """Whether there is no full checkpoint among the models, so that the result can be an adapter, too."""
-        return all(model.is_adapter for model in self.models)
+        return all(model.source.is_adapter for model in self.models)
 
     @property
     def writes_adapter(self) -> bool:
@@ -147,18 +148,14 @@ class Plan:
         return [(statistic, entry) for statistic, entry in self._curvature() if isinstance(entry, CurvatureRequest)]
 
     @property
-    def shapes(self) -> dict[str, Shape]:
-        """Canonical name -> shape of every parameter that will be merged."""
-        return self.architecture.shapes(self.vision_config)
-
-    @property
     def calibration_bytes(self) -> int:
         """Of the hidden states that a calibration keeps on the disk: two towers, twice, in float32; 0 without one."""
         if not self.recipe.calibrate:
             return 0
         images = sum(model.images.sampling.samples or 0 for model in self.models if model.images)
-        width = int(self.vision_config[self.architecture.width])
-        return 16 * images * self.recipe.views * self.architecture.positions(self.vision_config) * width
+        config = self.base.vision_config
+        width = int(config[self.architecture.width])
+        return 16 * images * self.recipe.views * self.architecture.positions(config) * width
 
     def at_alpha(self, alpha: float) -> Plan:
         """The same merge with its alpha chosen."""
@@ -174,8 +171,7 @@ class Plan:
         rank = getattr(self.recipe.options, "rank", None) or 0
         matrices = {name: (shape[0], shape[1]) for name, shape in self.shapes.items() if len(shape) == 2}
         ranks = {name: capped_rank(rank, shape, len(self.models)) if rank else 0 for name, shape in matrices.items()}
-        weights = [(model.source, name) for model in self.models for name in model.weight_files]
-        weights += [(self.base, name) for name in weight_names(self.base)] if self.reads_base else []
+        read = [self.base] * self.reads_base + [model.source for model in self.models]
         images = [f"{model.label}: {model.images}" for model in self.models if model.images]
         return {
             "base": str(self.base),
@@ -195,8 +191,7 @@ class Plan:
             "parameters": len(self.shapes),
             "matrices": len(matrices),
             "capped_ranks": {name: capped for name, capped in ranks.items() if capped < rank},
-            "bytes_to_read": sum(source.sizes.get(name, 0) for source, name in weights)
-            + sum(file.size for file in self.measured),
+            "bytes_to_read": sum(source.weight_bytes for source in read) + sum(file.size for file in self.measured),
             "out": str(self.recipe.target),
             "push_to": self.recipe.push_to,
         }

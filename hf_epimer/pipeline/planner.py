@@ -20,25 +20,14 @@ from hf_epimer.checkpoints.folders import check_target
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError, HubError, MismatchError, StatisticsError, UsageError
 from hf_epimer.hub import push as pushing
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.card import names_in
 from hf_epimer.hub.refs import LONGEST_LABEL
-from hf_epimer.hub.source import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
 from hf_epimer.methods import Method, find_method
 from hf_epimer.methods.statistic import KRONECKER, OUTPUTS
 from hf_epimer.models.base import check_same_architecture, find_base
-from hf_epimer.models.files import (
-    adapter_config,
-    architecture_of,
-    config_of,
-    is_adapter,
-    model_folder,
-    open_checkpoint,
-    vision_config_of,
-    weight_names,
-)
+from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.outside import expanded
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
 from hf_epimer.pipeline.plan import CurvatureFile, Plan, PlannedModel
@@ -60,10 +49,8 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
     """
     method, recipe = _complete(recipe)
     push_to = _check_targets(recipe)
-    sources = [hub.resolve(ref) for ref in recipe.models]
-    cards = [source.card() for source in sources]
-    models = _label(recipe, sources, cards)
-    base = _find_base(recipe, models, cards)
+    models = _label(recipe, [resolve_model(ref) for ref in recipe.models])
+    base = find_base(recipe.base, [model.source for model in models])
     _check_not_an_input(recipe, push_to, base, models)
     _check(recipe, method, base, models)
     needs = method.statistic(recipe.options)
@@ -112,12 +99,9 @@ def _check_targets(recipe: MergeRecipe) -> str | None:
     return pushing.check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
 
 
-def _find_base(recipe: MergeRecipe, models: Sequence[PlannedModel], cards: Sequence[dict[str, Any]]) -> Source:
-    """The base on which all models agree."""
-    return find_base(recipe.base, [model.source for model in models], cards)
-
-
-def _check_not_an_input(recipe: MergeRecipe, push_to: str | None, base: Source, models: Sequence[PlannedModel]) -> None:
+def _check_not_an_input(
+    recipe: MergeRecipe, push_to: str | None, base: ModelSource, models: Sequence[PlannedModel]
+) -> None:
     """Refuse to write over what is merged: known by all its names, and the base too that was found only now."""
     if base.ref.is_local:
         check_target(recipe.target, recipe.overwrite, [Path(base.ref.location)])
@@ -129,7 +113,7 @@ def _check_not_an_input(recipe: MergeRecipe, push_to: str | None, base: Source, 
 # --- label ----------------------------------------------------------------------------------------------------------
 
 
-def _label(recipe: MergeRecipe, sources: Sequence[Source], cards: Sequence[dict[str, Any]]) -> tuple[PlannedModel, ...]:
+def _label(recipe: MergeRecipe, sources: Sequence[ModelSource]) -> tuple[PlannedModel, ...]:
     """Every checkpoint with its task and a unique label: its own, its task's name, or its repo's or folder's name.
 
     Raises:
@@ -137,7 +121,7 @@ def _label(recipe: MergeRecipe, sources: Sequence[Source], cards: Sequence[dict[
         CheckpointError: a config says that this cannot be merged, or there are no weights that may be read.
     """
     known = {**benchmark_tasks(), **{task.name: task for task in map(load_task_file, recipe.tasks)}}
-    tasks = [_task_of(source, card, known, recipe.evaluate) for source, card in zip(sources, cards, strict=True)]
+    tasks = [_task_of(source, known, needed=recipe.evaluate) for source in sources]
     labels = [source.ref.label for source in sources if source.ref.label]
     for label in labels:
         if labels.count(label) > 1:
@@ -146,24 +130,13 @@ def _label(recipe: MergeRecipe, sources: Sequence[Source], cards: Sequence[dict[
     for source, task, weight in zip(sources, tasks, normalized_weights(recipe.weights, len(sources)), strict=True):
         label = source.ref.label or _free_label(source, task, labels)
         labels.append(label)
-        models.append(_planned(replace(source, label=label), task, weight))
+        models.append(PlannedModel(source.labelled(label), task, weight))
+        models[-1].source.check_readable()
     return tuple(models)
 
 
-def _planned(source: Source, task: Task | None, weight: float) -> PlannedModel:
-    adapted = is_adapter(source)
-    return PlannedModel(
-        source,
-        task,
-        weight,
-        config=adapter_config(source) if adapted else config_of(source),
-        weight_files=tuple(weight_names(source)),
-        is_adapter=adapted,
-    )
-
-
-def _task_of(source: Source, card: dict[str, Any], known: Mapping[str, Task], needed: bool) -> Task | None:
-    task = infer_task(source.ref.label, names_in(card.get("datasets")), source.ref.name, known)
+def _task_of(source: ModelSource, known: Mapping[str, Task], *, needed: bool) -> Task | None:
+    task = infer_task(source.ref.label, names_in(source.card.get("datasets")), source.ref.name, known)
     if task is None and needed:
         raise UsageError(
             f"{source}: to measure accuracy its task must be known: label it (mnist={source.ref.location}) or add "
@@ -172,7 +145,7 @@ def _task_of(source: Source, card: dict[str, Any], known: Mapping[str, Task], ne
     return task
 
 
-def _free_label(source: Source, task: Task | None, taken: Sequence[str]) -> str:
+def _free_label(source: ModelSource, task: Task | None, taken: Sequence[str]) -> str:
     name = task.name if task else source.ref.name
     wanted = re.sub(r"[^\w.-]+", "-", name)[: LONGEST_LABEL - 4].strip("-._") or "model"  # there may come a number
     numbered = (f"{wanted}-{number}" for number in count(2))
@@ -182,7 +155,7 @@ def _free_label(source: Source, task: Task | None, taken: Sequence[str]) -> str:
 # --- check ----------------------------------------------------------------------------------------------------------
 
 
-def _check(recipe: MergeRecipe, method: Method, base: Source, models: Sequence[PlannedModel]) -> None:
+def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Sequence[PlannedModel]) -> None:
     """Refuse models that are unlike the base, or the base itself, and options that do not fit what is merged.
 
     Raises:
@@ -190,13 +163,13 @@ def _check(recipe: MergeRecipe, method: Method, base: Source, models: Sequence[P
         MismatchError: two architectures, or a model that is its own base.
         CheckpointError: the base has no weights that may be read.
     """
-    full = [model.source for model in models if not model.is_adapter]
+    full = [model.source for model in models if not model.source.is_adapter]
     if recipe.out_rank is not None and full:
         raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
     check_same_architecture(base, full)
     _check_distinct(base, models)
     if not _writes_adapter(recipe, models):
-        weight_names(base)
+        base.check_readable()
     if recipe.calibrate and _writes_adapter(recipe, models):
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
     if recipe.tune_alpha and "alpha" not in method.options:
@@ -205,7 +178,7 @@ def _check(recipe: MergeRecipe, method: Method, base: Source, models: Sequence[P
         raise UsageError("--tune-alpha puts whole layers into a model: for adapters add --dense")
 
 
-def _check_distinct(base: Source, models: Sequence[PlannedModel]) -> None:
+def _check_distinct(base: ModelSource, models: Sequence[PlannedModel]) -> None:
     seen: dict[str, PlannedModel] = {}
     for model in models:
         identity = model.source.identity
@@ -217,7 +190,7 @@ def _check_distinct(base: Source, models: Sequence[PlannedModel]) -> None:
 
 
 def _writes_adapter(recipe: MergeRecipe, models: Sequence[PlannedModel]) -> bool:
-    return all(model.is_adapter for model in models) and not recipe.dense
+    return all(model.source.is_adapter for model in models) and not recipe.dense
 
 
 def _check_weights(plan: Plan) -> None:
@@ -226,18 +199,17 @@ def _check_weights(plan: Plan) -> None:
     Raises:
         CheckpointError, MismatchError: it does not fit, or the base has no weights that may be read and is to be read.
     """
-    read = [model.source for model in plan.models if not model.is_adapter]
+    read = [model.source for model in plan.models if not model.source.is_adapter]
     if plan.reads_base:
-        weight_names(plan.base)
+        plan.base.check_readable()
         read.insert(0, plan.base)
     for source in read:
         if source.ref.is_local:
-            open_checkpoint(source, plan.architecture, plan.shapes)
+            source.open(plan.shapes)
     promised = StateDict("base", {name: torch.empty(shape, device="meta") for name, shape in plan.shapes.items()})
     for model in plan.models:
-        if model.is_adapter and model.source.ref.is_local:
-            folder = model_folder(model.source)
-            read_adapter(folder, promised, plan.architecture.canonical, model.label, quiet=True)
+        if model.source.is_adapter and model.source.ref.is_local:
+            read_adapter(model.source.folder(), promised, plan.architecture.canonical, model.label, quiet=True)
 
 
 def _device_works(device: str) -> bool:
@@ -251,7 +223,7 @@ def _device_works(device: str) -> bool:
 
 
 def _with_calibration(
-    recipe: MergeRecipe, method: Method, base: Source, models: tuple[PlannedModel, ...]
+    recipe: MergeRecipe, method: Method, base: ModelSource, models: tuple[PlannedModel, ...]
 ) -> tuple[PlannedModel, ...]:
     """The models with the images, and the curvature, that a calibration and a choice of alpha need.
 
@@ -275,7 +247,7 @@ def _with_calibration(
 # --- pin ------------------------------------------------------------------------------------------------------------
 
 
-def _pin(recipe: MergeRecipe, method: Method, base: Source, models: tuple[PlannedModel, ...]) -> Plan:
+def _pin(recipe: MergeRecipe, method: Method, base: ModelSource, models: tuple[PlannedModel, ...]) -> Plan:
     """The plan, its recipe with commits, labels and choices as they were found."""
     statistic = method.statistic(recipe.options)
     given = [model.curvature.get(statistic) for model in models] if recipe.fisher and statistic else []
@@ -287,4 +259,4 @@ def _pin(recipe: MergeRecipe, method: Method, base: Source, models: tuple[Planne
         fisher=tuple(file.source.pinned for file in given if isinstance(file, CurvatureFile)),
         tasks=tuple(str(expanded(task).absolute()) for task in recipe.tasks),
     )
-    return Plan(pinned, method, base, models, vision_config_of(base), architecture_of(base))
+    return Plan(pinned, method, base, models)

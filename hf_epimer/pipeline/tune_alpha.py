@@ -22,7 +22,6 @@ from torch.nn.functional import kl_div
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.models.classifier import Classifier
-from hf_epimer.models.files import base_folder
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.weights import parameters_of, put_weights
@@ -54,7 +53,7 @@ def divergences(plan: Plan, ingredients: Ingredients, progress: Progress) -> dic
     merged = dense_layers(plan.at_alpha(1.0), ingredients, torch.float32, lambda stage, done: None)
     base = {name: ingredients.base.tensor(name).float() for name in plan.shapes}
     tau = {layer.name: layer.tensor - base[layer.name] for layer in merged}
-    tower = load_tower(base_folder(plan.base)).to(plan.recipe.device)
+    tower = load_tower(plan.base.folder_with_tokenizer()).to(plan.recipe.device)
     parameters = parameters_of(tower, plan.architecture)
     divergence = dict.fromkeys(ALPHAS, 0.0)
     for planned, model in zip(plan.models, ingredients.models, strict=True):

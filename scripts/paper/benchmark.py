@@ -28,8 +28,7 @@ from hf_epimer.curvature.files import Compression
 from hf_epimer.curvature.measure import StatisticsRecipe, measure
 from hf_epimer.curvature.request import Gradients
 from hf_epimer.evaluation.accuracy import evaluate_folder
-from hf_epimer.hub import source as hub
-from hf_epimer.models.files import base_folder, model_folder
+from hf_epimer.models.source import resolve_model
 from hf_epimer.tasks.dataset import Sampling
 from hf_epimer.tasks.task import find_task
 
@@ -154,7 +153,7 @@ class Benchmark:
         """Test accuracy of every model on its own task."""
 
         def compute() -> list[float]:
-            folders = [model_folder(hub.resolve(model)) for model in self.models]
+            folders = [resolve_model(model).folder() for model in self.models]
             return [self._measure(folder, [task])[0] for folder, task in zip(folders, self.tasks)]
 
         return self.kept({"method": "fine-tuned", "models": list(map(str, self.models))}, compute)
@@ -162,7 +161,7 @@ class Benchmark:
     @cached_property
     def base_folder(self) -> Path:
         """Where the base lies, fetched if need be."""
-        return base_folder(hub.resolve(self.base))
+        return resolve_model(self.base).folder_with_tokenizer()
 
     def kept(self, identity: dict[str, Any], compute: Callable[[], list[float]]) -> list[float]:
         """The values measured under this identity, from --out or now."""

@@ -24,12 +24,12 @@ from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator
 from hf_epimer.curvature.data_pass import Subject, accumulate
 from hf_epimer.curvature.request import Labels
-from hf_epimer.hub import source as hub
 from hf_epimer.methods.statistic import OUTPUTS, StatisticKind, StatisticsFile
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.source import resolve_model
 from hf_epimer.models.weights import parameters_of, put_weights
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.tasks.images import Batch, ImageBatches, Samples, read_samples
@@ -69,7 +69,7 @@ class Bench:
         nested = (zoo / "task_files").is_dir()
         self.names, self.limit = list(tasks), limit
         folders = [zoo / "tasks" / name if nested else zoo / name for name in tasks]
-        home = hub.resolve(ModelRef(str((zoo / "base").absolute()), label="base"))
+        home = resolve_model(ModelRef(str((zoo / "base").absolute()), label="base"))
         self.tower = load_tower(zoo / "base")
         self.base = _weights(self.tower)
         self.tuned = [_weights(load_tower(folder)) for folder in folders]

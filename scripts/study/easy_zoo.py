@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_epimer import ModelRef, Task, accuracy
-from hf_epimer.hub import source as hub
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.source import resolve_model
 from hf_epimer.tasks.images import Batch, ImageBatches, read_samples
 from hf_epimer.tasks.task import load_task_file
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
     shutil.copytree(options.zoo / "base", options.out / "base")
-    home = hub.resolve(ModelRef(str((options.out / "base").absolute()), label="base"))
+    home = resolve_model(ModelRef(str((options.out / "base").absolute()), label="base"))
     for number, file in enumerate(sorted((options.zoo / "task_files").glob("*.yaml"))):
         torch.manual_seed(number)
         task = load_task_file(shortened(load_task_file(file), file, options.out, options.classes))

@@ -18,14 +18,13 @@ from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.checkpoints.writer import write_tensors
 from hf_epimer.errors import CheckpointError
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.hub.source import resolve
 from hf_epimer.models.clip import CLIP
-from hf_epimer.models.files import weight_names
+from hf_epimer.models.source import resolve_model
 
 
 def weight_files(folder: Path) -> list[Path]:
-    source = resolve(ModelRef.parse(str(folder)))
-    return [source.fetch(name) for name in weight_names(source)]
+    source = resolve_model(ModelRef.parse(str(folder)))
+    return [source.fetch(name) for name in source.weight_files]
 
 
 def strip(state: StateDict) -> StateDict:

@@ -15,7 +15,7 @@ from hf_epimer.curvature import estimate as estimation
 from hf_epimer.curvature.comparison import compare_with_hessian
 from hf_epimer.curvature.hessian import projected_hessian
 from hf_epimer.curvature.request import CurvatureRequest
-from hf_epimer.hub import source as our_hub
+from hf_epimer.models.source import resolve_model
 from hf_epimer.numerics.subspace import tagged_basis
 from hf_epimer.tasks.dataset import Sampling, TaskImages
 from hf_epimer.tasks.task import load_task_file
@@ -46,8 +46,8 @@ def test_diagnose_estimates_on_request_and_judges_metrics_by_the_exact_hessian(
 def test_agreement_is_that_of_the_dense_matrices(clip_zoo: Path) -> None:
     """Every metric against its own definition, on samples of which the Hessian is known by another test."""
     task = load_task_file(clip_zoo / "a.json")
-    source = our_hub.resolve(ModelRef(str(clip_zoo / "a")))
-    base = our_hub.resolve(ModelRef(str(clip_zoo / "base")))
+    source = resolve_model(ModelRef(str(clip_zoo / "a")))
+    base = resolve_model(ModelRef(str(clip_zoo / "base")))
     request = CurvatureRequest(source, base, TaskImages(task, Sampling(10)))
     name = "vision_model.encoder.layers.1.mlp.fc2.weight"
     generator = torch.Generator().manual_seed(0)

@@ -6,8 +6,8 @@ import pytest
 
 from hf_epimer.curvature.request import CurvatureRequest, Gradients
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.hub.source import Source
 from hf_epimer.methods.statistic import FISHER_FILE, KRONECKER_FILE
+from hf_epimer.models.source import ModelSource
 from hf_epimer.tasks.dataset import Sampling, TaskImages
 from hf_epimer.tasks.task import Task
 
@@ -15,7 +15,7 @@ from hf_epimer.tasks.task import Task
 def request(sampling: Sampling, gradients: Gradients, monkeypatch: pytest.MonkeyPatch) -> CurvatureRequest:
     monkeypatch.setattr("hf_epimer.tasks.dataset.data_revision", lambda task: "c" * 40)
     model, base = (
-        Source(ModelRef(name, revision=letter * 40), name, frozenset({"config.json", "model.safetensors"}))
+        ModelSource(ModelRef(name, revision=letter * 40), name, frozenset({"config.json", "model.safetensors"}))
         for name, letter in (("org/m", "a"), ("org/b", "b"))
     )
     return CurvatureRequest(model, base, TaskImages(Task("dtd", "org/dtd", templates=("a {}",)), sampling), gradients)

@@ -24,8 +24,8 @@ from helpers.hub_server import StandInHub
 from hf_epimer import ModelRef, evaluate
 from hf_epimer.evaluation.accuracy import TopOne, evaluate_folder
 from hf_epimer.evaluation.results import TaskResult, wilson
-from hf_epimer.hub import source as our_hub
 from hf_epimer.models import head as heads
+from hf_epimer.models.source import resolve_model
 from hf_epimer.tasks.images import read_samples
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
 
@@ -162,7 +162,7 @@ def test_a_head_is_made_once(clip_zoo: Path, own_home: Path, monkeypatch: pytest
     assert len(made) == 2
     assert first.tasks.keys() == second.tasks.keys()
     # other templates, other class names or another base make another head; a damaged file is made again
-    source = our_hub.resolve(ModelRef(str(clip_zoo / "base")))
+    source = resolve_model(ModelRef(str(clip_zoo / "base")))
     heads.base_parts(source, tasks[0], ("b", "a", "ab"))
     heads.base_parts(source, load_with(tasks[0], templates=("{}",)), CLASSES)
     assert len(made) == 4

@@ -6,18 +6,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.hub.source import Source
 from hf_epimer.models.classifier import Classifier, ZeroShotHead
 from hf_epimer.models.head import classifier_for, load_head
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.tasks.task import Task
 
 
-def source_of(folder: Path) -> Source:
+def source_of(folder: Path) -> ModelSource:
     """A local folder as a resolved reference."""
-    return hub.resolve(ModelRef(str(folder)))
+    return resolve_model(ModelRef(str(folder)))
 
 
 def load_classifier(folder: Path, base: Path, task: Task, class_names: tuple[str, ...]) -> Classifier:

@@ -19,8 +19,8 @@ from helpers.hub_server import StandInHub
 from hf_epimer import MergeRecipe, ModelRef
 from hf_epimer.curvature import estimate as estimation
 from hf_epimer.curvature.request import CurvatureRequest
-from hf_epimer.hub import source as our_hub
 from hf_epimer.methods.statistic import FISHER_FILE, GRADIENT_GRAM_FILE, KRONECKER_FILE, STATISTICS_FILES
+from hf_epimer.models.source import resolve_model
 from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.tasks import dataset as data
 from hf_epimer.tasks.dataset import Sampling, TaskImages
@@ -133,7 +133,7 @@ def test_everything_that_is_missing_is_measured_in_one_pass(
     passes: list[object] = []
     original = estimation._measure
     monkeypatch.setattr(estimation, "_measure", lambda *given: passes.append(1) or original(*given))
-    source, base = (our_hub.resolve(ModelRef(str(clip_zoo / name))) for name in ("a", "base"))
+    source, base = (resolve_model(ModelRef(str(clip_zoo / name))) for name in ("a", "base"))
     images = TaskImages(load_task_file(clip_zoo / "a.json"), Sampling(10))
     request = CurvatureRequest(source, base, images)
     alone = {file: load_file(estimation.estimate_files(request, [file])[file]) for file in STATISTICS_FILES}

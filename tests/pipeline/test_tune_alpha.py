@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from helpers.command import Run
 from hf_epimer import ModelRef
-from hf_epimer.hub import source as hub
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.source import resolve_model
 from hf_epimer.pipeline.tune_alpha import ALPHAS, nearest
 from hf_epimer.tasks.images import ImageBatches, read_samples
 from hf_epimer.tasks.task import load_task_file
@@ -43,7 +43,7 @@ def test_the_chosen_alpha_is_the_one_with_the_nearest_predictions(
     """Against merges at every alpha, written by the command, and divergences by their definition."""
     code, out, err = run(*words, "--tune-alpha", "--weights", 3, 1, "--out", tmp_path / "m")
     assert code == 0, err
-    home = hub.resolve(ModelRef(str(clip_zoo / "base")))
+    home = resolve_model(ModelRef(str(clip_zoo / "base")))
     expected = {}
     for alpha in ALPHAS:
         folder = tmp_path / f"{alpha:g}"

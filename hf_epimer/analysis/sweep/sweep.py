@@ -35,9 +35,9 @@ from hf_epimer.errors import UsageError
 from hf_epimer.evaluation.results import TaskResult
 from hf_epimer.merging.finite import stored_as
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.models.files import PROCESSOR_FILES, base_folder
 from hf_epimer.models.head import check_head, classifier_for
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.source import PROCESSOR_FILES
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.output import dtype_of
 from hf_epimer.pipeline.plan import CurvatureFile, Plan
@@ -202,7 +202,7 @@ class _Bench:
             progress,
         )
         self.device, self.home = plan.recipe.device, plan.base
-        self.tower = load_tower(base_folder(plan.base))
+        self.tower = load_tower(plan.base.folder_with_tokenizer())
         self.base: dict[str, Tensor] = {}
 
     def measure(self, settings: Sequence[Setting], data: Mapping[str, Samples], stage: str) -> list[Row]:

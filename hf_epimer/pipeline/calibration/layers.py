@@ -24,7 +24,6 @@ from hf_epimer.merging.finite import stored_as
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import CalibrationReport
 from hf_epimer.merging.stream import MergedLayer
-from hf_epimer.models.files import base_folder, processor_folder
 from hf_epimer.models.loading import load_processor, load_tower, preprocess
 from hf_epimer.models.weights import parameters_of, put_weights
 from hf_epimer.pipeline.calibration.states import BATCH
@@ -55,9 +54,9 @@ def calibrated_layers(
     """
     layers = {layer.name: layer for layer in merged}
     start = {name: layer.tensor for name, layer in layers.items()}
-    tower = load_tower(base_folder(plan.base))
+    tower = load_tower(plan.base.folder_with_tokenizer())
     put_weights(parameters_of(tower, plan.architecture), StateDict("merge", start))
-    pixels = partial(preprocess, load_processor(processor_folder(plan.base)))
+    pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
     batches = [ImageBatches(read_images(model.images), pixels, BATCH) for model in plan.models if model.images]
     tasks = [
         CalibrationTask(*entry)

@@ -1,0 +1,166 @@
+"""A resolved reference to a model, with what its files say of it: kind, config, architecture, weights.
+
+Nothing here reads a weight; `ModelSource.open` reads the headers of weight files.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_epimer.checkpoints.reader import FORMATS, WEIGHTS_INDEX, Checkpoint, choose_weights, read_json
+from hf_epimer.errors import CheckpointError
+from hf_epimer.hub import source as hub
+from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.source import Source
+from hf_epimer.lora import adapter as adapters
+from hf_epimer.merging.inputs import check_shapes
+from hf_epimer.models import find_architecture
+from hf_epimer.models.architecture import Architecture
+from hf_epimer.types import Shape
+
+CONFIG = "config.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def resolve_model(ref: ModelRef) -> ModelSource:
+    """Look a reference to a model up, as `hf_epimer.hub.source.resolve` does. Nothing is downloaded.
+
+    Raises:
+        NotFoundError, AccessError, HubError: as there.
+    """
+    return ModelSource(**vars(hub.resolve(ref)))
+
+
+@dataclass(frozen=True)
+class ModelSource(Source):
+    """A full checkpoint, or a LoRA adapter of one, at one commit. Its facts are worked out once, when asked for."""
+
+    def labelled(self, label: str) -> ModelSource:
+        """The same model under another label; what has been worked out stays."""
+        same = copy.copy(self)
+        object.__setattr__(same, "label", label)
+        return same
+
+    def check_readable(self) -> None:
+        """Work out now what a merge needs to know of it.
+
+        Raises:
+            CheckpointError: its config says that it cannot be merged, or it has no weights that may be read.
+        """
+        facts = (self.config if self.is_adapter else self.vision_config), self.weight_files
+        assert all(facts)
+
+    @cached_property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter, which has no config.json of its own and needs its base."""
+        return adapters.is_adapter(self.files)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json, or an adapter's adapter_config.json.
+
+        Raises:
+            CheckpointError: there is none, it is no JSON object, or of a kind of adapter that cannot be merged.
+        """
+        name = adapters.ADAPTER_CONFIG if self.is_adapter else CONFIG
+        if name not in self.files:
+            raise CheckpointError(f"{self}: there is no {name}")
+        config = read_json(self.fetch(name), str(self))
+        if self.is_adapter:
+            adapters.check_config(config, str(self))
+        return config
+
+    @cached_property
+    def weight_files(self) -> tuple[str, ...]:
+        """The names of its weight files; an adapter's config is one of them, for its scale is in it.
+
+        Raises:
+            CheckpointError: it has none that may be read.
+        """
+        if self.is_adapter:
+            return adapters.ADAPTER_CONFIG, adapters.adapter_weights(self.files, str(self))
+        names = choose_weights(self.files, str(self), lambda: self.read_text(WEIGHTS_INDEX), self.elsewhere)
+        return tuple(names)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weight files, as far as their sizes are known."""
+        return sum(self.sizes.get(name, 0) for name in self.weight_files)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The family of a full checkpoint; an adapter's is that of its base.
+
+        Raises:
+            CheckpointError: it is an adapter, has no config, or is of no family that is known here.
+        """
+        if self.is_adapter:
+            raise CheckpointError(f"{self}: it is an adapter, and a full checkpoint is needed: there is no {CONFIG}")
+        return find_architecture(self.config, str(self))
+
+    @cached_property
+    def vision_config(self) -> dict[str, Any]:
+        """The fields of a full checkpoint's config that decide with what it can be merged."""
+        return self.architecture.vision_config(self.config, str(self))
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether it is a full model that a zero-shot head can be made from."""
+        zero_shot = self.architecture.zero_shot
+        return zero_shot is not None and self.config.get("model_type") in zero_shot.model_types
+
+    @cached_property
+    def content_sha(self) -> str:
+        """What pins its weights: its commit on the Hub, or the sha256 of a local folder's weight files."""
+        if not self.ref.is_local:
+            return str(self.ref.revision)
+        digest = hashlib.sha256()
+        for name in self.weight_files:
+            with open(self.fetch(name), "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def folder(self) -> Path:
+        """A folder with its config and weights, fetched."""
+        paths = [self.fetch(name) for name in self.weight_files]
+        return paths[0].parent if self.is_adapter else self.fetch(CONFIG).parent
+
+    def folder_with_tokenizer(self) -> Path:
+        """A folder with its config, weights, tokenizer and image processor, fetched."""
+        zero_shot = self.architecture.zero_shot
+        for name in {*PROCESSOR_FILES, *(zero_shot.files if zero_shot else ())} & self.files:
+            self.fetch(name)
+        return self.folder()
+
+    def folder_with_processor(self) -> Path:
+        """A folder with its config and image processor, fetched, and no weights."""
+        for name in {*PROCESSOR_FILES} & self.files:
+            self.fetch(name)
+        return self.fetch(CONFIG).parent
+
+    def open(self, shapes: Mapping[str, Shape]) -> Checkpoint:
+        """The weights of a full checkpoint, fetched, with names, shapes and types compared with those of its base.
+
+        Args:
+            shapes: what the base's config promises, canonical name -> shape.
+
+        Raises:
+            MismatchError: something is missing, extra or shaped differently.
+            CheckpointError: it is quantised, truncated or corrupt.
+        """
+        paths = [self.fetch(name) for name in self.weight_files]
+        checkpoint = Checkpoint(self.label, paths, self.architecture.canonical)
+        check_shapes(shapes, checkpoint, "the checkpoint")
+        strange = {dtype for name, dtype in checkpoint.dtypes.items() if name in shapes} - set(FORMATS.values())
+        if strange:
+            raise CheckpointError(
+                f"{self.label}: its weights are stored as {', '.join(sorted(strange))}; only float32, float16 and "
+                "bfloat16 can be merged (dequantise it first)"
+            )
+        return checkpoint
