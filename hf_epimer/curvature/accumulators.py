@@ -115,11 +115,11 @@ class KroneckerFactors:
             return
         left, right = gradient.left.flatten(0, 1), gradient.right.flatten(0, 1)
         _add(self.sums, f"{name}.positions", gradient.left.square().sum((0, 2)))
-        _add(self.sums, f"{name}.input_factor", (right.mT @ right) / gradient.right.shape[1])
-        _add(self.sums, f"{name}.output_factor", left.mT @ left)
+        _add_symmetric(self.sums, f"{name}.input_factor", right / gradient.right.shape[1], right)
+        _add_symmetric(self.sums, f"{name}.output_factor", left, left)
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-        return {name: total / samples for name, total in sums.items()}
+        return {name: (_mirrored(total) if total.ndim == 2 else total) / samples for name, total in sums.items()}
 
 
 class GradientGram:
