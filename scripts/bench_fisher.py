@@ -1,4 +1,4 @@
-"""Seconds and memory of a Fisher pass over one batch, next to an ordinary training step of the same batch.
+"""Seconds and memory of a pass for curvature, batch by batch, next to ordinary training steps of the same batches.
 
     python scripts/bench_fisher.py [--batch-size 32] [--runs 5] [--fusionbench PYTHON]
 
@@ -8,6 +8,9 @@ ViT-B/32 with random weights behind a head of 100 classes, on the CPU. Contender
     diagonal      the Fisher diagonal, per-sample squares
     projected     the projected Fisher on bases of rank 32 for 8 tasks (p = 256, where a layer allows it)
     kronecker     Kronecker factors
+    gram          gradient-weighted Gram matrices
+    kronecker + gram, diagonal + gram
+                  two in one pass: what a calibrated merge by closed form takes, and what is published
     vmap(grad)    the Fisher diagonal by torch.func, all samples' gradients of the whole model (the paper's way)
     fusionbench   one batch of FusionBench 0.2.33's Fisher: the square of the gradient of the batch's sum, another
                   quantity; `--fusionbench` names the Python of an environment that has it
@@ -28,7 +31,11 @@ from collections.abc import Callable
 from typing import Any
 
 CLASSES = 100
+BATCHES = 4
 RANK, TASKS = 32, 8
+CONTENDERS = (
+    "step", "diagonal", "projected", "kronecker", "gram", "kronecker + gram", "diagonal + gram", "vmap(grad)",
+)  # fmt: skip
 
 
 def peak_anonymous() -> int:
@@ -53,11 +60,17 @@ def vision_model() -> Any:
 
 
 def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
-    """One batch of ours, or of what it is compared with."""
+    """`BATCHES` batches of ours, or of what it is compared with."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    from hf_epimer.curvature.accumulators import FisherDiagonal, KroneckerFactors, ProjectedFisher
+    from hf_epimer.curvature.accumulators import (
+        FisherDiagonal,
+        GradientGram,
+        KroneckerFactors,
+        ProjectedFisher,
+        Together,
+    )
     from hf_epimer.curvature.data_pass import Subject, accumulate
     from hf_epimer.models.classifier import Classifier, ZeroShotHead
     from hf_epimer.models.clip import CLIP
@@ -70,10 +83,15 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
     batch = Batch(pixels, labels, range(len(labels)))
 
     def step() -> None:
-        model.zero_grad(set_to_none=True)
-        cross_entropy(model(pixels), labels).backward()
+        for _ in range(BATCHES):
+            model.zero_grad(set_to_none=True)
+            cross_entropy(model(pixels), labels).backward()
 
     def vmapped() -> None:
+        for _ in range(BATCHES):
+            vmapped_batch()
+
+    def vmapped_batch() -> None:
         parameters = {own: model.get_parameter(own).detach() for own in subject.names}
 
         def loss(values: Any, image: Any, label: Any) -> Any:
@@ -102,9 +120,10 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
         return vmapped
     if name == "projected":
         own = bases()
-        return lambda: accumulate(subject, [batch], ProjectedFisher(own))
-    kinds: dict[str, Any] = {"diagonal": FisherDiagonal, "kronecker": KroneckerFactors}
-    return lambda: accumulate(subject, [batch], kinds[name](subject.shapes))
+        return lambda: accumulate(subject, [batch] * BATCHES, ProjectedFisher(own))
+    makers: dict[str, Any] = {"diagonal": FisherDiagonal, "kronecker": KroneckerFactors, "gram": GradientGram}
+    wanted = [makers[part] for part in name.split(" + ")]
+    return lambda: accumulate(subject, [batch] * BATCHES, Together([make(subject.shapes) for make in wanted]))
 
 
 def fusionbench_pass(pixels: Any) -> Callable[[], Any]:
@@ -117,6 +136,9 @@ def fusionbench_pass(pixels: Any) -> Callable[[], Any]:
     names = [name for name, _ in model.named_parameters()]
 
     def one() -> Any:
+        return [batch() for _ in range(BATCHES)][-1]
+
+    def batch() -> Any:
         embedding = model(pixels)[1] @ projection.T
         logits = 100 * embedding / embedding.norm(dim=-1, keepdim=True) @ head.T
         expectations = logits.softmax(-1).detach().sqrt() * logits.log_softmax(-1)
@@ -138,7 +160,7 @@ def run_one(name: str, batch_size: int, runs: int) -> None:
     for _ in range(runs):
         started = time.perf_counter()
         kept = one()
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started) / BATCHES)
         anonymous = max(anonymous, peak_anonymous())
         del kept
     print(json.dumps({"seconds": seconds, "anonymous": anonymous, "resident": peak_resident()}))
@@ -157,7 +179,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    contenders = dict.fromkeys(("step", "diagonal", "projected", "kronecker", "vmap(grad)"), sys.executable)
+    contenders = dict.fromkeys(CONTENDERS, sys.executable)
     if options.fusionbench:
         contenders["fusionbench"] = options.fusionbench
     rows = {}
@@ -167,7 +189,9 @@ def main() -> None:
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         rows[name] = json.loads(done.stdout.splitlines()[-1])
-    table = Table(title=f"ViT-B/32, one batch of {options.batch_size}, median of {options.runs}", title_justify="left")
+    table = Table(
+        title=f"ViT-B/32, a batch of {options.batch_size} of {BATCHES}, median of {options.runs}", title_justify="left"
+    )
     for column in ("", "seconds", "fastest", "against a step", "peak resident", "anonymous after"):
         table.add_column(column, justify="right" if column else "left")
     step = statistics.median(rows["step"]["seconds"])

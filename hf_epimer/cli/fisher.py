@@ -10,7 +10,7 @@ from typing import Any
 from hf_epimer.cli.arguments import add_output_arguments, path
 from hf_epimer.cli.terminal import Command, progress_bar
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.methods.statistic import FISHER_FILE, GRADIENT_GRAM_FILE, KRONECKER_FILE, PUBLISHED_FILES, StatisticsFile
+from hf_epimer.methods.statistic import FISHER_FILE, PUBLISHED_FILES, STATISTICS_FILES, StatisticsFile
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fetch only the samples that are used; default: of data sets over 2 GB",
     )
     parser.add_argument("--squared-mean", action="store_true", help="square the mean gradient (a weak baseline)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--kronecker", action="store_true", help="Kronecker factors instead")
-    instead.add_argument("--gradient-gram", action="store_true", help="gradient-weighted Gram matrices alone")
+    only = parser.add_mutually_exclusive_group()
+    for file in STATISTICS_FILES:
+        text = f"{file.title} alone ({file.name})"
+        only.add_argument(f"--{file.key}", action="store_const", const=file, dest="only", help=text)
     parser.add_argument("--compress", choices=["bf16", "rank1"], help="store the diagonal small; default fp32")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], help="of the passes, not the sums")
     parser.add_argument("--no-probe", action="store_true", help="do not look for dropout and augmentation first")
@@ -92,10 +93,8 @@ def _run(namespace: argparse.Namespace) -> None:
 
 def _files(namespace: argparse.Namespace) -> tuple[StatisticsFile, ...]:
     """What is measured: what others need to merge the checkpoint, as far as there is room for more than one file."""
-    if namespace.kronecker:
-        return (KRONECKER_FILE,)
-    if namespace.gradient_gram:
-        return (GRADIENT_GRAM_FILE,)
+    if namespace.only:
+        return (namespace.only,)
     single = namespace.squared_mean or (namespace.out and not namespace.out.is_dir())
     return (FISHER_FILE,) if single else PUBLISHED_FILES
 

@@ -113,10 +113,10 @@ class KroneckerFactors:
     def add(self, name: str, gradient: Gradient) -> None:
         if name not in self.matrices or not isinstance(gradient, Outer):
             return
-        left, right = gradient.left.flatten(0, 1), gradient.right.flatten(0, 1)
+        x, g = gradient.right.flatten(0, 1), gradient.heard().left.flatten(0, 1)
         _add(self.sums, f"{name}.positions", gradient.left.square().sum((0, 2)))
-        _add_symmetric(self.sums, f"{name}.input_factor", right / gradient.right.shape[1], right)
-        _add_symmetric(self.sums, f"{name}.output_factor", left, left)
+        _add_symmetric(self.sums, f"{name}.input_factor", x / gradient.right.shape[1], x)
+        _add_symmetric(self.sums, f"{name}.output_factor", g, g)
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
         return {name: (_mirrored(total) if total.ndim == 2 else total) / samples for name, total in sums.items()}
@@ -140,7 +140,8 @@ class GradientGram:
     def add(self, name: str, gradient: Gradient) -> None:
         if name not in self.matrices or not isinstance(gradient, Outer):
             return
-        g, x = gradient.left, gradient.right
+        heard = gradient.heard()
+        g, x = heard.left, heard.right
         weighted = (g @ g.mT) @ x if self.across_positions else x * g.square().sum(2, keepdim=True)
         _add_symmetric(self.sums, f"{name}.gradient_gram", x.flatten(0, 1), weighted.flatten(0, 1))
 

@@ -38,6 +38,11 @@ class Outer:
         for left, right in zip(self.left, self.right, strict=True):
             yield torch.mm(left.mT, right, out=buffer)
 
+    def heard(self) -> Outer:
+        """Without the positions of which the loss hears nothing: in a last block, all that nobody reads."""
+        kept = self.left.abs().amax((0, 2)) != 0  # NaN is kept, to be found
+        return self if bool(kept.all()) else Outer(self.left[:, kept], self.right[:, kept])
+
 
 @dataclass(frozen=True)
 class Direct:

@@ -244,6 +244,21 @@ def test_symmetric_sums_do_not_depend_on_strips(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(value, expected)
 
 
+def test_positions_of_which_nothing_is_heard_are_left_out_and_nan_is_not() -> None:
+    g, x = torch.zeros(2, 4, 3), torch.randn(2, 4, 5)
+    g[0, 1, 2] = g[1, 3, 0] = 1.0
+    heard = Outer(g, x).heard()
+    assert heard.left.shape == (2, 2, 3) and torch.equal(heard.right, x[:, [1, 3]])
+    assert Outer(g[:, [1, 3]], x[:, [1, 3]]).heard().right.shape == (2, 2, 5)
+    assert Outer(0 * g, x).heard().left.shape == (2, 0, 3)
+    gram = GradientGram({"w": torch.Size((3, 5))})
+    gram.add("w", Outer(0 * g, x))
+    assert not gram.finish(gram.sums, 2)["w.gradient_gram"].any()
+    g[0, 2, 1] = torch.nan
+    gram.add("w", Outer(g, x))
+    assert bool(gram.finish(gram.sums, 2)["w.gradient_gram"].isnan().any())
+
+
 def bases_of(names: list[str], rank: int = 3) -> dict[str, TaggedBasis]:
     generator = torch.Generator().manual_seed(2)
     shapes = CLIP.shapes(TINY)
