@@ -70,7 +70,7 @@ class StateDict:
 
 
 class Checkpoint:
-    """A lazy `TensorSource` over safetensors files.
+    """A lazy `TensorSource` over safetensors files. What `canonical` drops is listed in `left_out`, as it is stored.
 
     Args:
         label: how messages name it.
@@ -88,6 +88,7 @@ class Checkpoint:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
+        self.left_out: list[str] = []
         self._places: dict[str, tuple[Any, str, Path]] = {}
         self._descriptors: dict[Path, _Descriptor] = {}
         self._opening = threading.Lock()
@@ -99,6 +100,7 @@ class Checkpoint:
                 for stored in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                     name = canonical(stored)
                     if name is None:
+                        self.left_out.append(stored)
                         continue
                     if name in self._places:
                         raise CheckpointError(f"{label}: {file.name} holds {name} twice, under different prefixes")

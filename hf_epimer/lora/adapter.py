@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hf_epimer.checkpoints.reader import PICKLED, WEIGHTS, WEIGHTS_INDEX, Checkpoint, TensorSource, read_json
 from hf_epimer.errors import CheckpointError, MismatchError
+from hf_epimer.lora.patterns import Patterns
 from hf_epimer.merging.finite import check_weights
 from hf_epimer.numerics.lowrank import LowRank, factorize, low_rank
 from hf_epimer.types import Shape
@@ -95,14 +96,25 @@ class Adapter:
         self.base = base
         self._stored = stored
         check_config(config, label)
+        where = f"{label}: {ADAPTER_CONFIG}"
+        self._alphas = Patterns("alpha_pattern", config.get("alpha_pattern"), where)
+        self._ranks = Patterns("rank_pattern", config.get("rank_pattern"), where)
         self._roots = {name.split(".")[0] for name in base.shapes}
+        self._keys = plain_keys(stored.shapes, label)
         self._low: dict[str, _Low] = {}
         self._replaced: dict[str, str] = {}
         self._added: dict[str, tuple[str, float]] = {}
-        self.foreign = [key for key in stored.shapes if not self._place(key, canonical)]
+        self.foreign: list[str] = []
         """Stored tensors that belong to other parts of the model."""
+        unmatched = [key for name, key in self._keys.items() if not self._place(name, key, canonical)]
+        if 2 * len(unmatched) >= len(stored.shapes):
+            raise MismatchError(
+                f"{label}: {len(unmatched)} of its {len(stored.shapes)} tensors fit nothing in the base, the first is "
+                f"{unmatched[0]}: the adapter was trained on another model, or its keys are of another program"
+            )
+        self.foreign += unmatched
         touched = {*self._low, *self._replaced, *self._added}
-        self.changed = [name for name in base.shapes if name in touched] + sorted(touched - {*base.shapes})
+        self.changed = [name for name in base.shapes if name in touched]
         """Canonical names of the parameters that it changes, in the order of the base."""
         if not touched:
             raise CheckpointError(
@@ -118,7 +130,7 @@ class Adapter:
     def rank(self, name: str) -> int:
         """r of one matrix: of its factors, full where it is replaced as a whole, 0 where it is left alone."""
         if name in self._low:
-            return self._stored.shapes[self._low[name].a][0]
+            return self._shape(self._low[name].a)[0]
         shape = self.base.shapes[name]
         return min(shape[0], math.prod(shape[1:])) if name in self._replaced else 0
 
@@ -152,6 +164,23 @@ class Adapter:
             key, scaling = self._added[name]
             out.add_(self._read(key, out.dtype), alpha=scaling)
 
+    def is_zero(self) -> bool:
+        """Whether it changes nothing: a factor of every update is zero, and what is replaced is the base's own."""
+
+        def is_zero(name: str) -> bool:
+            return not bool(self._read(name, torch.float32).any())
+
+        low = all(not place.scaling or is_zero(place.b) or is_zero(place.a) for place in self._low.values())
+        added = all(not scaling or is_zero(name) for name, scaling in self._added.values())
+        return (
+            low
+            and added
+            and all(
+                torch.equal(self._read(name, torch.float32), self.base.tensor(parameter).float())
+                for parameter, name in self._replaced.items()
+            )
+        )
+
     def factors(self, name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """B (m x r, scaling included) and A (r x n) of one weight, folded to a matrix."""
         place = self._low[name]
@@ -172,51 +201,72 @@ class Adapter:
         found = factorize(difference.view(rows, columns))
         return LowRank(found.u.double(), found.s.double(), found.v.double())
 
-    def _read(self, key: str, dtype: torch.dtype) -> Tensor:
-        values = self._stored.tensor(key).to(dtype)
-        check_weights(values, self.label, key)
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        values = self._stored.tensor(self._keys[name]).to(dtype)
+        check_weights(values, self.label, self._keys[name])
         return values
 
     # --- from stored names to parameters ---
 
-    def _place(self, key: str, canonical: Callable[[str], str | None]) -> bool:
-        """Note what a stored tensor is for; False for one that belongs to another part of the model."""
-        name = key.removeprefix(ROOT)
+    def _place(self, name: str, key: str, canonical: Callable[[str], str | None]) -> bool:
+        """Note what a stored tensor is for; False where nothing like it is known.
+
+        Args:
+            name: in PEFT's plain layout.
+            key: under which it is stored.
+        """
         match = _FACTOR.fullmatch(name)
-        if match is None and ".lora_" in name:
-            reason = _DORA if "magnitude" in name else "PEFT's plain LoRA has lora_A and lora_B only"
-            raise CheckpointError(f"{self.label}: {key} belongs to a kind of LoRA that cannot be merged: {reason}")
+        if match is None and re.search(r"(?:^|[._])lora[._]", name):
+            raise CheckpointError(f"{self.label}: {key} belongs to a kind of LoRA that cannot be merged: {_why(name)}")
         module, part = (match["module"], match["part"]) if match else ("", "")
-        if match:
-            name = f"{module}.{'bias' if part == 'lora_B.bias' else 'weight'}"
-        parameter = canonical(name.replace(".base_layer.", "."))
-        if parameter is None or parameter.split(".")[0] not in self._roots:
+        weight = f"{module}.{'bias' if part == 'lora_B.bias' else 'weight'}" if match else name
+        parameter = canonical(weight.replace(".base_layer.", "."))
+        if parameter is None:
+            self.foreign.append(key)
+            return True
+        if parameter.split(".")[0] not in self._roots:
             return False
         if not match:
-            self._replaced[parameter] = key
+            self._replaced[self._new(parameter, key)] = name
             return True
-        a, b = (key.removesuffix(part) + part.replace(f"_{found}", f"_{wanted}") for found, wanted in ("BA", "AB"))
+        a, b = (name.removesuffix(part) + part.replace(f"_{found}", f"_{wanted}") for found, wanted in ("BA", "AB"))
         if part == "lora_B.bias":
-            a = key.removesuffix("lora_B.bias") + "lora_A.weight"
-            b = key
+            a, b = name.removesuffix(part) + "lora_A.weight", name
         for needed in (a, b):
-            if needed not in self._stored.shapes:
+            if needed not in self._keys:
                 raise CheckpointError(f"{self.label}: {key} is there, but {needed} is missing: it is incomplete")
-        factors = [self._stored.shapes[needed] for needed in (a, b) if not needed.endswith(".bias")]
+        factors = [self._shape(needed) for needed in (a, b) if not needed.endswith(".bias")]
         if any(len(shape) < 2 or 0 in shape for shape in factors):
             raise CheckpointError(
                 f"{self.label}: {key} is empty or no matrix; a sharded adapter must be gathered before it is saved"
             )
-        scaling = self._scaling(module, factors[0])
+        if name != b:  # its partner is placed with it
+            return True
         if part == "lora_B.bias":
-            self._added[parameter] = (key, scaling)
+            self._added[self._known(parameter)] = (name, self._scaling(module, factors[0]))
         else:
-            self._low[parameter] = _Low(a, b, scaling, embedding="embedding" in part)
+            parameter = self._new(parameter, key)
+            self._low[parameter] = _Low(a, b, self._scaling(module, factors[0]), embedding="embedding" in part)
         return True
 
+    def _new(self, parameter: str, key: str) -> str:
+        """The parameter, known to be placed for the first time."""
+        if parameter in self._low or parameter in self._replaced:
+            raise CheckpointError(f"{self.label}: {parameter} is stored twice, the second time as {key}")
+        return self._known(parameter)
+
+    def _known(self, parameter: str) -> str:
+        """The parameter, known to be the base's."""
+        if parameter not in self.base.shapes:
+            raise MismatchError(f"{self.label}: it adapts {parameter}, which the base does not have; name its own base")
+        return parameter
+
+    def _shape(self, name: str) -> Shape:
+        return self._stored.shapes[self._keys[name]]
+
     def _scaling(self, module: str, shape: Shape) -> float:
-        rank, alpha = shape[0], _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
-        declared = _by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 8))
+        rank, alpha = shape[0], self._alphas.value(module, self.config.get("lora_alpha", 8))
+        declared = self._ranks.value(module, self.config.get("r", 8))
         if declared != rank:
             raise CheckpointError(
                 f"{self.label}: {module} has factors of rank {rank}, but {ADAPTER_CONFIG} says {declared}: "
@@ -226,11 +276,8 @@ class Adapter:
 
     def _check(self) -> None:
         """Compare with the base, before any weight is read."""
-        for name in self.changed:
-            if name not in self.base.shapes:
-                raise MismatchError(f"{self.label}: it adapts {name}, which the base does not have; name its own base")
         for name, place in self._low.items():
-            b, a = self._stored.shapes[place.b], self._stored.shapes[place.a]
+            b, a = self._shape(place.b), self._shape(place.a)
             rows, columns = (a[1], b[0]) if place.embedding else (b[0], math.prod(a[1:]))
             expected = self.base.shapes[name]
             ranks = (a[0], b[1])
@@ -240,11 +287,55 @@ class Adapter:
                     f"{list(expected)}: the adapter was trained on another model"
                 )
         for name, key in {**self._replaced, **{n: k for n, (k, _) in self._added.items()}}.items():
-            if self._stored.shapes[key] != self.base.shapes[name]:
+            if self._shape(key) != self.base.shapes[name]:
                 raise MismatchError(
-                    f"{self.label}: {name} has shape {list(self._stored.shapes[key])} instead of "
+                    f"{self.label}: {name} has shape {list(self._shape(key))} instead of "
                     f"{list(self.base.shapes[name])}: the adapter was trained on another model"
                 )
+
+
+def plain_keys(stored: Iterable[str], label: str) -> dict[str, str]:
+    """Names in PEFT's plain layout -> the keys of an adapter, as they are stored in one of several ways.
+
+    Plain is `<module>.lora_A.weight`. Files come with `base_model.model.` before it, once or more often, with the
+    adapter's name in it (`lora_A.default.weight`), and with `modules_to_save.default.` before the name of a parameter
+    that is stored whole; what that replaces (`original_module`) is left out.
+
+    Raises:
+        CheckpointError: there are several adapters in it, or two keys mean the same.
+    """
+    names = {key: re.sub(rf"^(?:{re.escape(ROOT)})+", "", key) for key in stored if ".original_module." not in key}
+    factors = {key: match for key, name in names.items() if (match := _NAMED.fullmatch(name))}
+    adapters = {match["name"]: key for key, match in factors.items()}
+    if len(adapters) > 1:
+        listed = ", ".join(f"{name or 'one without a name'} ({key})" for name, key in adapters.items())
+        raise CheckpointError(f"{label}: its file holds several adapters, {listed}: save one of them alone")
+    saved = rf"\.modules_to_save\.(?:{next(iter(adapters), None) or 'default'}\.)?"
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        match = factors.get(key)
+        plain = f"{match['before']}{match['after'] or ''}" if match else re.sub(saved, ".", name)
+        if plain in found:
+            raise CheckpointError(f"{label}: {found[plain]} and {key} are the same parameter")
+        found[plain] = key
+    return found
+
+
+_NAMED = re.compile(
+    r"(?P<before>.+\.lora_(?:embedding_)?[AB])(?:\.(?P<name>(?!weight$|bias$)\w+))?(?P<after>\.weight|\.bias)?"
+)
+"""A factor with an adapter's name in it, or none."""
+
+_OTHER_PROGRAMS = re.compile(r"lora[._](?:linear_layer\.)?(?:down|up)\b|\.alpha$")
+
+
+def _why(name: str) -> str:
+    """Why a key that speaks of LoRA is none that can be read."""
+    if "magnitude" in name:
+        return _DORA
+    if _OTHER_PROGRAMS.search(name):
+        return "it is laid out by kohya's scripts or diffusers; convert it to PEFT's layout (lora_A, lora_B)"
+    return "PEFT's plain LoRA has lora_A and lora_B only"
 
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB])")
@@ -321,15 +412,9 @@ def check_config(config: Mapping[str, Any], label: str) -> None:
             f"{label}: it started from {start}, which moves the base weights; save it as a plain LoRA first "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
+    for field in ("rank_pattern", "alpha_pattern"):
+        Patterns(field, config.get(field), f"{label}: {ADAPTER_CONFIG}")  # what is wrong with them is said now
     for field in ("r", "lora_alpha"):
         value = config.get(field, 8)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise CheckpointError(f"{label}: {field} in {ADAPTER_CONFIG} is {value!r}, not a number")
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """What PEFT's rank_pattern or alpha_pattern says of a module: the first key that matches the end of its name."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default

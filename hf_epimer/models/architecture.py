@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name of whatever they wrap."""
+
+_DEEPEST = 8
+"""So many wrappers are taken off a name; a stranger's may consist of nothing else."""
+
+MOST_BLOCKS, LARGEST_COUNT = 1_000, 2**16
+"""Of a config from a stranger: numbers by which shapes are made before anything else of the model is seen."""
+
+
 @dataclass(frozen=True)
 class Residual:
     """One of the sums that a block consists of: h + write(... read(norm(h)) ...).
@@ -73,9 +83,10 @@ class Architecture:
         fields: of a vision config that decide whether two models can be merged -> transformers' defaults.
         parameters: vision config -> name and shape of every parameter, in the order of the model.
         prefix: of canonical names.
-        nested: prefixes under which the parameters may lie in a file, longest first.
+        nested: prefixes under which the parameters may lie in a file, one around the other; longest first.
         roots: first components of names.
         ignored: beginnings of names that belong to other parts of a full model, or to buffers.
+        classifiers: beginnings of names of a trained classifier, which a merge leaves out, too, but not without a word.
         renamed: (name in the newest module, canonical name) of parts of a path, where they differ; tried in this order.
         library: the module of transformers with the classes.
         output_class: of a merged model, whose config.json is a vision config.
@@ -111,6 +122,7 @@ class Architecture:
     prefix: str = ""
     nested: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    classifiers: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     carried: tuple[str, ...] = ()
     known: Mapping[tuple[int, ...], str] | None = None
@@ -129,17 +141,27 @@ class Architecture:
 
         A name that fits nowhere is returned as it is, so that the comparison of key sets reports it.
         """
-        stripped = name
-        for nested in self.nested:
-            if name.startswith(nested):
-                stripped = name[len(nested) :]
-                break
-        if name.startswith(self.ignored) or stripped.startswith(self.ignored):
+        stripped = self._unwrapped(name)
+        left_out = (*self.ignored, *self.classifiers)
+        if name.startswith(left_out) or stripped.startswith(left_out):
             return None
         for newest, stored in self.renamed:
             stripped = _replaced(stripped, newest, stored)
         if stripped.split(".", 1)[0] in self.roots:
             return self.prefix + stripped
+        return name
+
+    def is_classifier(self, name: str) -> bool:
+        """Whether a tensor belongs to a trained classifier."""
+        return self._unwrapped(name).startswith(self.classifiers)
+
+    def _unwrapped(self, name: str) -> str:
+        """A name without what programs have put before it, one around the other."""
+        for _ in range(_DEEPEST):
+            wrapper = next((prefix for prefix in (*_WRAPPERS, *self.nested) if name.startswith(prefix)), None)
+            if wrapper is None:
+                break
+            name = name[len(wrapper) :]
         return name
 
     def owns(self, name: str) -> bool:
@@ -160,16 +182,28 @@ class Architecture:
         Raises:
             CheckpointError: a field is damaged.
         """
-        key = self.model_types[str(config.get("model_type"))]
-        section = config.get(key) or {} if key else config
-        if not isinstance(section, dict):
-            raise CheckpointError(f"{where}: {key} in config.json is not an object")
+        section = self.section(config, where)
         chosen = {field: section.get(field, default) for field, default in self.fields.items()}
         for field, default in self.fields.items():
-            is_count = isinstance(default, int) and not isinstance(default, bool)
-            if is_count and (not isinstance(chosen[field], int) or chosen[field] < 1):
-                raise CheckpointError(f"{where}: {field} in config.json is {chosen[field]!r}, not a positive number")
+            if isinstance(default, int) and not isinstance(default, bool):
+                _check_count(field, chosen[field], MOST_BLOCKS if field == self.depth else LARGEST_COUNT, where)
         return chosen
+
+    def section(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The part of a config.json that is the vision config: all of it, or what a full model's has under a key.
+
+        Raises:
+            CheckpointError: it is not an object.
+        """
+        key = self.model_types[str(config.get("model_type"))]
+        if key is None:
+            return dict(config)
+        found: dict[str, Any] = {}
+        for name in (key, f"{key}_dict"):  # the latter was written before transformers 4.27 and overrides the former
+            if not isinstance(config.get(name) or {}, dict):
+                raise CheckpointError(f"{where}: {name} in config.json is not an object")
+            found |= config.get(name) or {}
+        return found
 
     def known_base(self, vision_config: Mapping[str, Any]) -> str | None:
         """The Hub id of the well-known base model of this shape."""
@@ -178,6 +212,12 @@ class Architecture:
     def shapes(self, vision_config: Mapping[str, Any]) -> dict[str, Shape]:
         """Canonical name -> shape of every parameter, in the order of the model."""
         return {self.prefix + name: shape for name, shape in self.parameters(vision_config).items()}
+
+
+def _check_count(field: str, value: Any, most: int, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        shown = repr(value) if len(repr(value)) < 40 else "something"
+        raise CheckpointError(f"{where}: {field} in config.json is {shown}, not a positive number of at most {most}")
 
 
 def _replaced(name: str, part: str, by: str) -> str:

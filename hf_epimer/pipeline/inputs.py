@@ -5,6 +5,7 @@ Names, shapes and types are compared with the base's config before any weight is
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods.statistic import OUTPUTS, PROJECTED_FISHER, StatisticKind, StatisticsFile
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.types import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
@@ -116,10 +119,16 @@ def _open_weights(plan: Plan) -> Ingredients:
     models: list[TensorSource] = []
     for model in plan.models:
         if model.source.is_adapter:
-            models.append(read_adapter(model.source.folder(), base, plan.architecture.canonical, model.label))
+            adapter = read_adapter(model.source.folder(), base, plan.architecture.canonical, model.label)
+            if adapter.is_zero():
+                raise MismatchError(f"{model.label}: its adapter is zero: there is nothing to merge")
+            models.append(adapter)
         else:
-            models.append(model.source.open(plan.shapes))
-            _check_not_the_base(base, models[-1])
+            checkpoint = model.source.open(plan.shapes)
+            if any(map(plan.architecture.is_classifier, checkpoint.left_out)):
+                logger.warning("%s: its classifier is left out; what is merged is the vision tower", model.label)
+            _check_not_the_base(base, checkpoint)
+            models.append(checkpoint)
     return Ingredients(base, models, plan.weights)
 
 

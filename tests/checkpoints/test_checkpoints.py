@@ -48,6 +48,12 @@ LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
     "full CLIPModel": full_clip,
     "nested below clip": lambda s: {f"clip.{n}": v for n, v in s.items()},
     "nested below model": lambda s: {f"model.{n}": v for n, v in s.items()},
+    "data parallel": lambda s: {f"module.{n}": v for n, v in s.items()},
+    "compiled": lambda s: {f"_orig_mod.module.{n}": v for n, v in s.items()},
+    "cut out of a VLM": lambda s: {f"vision_tower.{n}": v for n, v in s.items()},
+    "of a newer VLM": lambda s: {f"model.vision_tower.{n}": v for n, v in s.items()},
+    "of a newer VLM, no prefix": lambda s: {f"model.vision_tower.{n}": v for n, v in strip(s).items()},
+    "with a classifier": lambda s: s | {"classifier.weight": torch.ones(4, 32), "classifier.bias": torch.ones(4)},
     "with projection": lambda s: s | {"visual_projection.weight": torch.ones(24, 32)},
     "fp16": lambda s: {n: v.half() for n, v in s.items()},
 }
@@ -59,6 +65,54 @@ def test_every_layout_has_the_same_canonical_names(layout: str, tmp_path: Path, 
     found = Checkpoint("m", weight_files(folder), CLIP.canonical)
     assert found.shapes == CLIP.shapes(TINY) == {n: tuple(v.shape) for n, v in base_state.items()}
     assert all(torch.allclose(found.tensor(n).float(), base_state[n], atol=1e-2) for n in base_state)
+
+
+def test_a_name_of_wrappers_alone_is_not_unwrapped_for_ever() -> None:
+    name = "model." * 1_000_000
+    assert CLIP.canonical(name) == name
+
+
+OLD_CONFIG = {"model_type": "clip", "vision_config": None, "vision_config_dict": TINY}
+
+
+@pytest.mark.parametrize(
+    "config", [OLD_CONFIG, {"model_type": "clip", "vision_config": {}, "vision_config_dict": TINY}]
+)
+def test_configs_from_before_transformers_4_27(config: dict[str, object]) -> None:
+    assert CLIP.vision_config(config, "m") == TINY
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers in config.json is 1000000000, not a positive number"),
+        ({"hidden_size": 10**12}, "hidden_size"),
+        ({"image_size": 10**9}, "image_size"),
+        ({"num_attention_heads": True}, "num_attention_heads in config.json is True"),
+        ({"hidden_size": "7" * 100_000}, "hidden_size in config.json is something"),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_a_config_that_promises_too_much(config: dict[str, object], why: str) -> None:
+    for nested in (False, True):
+        whole = {"model_type": "clip", "vision_config": {**TINY, **config}} if nested else config
+        with pytest.raises(CheckpointError, match=why):
+            CLIP.vision_config({"model_type": "clip_vision_model", **whole}, "m")
+    with pytest.raises(CheckpointError, match=r"vision_config_dict in config.json is not an object"):
+        CLIP.vision_config({"model_type": "clip", "vision_config_dict": [1]}, "m")
+
+
+def test_a_classifier_is_left_out_with_a_word(tmp_path: Path, run: Run, base_state: StateDict) -> None:
+    config = {"model_type": "clip", "vision_config": TINY, "architectures": ["CLIPForImageClassification"]}
+    tuned = tiny_state(1, base_state)
+    write_checkpoint(tmp_path / "base", base_state)
+    write_checkpoint(tmp_path / "a", tuned | {"classifier.weight": torch.ones(4, 32)}, config=config)
+    words = ["merge", tmp_path / "a", "--base", tmp_path / "base", "--method", "mean", "--out", tmp_path / "out"]
+    code, _, complaint = run(*words)
+    assert (code, complaint) == (0, "warning: a: its classifier is left out; what is merged is the vision tower\n")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.allclose(merged[name], value, atol=1e-6) for name, value in tuned.items())
+    assert merged.keys() == tuned.keys()
 
 
 def test_unknown_tensors_keep_their_names_so_that_they_are_reported() -> None:

@@ -23,10 +23,8 @@ def test_every_entry_describes_a_model_that_could_be_there(architecture: Archite
     assert {name.removeprefix(inside).split(".")[0] for name in shapes if name.startswith(inside)} == {
         str(number) for number in range(config[architecture.depth])
     }
-    for stage in architecture.stages:
-        assert all(len(shapes[f"{inside}0.{layer}.weight"]) == 2 for layer in stage.layers)
-        assert stage.residual is None or f"{inside}0.{stage.residual}.weight" in shapes
-    assert architecture.stages[-1].residual  # its output ends the block
+    for residual in architecture.residuals:
+        assert all(len(shapes[f"{inside}0.{layer}.weight"]) == 2 for layer in residual.layers)
     assert all(known in config for known in architecture.known_by) and config[architecture.width] > 0
 
 
@@ -35,7 +33,9 @@ def test_a_name_is_canonical_in_every_layout() -> None:
         assert CLIP.canonical(name) == BIAS
     for name in ("text_model.embeddings.token_embedding.weight", "visual_projection.weight", "clip.logit_scale"):
         assert CLIP.canonical(name) is None
-    assert CLIP.canonical("classifier.weight") == "classifier.weight"  # reported by who compares key sets
+    for name in ("classifier.weight", "module.classifier.bias"):
+        assert CLIP.canonical(name) is None and CLIP.is_classifier(name)
+    assert CLIP.canonical("neck.weight") == "neck.weight"  # reported by who compares key sets
     assert CLIP.module_name(BIAS) == "post_layernorm.bias"
 
 
