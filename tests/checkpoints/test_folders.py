@@ -387,6 +387,7 @@ with folders.atomic_folder(Path("out"), "merge_config.json", overwrite=True) as 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("can_exchange", ["yes", "no"])
 @pytest.mark.parametrize("step", ["writing", "exchanged", "second rename", "removing"])
 def test_a_run_killed_at_any_step_of_an_overwrite_loses_nothing(step: str, can_exchange: str, tmp_path: Path) -> None:
@@ -454,6 +455,7 @@ with atomic_folder(Path("out"), "merge_config.json") as folder, atomic_file(Path
 """
 
 
+@pytest.mark.slow
 def test_what_a_living_run_writes_is_left_alone_and_goes_when_it_is_killed(tmp_path: Path) -> None:
     from hf_epimer.checkpoints.atomic import write_text
 

@@ -50,6 +50,7 @@ def _loaded_by(statement: str) -> frozenset[str]:
     return frozenset(name.partition(".")[0] for name in found.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["merge", "dry-run"])
 def test_a_merge_without_data_needs_little_but_torch(more: tuple[str, ...], tiny_zoo: Path, tmp_path: Path) -> None:
     models = (tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--out", "merged")
@@ -61,6 +62,7 @@ def test_a_merge_without_data_needs_little_but_torch(more: tuple[str, ...], tiny
     assert (tmp_path / "merged" / "README.md").is_file() is not bool(more)
 
 
+@pytest.mark.slow
 def test_a_push_needs_the_hubs_client_and_no_more_than_a_merge(
     empty_hub: StandInHub, tiny_zoo: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +101,7 @@ def test_wrong_words_are_found_before_anything_is_imported(words: str, tmp_path:
     assert libraries(modules, "pass") == set()
 
 
+@pytest.mark.slow
 def test_what_only_a_plan_can_refuse_needs_no_more_than_a_plan(tiny_zoo: Path, tmp_path: Path) -> None:
     models = (tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base")
     code, modules, complaint = imported(tmp_path, "merge", *models, "--method", "mean", "--out-rank", 4)

@@ -51,6 +51,7 @@ for command in json.load(sys.stdin):
 """One interpreter for a page: a new one for every command would spend most of its time on imports."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if commands(page) and page.stem not in TAKEN_AT_THEIR_WORD],

@@ -148,6 +148,7 @@ def test_a_page_instead_of_a_file(hub: StandInHub, run: Run, patient: None) -> N
     fails(run(*MERGE), "vit-b32-dtd.*the endpoint .* did not answer like a Hub to the request for model.safetensors")
 
 
+@pytest.mark.slow
 def test_what_huggingface_hub_says_is_labelled(hub: StandInHub, tmp_path: Path) -> None:
     hub.inject(Fault(method="GET", path=WEIGHTS + r"(\?|$)", cut_after=100, times=1))
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
