@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "epimer, kronecker, trace": ("epimer", {"metric": "kronecker", "normalize": "trace"}),
     **{name: (name, {}) for name in METHODS if name != "epimer"},
     "wudi, damping 0.1": ("wudi", {"damping": 0.1}),
-    **{f"{name}, calibrated": (name, {}) for name in ("mean", "tsv-m", "epimer", "epimer-core")},
+    **{f"{name}, calibrated": (name, {}) for name in ("mean", "tsv-m", "epimer", "kronecker-core")},
 }
 """Row of the table -> method and options."""
 

@@ -7,6 +7,7 @@ validates what can be validated without reading anything; `pipeline.merge` carri
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = parse_json(read_text(file))
-        method = find_method(content["method"])
+        method = find_method(_today(content["method"], content["options"]))
         unknown = set(content["options"]) - set(method.options)
         if unknown:
             raise UsageError(f"--config {file}: {method.name} has no option {sorted(unknown)[0]!r}")
@@ -202,3 +203,8 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"--config {file} is not a merge_config.json of hf-epimer ({error})") from error
+
+
+def _today(method: str, options: Mapping[str, Any]) -> str:
+    """What a method of an older recipe is called now: until 0.1, `epimer-core` was what has a scaffold."""
+    return "kronecker-core" if method == "epimer-core" and "scaffold" in options else method

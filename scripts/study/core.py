@@ -1,4 +1,4 @@
-"""The study behind `epimer-core` and `--calibrate`: one change at a time, several sets of tasks, on validation images.
+"""The study behind `kronecker-core` and `--calibrate`: one change at a time, several sets, on validation images.
 
     python scripts/study/core.py --zoo DIR --set mnist flags --set mnist eurosat emoji flags --rows baselines core
     python scripts/study/core.py --report                          # tables of all that was measured
@@ -36,8 +36,8 @@ def plain(name: str, method: str, alphas: tuple[float, ...], **options: Any) -> 
 
 
 def core(change: str, look: Look = USUAL, **options: Any) -> Row:
-    """`epimer-core` with one thing changed."""
-    return f"core, {change}", lambda bench: bench.merge("epimer-core", CORE | options, look), CORE_ALPHAS
+    """`kronecker-core` with one thing changed."""
+    return f"core, {change}", lambda bench: bench.merge("kronecker-core", CORE | options, look), CORE_ALPHAS
 
 
 def variant(name: str, make: Make) -> Row:
@@ -51,19 +51,19 @@ def after(name: str, method: str, options: dict[str, Any]) -> Row:
 
 
 def changed(change: str, look: Look = USUAL, **calibration: Any) -> Row:
-    """Calibrated `epimer-core` with one thing changed."""
+    """Calibrated `kronecker-core` with one thing changed."""
     return f"calibrated core, {change}", lambda b: b.calibrated(b.merge(*START, look), look, **calibration), (1.0,)
 
 
 TSV: dict[str, Any] = {"rank": 16}
 CORE: dict[str, Any] = {"rank": 16}
-START = ("epimer-core", CORE)
+START = ("kronecker-core", CORE)
 CORE_ALPHAS = (0.5, 0.75, 1.0)
 
 
 def relinearised(bench: Bench) -> Tensors:
-    """`epimer-core` with curvature taken at the merge it makes the first time."""
-    return bench.merge("epimer-core", CORE, Look(at=bench.merge("epimer-core", CORE)))
+    """`kronecker-core` with curvature taken at the merge it makes the first time."""
+    return bench.merge("kronecker-core", CORE, Look(at=bench.merge("epimer-core", CORE)))
 
 
 def calibrated_at_merge(bench: Bench) -> Tensors:
@@ -87,7 +87,7 @@ ROWS: dict[str, list[Row]] = {
         plain("wudi, damping 1", "wudi", (0.5, 0.75, 1.0), damping=1.0),
         (*core("rho 1")[:2], (0.5, 0.75, 1.0, 1.25)),
     ],
-    "calibrated": [after("calibrated core", "epimer-core", CORE)],
+    "calibrated": [after("calibrated core", "kronecker-core", CORE)],
     "starts": [after("calibrated tsv-m", "tsv-m", TSV), after("calibrated mean", "mean", {})],
     "core": [
         *(core(f"rho {rho:g}", rho=rho) for rho in (0.03, 0.1, 0.3, 3.0)),
@@ -101,10 +101,10 @@ ROWS: dict[str, list[Row]] = {
         variant("re-linearised", relinearised),
         variant("plain bases", variants.plain_bases),
         variant("exact Fisher", variants.exact_core),
-        variant("spectrum ^ 0.5", lambda b: variants.flattened(b, b.merge("epimer-core", CORE), 0.5)),
-        variant("flat spectrum", lambda b: variants.flattened(b, b.merge("epimer-core", CORE), 0.0)),
-        variant("calibrated spectrum", lambda b: variants.calibrated_spectrum(b, b.merge("epimer-core", CORE))),
-        variant("vectors by curvature", lambda b: variants.vectors_by_curvature(b, b.merge("epimer-core", CORE))),
+        variant("spectrum ^ 0.5", lambda b: variants.flattened(b, b.merge("kronecker-core", CORE), 0.5)),
+        variant("flat spectrum", lambda b: variants.flattened(b, b.merge("kronecker-core", CORE), 0.0)),
+        variant("calibrated spectrum", lambda b: variants.calibrated_spectrum(b, b.merge("kronecker-core", CORE))),
+        variant("vectors by curvature", lambda b: variants.vectors_by_curvature(b, b.merge("kronecker-core", CORE))),
     ],
     "choices": [
         changed("1 view", views=1),

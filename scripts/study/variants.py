@@ -1,4 +1,4 @@
-"""What was tried beside `epimer-core` and calibration as they are, each as a function of a bench; see core.py.
+"""What was tried beside `kronecker-core` and calibration as they are, each as a function of a bench; see core.py.
 
 None of these is part of the package. A layer that is no matrix, or for which nothing was measured, stays as in the
 merge that the variant begins with.
@@ -38,7 +38,7 @@ def with_layers(start: Tensors, bench: Bench, change: Callable[[str, Tensor], Te
 
 
 def plain_bases(bench: Bench, rho: float = 1.0) -> Tensors:
-    """`epimer-core` on concatenated singular vectors as they are: not whitened, M_0 of truncated task arithmetic."""
+    """`kronecker-core` on concatenated singular vectors as they are: not whitened, M_0 of truncated task arithmetic."""
     measured = bench.statistics(KRONECKER)
 
     def change(name: str, _: Tensor) -> Tensor | None:
@@ -84,7 +84,7 @@ class OnTheCore:
 
 
 def exact_core(bench: Bench, rho: float = 1.0) -> Tensors:
-    """`epimer-core` with the exact Fisher information on the core instead of Kronecker factors.
+    """`kronecker-core` with the exact Fisher information on the core instead of Kronecker factors.
 
     sum_t w_t E[z z^T] m + rho m = sum_t w_t E[z <G, D_t>] + rho m_0, whose left side has rank T N beside rho.
     """

@@ -159,10 +159,10 @@ def test_a_projected_metric_is_measured_in_the_basis_of_every_rank(clip_zoo: Pat
 def test_what_a_sweep_finds_is_not_calibrated_and_its_command_says_so(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
     """A sweep merges layer by layer, whatever the recipe or the method would do by themselves."""
     asked = recipe(clip_zoo, calibrate=True, tune_alpha=True)
-    found = sweep(asked, Grid(("epimer-core", "mean"), (2,), (1.0,)))
+    found = sweep(asked, Grid(("kronecker-core", "mean"), (2,), (1.0,)))
     commands = {setting.method: shlex.split(command) for setting, command in found.commands.items()}
     for method, command in commands.items():
-        assert ("--no-calibrate" in command) == (method == "epimer-core")
+        assert ("--no-calibrate" in command) == (method == "kronecker-core")
         code, out, err = run(*command[1:], "--out", f"merged-{method}", "--dry-run", "--json")
         assert code == 0 and json.loads(out)["calibrate_on"] == [], err
     assert commands

@@ -179,7 +179,7 @@ def regmean(tuned: list[Tensor], grams: list[Tensor], decay: float = 0.95) -> Te
     return sum(w.double() @ g for w, g in zip(tuned, a)) @ torch.linalg.inv(sum(a))
 
 
-def epimer_core(
+def kronecker_core(
     base: Tensor,
     tuned: list[Tensor],
     outputs: list[Tensor] | None,

@@ -28,7 +28,7 @@ DIRECTIONS, SOLVE = ["rank", "capped", "atoms"], ["steps", "residual", "conditio
         ("tsv-m", DIRECTIONS),
         ("iso-cts", ["common", "specific"]),
         ("epimer", [*DIRECTIONS, "eta", *SOLVE]),
-        ("epimer-core", [*DIRECTIONS, *SOLVE]),
+        ("kronecker-core", [*DIRECTIONS, *SOLVE]),
     ],
 )
 def test_fields_of_a_layer(method: str, between: list[str], base_state: StateDict) -> None:

@@ -173,7 +173,7 @@ def test_misuse_is_explained(base_state: StateDict) -> None:
 def test_papers_are_cited_by_their_authors() -> None:
     paper = METHODS["epimer"].paper
     people = "Juanwu Lu, Anand Bhaskar, Brian Axelrod, Ekaterina Tolstaya and Tristan Emrich"
-    assert paper.names == METHODS["epimer-core"].paper.names == people
+    assert paper.names == METHODS["kronecker-core"].paper.names == people
     assert "author = {Lu, Juanwu and Bhaskar, Anand and " in paper.bibtex() and "2605.26693" in paper.bibtex()
     assert METHODS["ties"].paper.names == "Prateek Yadav and others"
     assert METHODS["frechet-lora"].paper.cited == "da Silva, arXiv 2026"

@@ -434,10 +434,10 @@ def test_the_full_core_is_calibrated_by_itself_and_other_methods_are_not(
         return found
 
     assert plan()["calibrate_on"] == []
-    assert len(plan("--method", "epimer-core")["calibrate_on"]) == 2
-    assert plan("--method", "epimer-core", "--no-calibrate")["calibrate_on"] == []
-    assert run(*plain, "--method", "epimer-core", "--out", tmp_path / "a")[0] == 0
-    assert run(*plain, "--method", "epimer-core", "--no-calibrate", "--out", tmp_path / "b")[0] == 0
+    assert len(plan("--method", "kronecker-core")["calibrate_on"]) == 2
+    assert plan("--method", "kronecker-core", "--no-calibrate")["calibrate_on"] == []
+    assert run(*plain, "--method", "kronecker-core", "--out", tmp_path / "a")[0] == 0
+    assert run(*plain, "--method", "kronecker-core", "--no-calibrate", "--out", tmp_path / "b")[0] == 0
     settings = [json.loads((tmp_path / name / "merge_config.json").read_text())["calibrate"] for name in "ab"]
     assert settings == [True, False]
     again = run("merge", "--config", tmp_path / "b" / "merge_config.json", "--out", tmp_path / "c")
@@ -447,7 +447,7 @@ def test_the_full_core_is_calibrated_by_itself_and_other_methods_are_not(
 
 
 def test_a_full_core_without_images_is_merged_as_it_is_and_says_so(run: Run, tmp_path: Path, clip_zoo: Path) -> None:
-    models = ("merge", clip_zoo / "a", clip_zoo / "b", "--base", clip_zoo / "base", "--method", "epimer-core")
+    models = ("merge", clip_zoo / "a", clip_zoo / "b", "--base", clip_zoo / "base", "--method", "kronecker-core")
     code, out, err = run(*models, "--metric", "task-vectors", "--out", tmp_path / "m")
     assert code == 0, err
     assert "calibrated" not in out and "this one is not" in err and "its task must be known" in err
@@ -462,9 +462,9 @@ def test_a_full_core_whose_data_are_gone_is_merged_as_it_is(
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     models = words[: words.index("--task")]
     plain = (*models, "--task", tmp_path / "a.json", tmp_path / "b.json", "--metric", "task-vectors")
-    code, _, err = run(*plain, "--method", "epimer-core", "--out", tmp_path / "m")
+    code, _, err = run(*plain, "--method", "kronecker-core", "--out", tmp_path / "m")
     assert code == 0 and "this one is not" in err and "is not there" in err
-    code, _, err = run(*plain, "--method", "epimer-core", "--calibrate", "--out", tmp_path / "n")
+    code, _, err = run(*plain, "--method", "kronecker-core", "--calibrate", "--out", tmp_path / "n")
     assert code == 1 and "nowhere" in err and "is not there" in err and not (tmp_path / "n").exists()
 
 
@@ -472,8 +472,8 @@ def test_a_config_with_another_method_does_what_that_method_does(
     words: tuple[object, ...], run: Run, tmp_path: Path
 ) -> None:
     *plain, _ = words
-    for method, number in (("mean", 0), ("epimer-core", 2)):
-        other = "epimer-core" if method == "mean" else "mean"
+    for method, number in (("mean", 0), ("kronecker-core", 2)):
+        other = "kronecker-core" if method == "mean" else "mean"
         assert run(*plain, "--method", other, "--out", tmp_path / other)[0] == 0
         again = ("merge", "--config", tmp_path / other / "merge_config.json", "--method", method)
         code, out, err = run(*again, "--out", tmp_path / "m", "--dry-run", "--json")
@@ -491,7 +491,7 @@ def test_kronecker_factors_that_are_given_serve_the_calibration_too(
         assert run("fisher", clip_zoo / name, *task, "--samples", 12, "--kronecker")[0] == 0
         given.append(f"{name}={file}")
     *plain, _ = words
-    core = (*plain, "--method", "epimer-core", "--fisher", *given)
+    core = (*plain, "--method", "kronecker-core", "--fisher", *given)
     code, out, err = run(*core, "--out", tmp_path / "m", "--dry-run", "--json")
     assert code == 0, err
     plan = json.loads(out)

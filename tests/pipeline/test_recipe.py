@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from hf_epimer import METHODS, MergeRecipe, ModelRef
 from hf_epimer.cli import merge as command
+from hf_epimer.pipeline.recipe import recipe_from_json
 
 MODELS = (ModelRef("org/vit-dtd", "a" * 40, "dtd"), ModelRef("org/vit-svhn", "b" * 40, "svhn"))
 BASE = ModelRef("org/base", "c" * 40)
@@ -44,7 +46,7 @@ def test_every_method_at_its_defaults(method: str) -> None:
         {"weights": (1.0, 2.5)},
         {"fisher": (ModelRef("org/fisher", "d" * 40, "dtd"), ModelRef("org/other", None, "svhn"))},
         {"samples": 17, "calibrate": True, "tasks": ("/a b/task.yaml", "/other.json")},
-        {"method": "epimer-core", "calibrate": False, "samples": 9},
+        {"method": "kronecker-core", "calibrate": False, "samples": 9},
         {"method": "tsv-m", "tune_alpha": True, "samples": 33},
         {"device": "cuda:1", "dtype": "bfloat16", "seed": 3, "exact": True},
         {"method": "tsv-m", "out_rank": 4},
@@ -63,3 +65,16 @@ def test_a_local_checkpoint_with_a_space(tmp_path: Path) -> None:
     folder.mkdir()
     recipe = MergeRecipe((ModelRef(str(folder), None, "dtd"),), BASE, "mean", METHODS["mean"].config())
     assert typed(recipe.command_line()) == recipe
+
+
+def old_recipe(folder: Path, method: str, options: dict[str, Any]) -> Path:
+    file = folder / "merge_config.json"
+    content = {"method": method, "options": options, "base": "org/base", "models": ["org/a", "org/b"]}
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_a_recipe_from_before_a_method_was_renamed_means_what_it_meant(tmp_path: Path) -> None:
+    options = {"rank": 32, "alpha": 1.0, "metric": "kronecker", "scaffold": "tsv-m", "rho": 1.0}
+    found = recipe_from_json(old_recipe(tmp_path, "epimer-core", options))
+    assert found["method"] == "kronecker-core" and vars(found["options"]) == options

@@ -1,4 +1,4 @@
-"""EpiMer with a full core and Kronecker curvature: our extension of the paper's method, which is `epimer`.
+"""EpiMer with a full core and Kronecker curvature, ours. Recipes of version 0.1 call it `epimer-core`.
 
     W = W_0 + alpha U M V^T,   U, V as in EpiMer (eq 10), M a full p x p matrix instead of a diagonal:
     sum_t w_t (U^T S_t U) M (V^T A_t V) + rho M = sum_t w_t U^T S_t D_t A_t V + rho M_0
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EpiMerCoreConfig(MethodConfig):
-    """Options of `epimer-core`."""
+class KroneckerCoreConfig(MethodConfig):
+    """Options of `kronecker-core`."""
 
     rank: int = option(32, "directions per task, capped at floor(min(m, n) / T)", low=1)
     alpha: float = option(1.0, "global scale of the merged task vector")
@@ -50,7 +50,7 @@ class EpiMerCoreConfig(MethodConfig):
     rho: float = option(1.0, "strength of the pull towards the scaffold, in units of the mean curvature", low=1e-9)
 
 
-def merge_epimer_core(layer: Layer, config: EpiMerCoreConfig, survey: None = None) -> LayerMerge:
+def merge_kronecker_core(layer: Layer, config: KroneckerCoreConfig, survey: None = None) -> LayerMerge:
     """Solve one layer: basis, projected factors, scaffold, one generalised Sylvester equation."""
     from hf_epimer.numerics.core import full_core
 
@@ -84,13 +84,13 @@ def _scaffold(layer: Layer, basis: TaggedBasis, name: str) -> Tensor:
 
 _STATISTICS = {"kronecker": KRONECKER, "inputs": GRAM, "task-vectors": None}
 
-EPIMER_CORE = Method(
-    "epimer-core",
+KRONECKER_CORE = Method(
+    "kronecker-core",
     "EpiMer with a full core and Kronecker curvature (ours)",
     "W = W_0 + alpha U M V^T,  sum_t w_t U^T S_t U M V^T A_t V + rho M = sum_t w_t U^T S_t D_t A_t V + rho M_0",
     replace(EPIMER.paper, extension="the full core is an extension by hf-epimer"),
-    EpiMerCoreConfig,
-    merge_epimer_core,
+    KroneckerCoreConfig,
+    merge_kronecker_core,
     needs=KRONECKER,
     needs_with=lambda config: _STATISTICS[config.metric],
     calibrates=True,
