@@ -77,9 +77,9 @@ def merge_state_dicts(
         check_shapes(everything, model, "the checkpoint")
     measured = None
     needs = chosen.statistic(config)
-    if needs:
-        if statistics is None:
-            raise StatisticsError(f"{method} needs {needs} statistics, one mapping per model")
+    if needs and statistics is None and not chosen.does_without:
+        raise StatisticsError(f"{method} needs {needs} statistics, one mapping per model")
+    if needs and statistics is not None:
         if len(statistics) != len(models):
             raise StatisticsError(f"{len(models)} models but {len(statistics)} sets of statistics")
         measured = [

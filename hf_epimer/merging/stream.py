@@ -239,11 +239,14 @@ class _LayerReader:
         present = [name in source.shapes for source in self.statistics]
         if not any(present):
             return None
-        if not all(present):
+        if not all(present) and not part.is_optional:
             raise StatisticsError(f"{self.statistics[present.index(False)].label}: no statistics for {name}")
-        shape = self.statistics[0].shapes[name]
+        shape = self.statistics[present.index(True)].shapes[name]
         values = self.values[part.name][:, : math.prod(shape)].view(-1, *shape)
         for source, value in zip(self.statistics, values, strict=True):
+            if name not in source.shapes:
+                value.zero_()
+                continue
             source.copy_to(name, value)
             check_statistics(value, source.label, name)
             if float((value.diagonal() if part.is_symmetric else value).amin()) < 0:

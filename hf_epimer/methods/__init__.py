@@ -11,6 +11,7 @@ from hf_epimer.errors import UsageError
 from hf_epimer.methods.base import Layer, LayerMerge, Method
 from hf_epimer.methods.dare import DARE
 from hf_epimer.methods.epimer import EPIMER
+from hf_epimer.methods.epimer_core import EPIMER_CORE
 from hf_epimer.methods.fisher_averaging import FISHER, GRADIENT_MATCHING
 from hf_epimer.methods.frechet_lora import FRECHET_LORA
 from hf_epimer.methods.iso import ISO_C, ISO_CTS
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         EPIMER,
+        EPIMER_CORE,
         KRONECKER_CORE,
         TSV_M,
         ISO_C,

@@ -170,10 +170,11 @@ class Method:
         paper: the source.
         config: the frozen dataclass with the method's options.
         merge: (layer, config, survey result) -> LayerMerge.
-        needs: the statistic it cannot do without at its default options.
+        needs: the statistic it wants at its default options.
         needs_with: which one it needs with other options; None if that never changes.
         survey: (config, over_layers) -> anything; `over_layers(f)` streams all layers once more and gives f(layer) of
             each, in order, computed side by side.
+        does_without: whether it merges, if less well, where some or all tasks have no such statistic.
         calibrates: whether a merge by it is calibrated unless it is asked not to be, or there are no images.
     """
 
@@ -186,6 +187,7 @@ class Method:
     needs: StatisticKind | None = None
     survey: Callable[[Any, OverLayers], Any] | None = None
     needs_with: Callable[[Any], StatisticKind | None] | None = None
+    does_without: bool = False
     calibrates: bool = False
 
     @property

@@ -40,6 +40,7 @@ class SolveReport:
         condition: an estimate of the system's condition number.
         angle: the largest principal angle between two adapters, in radians.
         unique: whether the mean is known to be the only one.
+        spikes: the share of every task vector's square that was cut, since it stood out among the tasks.
         note: what else is to be said, in words.
     """
 
@@ -51,4 +52,5 @@ class SolveReport:
     condition: float | None = None
     angle: float | None = None
     unique: bool | None = None
+    spikes: tuple[float, ...] | None = None
     note: str | None = None

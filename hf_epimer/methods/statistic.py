@@ -34,12 +34,14 @@ class Part:
         shape: of the parameter -> of the tensor, with -1 for a length that the parameter does not tell; None where
             such a parameter has none.
         is_symmetric: whether it is a symmetric positive semidefinite matrix; otherwise no entry is negative.
+        is_optional: whether some tasks may lack it while others have it; theirs are zeros then.
     """
 
     name: str
     suffix: str
     shape: Callable[[Shape], Shape | None]
     is_symmetric: bool = False
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _of_share(shape: Shape) -> Shape | None:
 
 _INPUT = Part("input", ".input_factor", _of_inputs, is_symmetric=True)
 _OUTPUT = Part("output", ".output_factor", _of_outputs, is_symmetric=True)
-_GRADIENT_GRAM = Part("gradient", ".gradient_gram", _of_inputs, is_symmetric=True)
+_GRADIENT_GRAM = Part("gradient", ".gradient_gram", _of_inputs, is_symmetric=True, is_optional=True)
 _POSITIONS = Part("positions", ".positions", _of_positions)
 
 FISHER_FILE = StatisticsFile(

@@ -210,6 +210,36 @@ def kronecker_core(
     return base.double() + u @ core @ v.mT
 
 
+def epimer_core(
+    base: Tensor,
+    tuned: list[Tensor],
+    grams: list[Tensor | None],
+    weights: list[float],
+    rho: float,
+    mixture: float = 1.0,
+    curvature_alone: bool = False,
+) -> Tensor:
+    """The minimum of its objective, one dense system in vec(D); the start is the sum, as far as task vectors agree."""
+    deltas = [w.double() - base.double() for w in tuned]
+    mean = sum(w * d for w, d in zip(weights, deltas))
+    length = sum(w * float(d.square().sum()) for w, d in zip(weights, deltas)) / float(mean.square().sum())
+    start = mean * min(length, len(tuned))
+
+    system, right = torch.zeros(base.numel(), base.numel(), dtype=torch.float64), torch.zeros(base.numel())
+    for w, d, a in zip(weights, deltas, grams):
+        metric = own = d.mT @ d
+        if a is not None:
+            metric = a.double()
+            if not curvature_alone:
+                metric = metric / metric.diagonal().mean() + mixture * own / own.diagonal().mean()
+        metric = metric * d.square().sum() / (d @ metric @ d.mT).trace()
+        system = system + w * torch.kron(torch.eye(len(base), dtype=torch.float64), metric)
+        right = right + w * (d @ metric).flatten()
+    pull = rho * system.diagonal().mean()
+    system = system + pull * torch.eye(base.numel(), dtype=torch.float64)
+    return base.double() + torch.linalg.solve(system, right + pull * start.flatten()).view(base.shape)
+
+
 def wudi(base: Tensor, tuned: list[Tensor], weights: list[float], rho: float) -> Tensor:
     """The minimum of its objective plus rho times the mean curvature times |D - sum of task vectors|^2, in vec(D)."""
     deltas = [w.double() - base.double() for w in tuned]

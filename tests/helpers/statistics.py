@@ -6,7 +6,7 @@ import torch
 
 from helpers.checkpoints import StateDict, tiny_fisher, tiny_state
 from hf_epimer.methods import METHODS
-from hf_epimer.methods.statistic import FISHER_DIAGONAL, GRAM, KRONECKER
+from hf_epimer.methods.statistic import FISHER_DIAGONAL, GRADIENT_GRAM, GRAM, KRONECKER
 
 
 def grams(seed: int) -> StateDict:
@@ -31,11 +31,16 @@ def factors(seed: int) -> StateDict:
     return found
 
 
+def gradient_grams(seed: int) -> StateDict:
+    """Gradient-weighted Gram matrices for every Linear weight."""
+    return {f"{name}.gradient_gram": value for name, value in grams(seed).items()}
+
+
 def statistics(method: str, tasks: int) -> list[StateDict] | None:
     needs = METHODS[method].needs
     if needs is None:
         return None
-    make = {FISHER_DIAGONAL: tiny_fisher, GRAM: grams, KRONECKER: factors}[needs]
+    make = {FISHER_DIAGONAL: tiny_fisher, GRAM: grams, GRADIENT_GRAM: gradient_grams, KRONECKER: factors}[needs]
     return [make(100 + t) for t in range(tasks)]
 
 

@@ -28,6 +28,7 @@ DIRECTIONS, SOLVE = ["rank", "capped", "atoms"], ["steps", "residual", "conditio
         ("tsv-m", DIRECTIONS),
         ("iso-cts", ["common", "specific"]),
         ("epimer", [*DIRECTIONS, "eta", *SOLVE]),
+        ("epimer-core", ["spikes"]),
         ("kronecker-core", [*DIRECTIONS, *SOLVE]),
     ],
 )

@@ -1,0 +1,46 @@
+"""Task vectors whose leading directions are out of proportion, cut down to what is usual among the tasks of a merge.
+
+    s_i of D_t is cut to   c |D_t| median over tasks of (s_i / |D|),   i = 1 .. `LEADING`
+
+A two-class or an early stopped checkpoint moves every layer along one direction that the inputs of all tasks share; in
+a merge that direction overrides theirs. It shows in the shape of the spectrum, not in any norm or condition number,
+which is why spectra are compared at length 1. One task alone, and equal ones, are left as they are for any c >= 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_epimer.numerics.linalg import truncated_svd
+
+LEADING = 8
+"""Directions looked at: spikes are few, and a truncated decomposition is far cheaper than a full one."""
+
+
+def without_spikes(task_vectors: Tensor, c: float, *, exact: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Cut what stands out.
+
+    Args:
+        task_vectors: D_t, T x m x n; left as they are.
+        c: how many times the median a singular value may be, >= 1.
+        exact, seed: of the singular value decompositions.
+
+    Returns:
+        The task vectors, cut, and the share of |D_t|^2 that is gone, length T.
+    """
+    norms = torch.linalg.matrix_norm(task_vectors)
+    there = (norms > 0).nonzero().flatten().tolist()
+    gone = torch.zeros_like(norms)
+    if len(there) < 2:
+        return task_vectors, gone
+    k = min(LEADING, *task_vectors.shape[1:])
+    triples = [truncated_svd(task_vectors[t], k, tolerance=1e-2, exact=exact, seed=seed) for t in there]
+    limits = c * torch.stack([s / norms[t] for t, (_, s, _) in zip(there, triples, strict=True)]).quantile(0.5, dim=0)
+    cut = task_vectors.clone()
+    for t, (u, s, v) in zip(there, triples, strict=True):
+        excess = (s - limits * norms[t]).clamp_min(0)
+        if bool(excess.any()):
+            cut[t] -= (u * excess) @ v.mT
+            gone[t] = (s.square() - (s - excess).square()).sum() / norms[t].square()
+    return cut, gone
