@@ -4,12 +4,15 @@
     gradient-matching   W = W_0 + alpha (sum l_t h_t o D_t) / (sum l_t h_t),  h_t = v_t + delta_0   Daheim et al., 2024
 
 Both are the Fréchet mean with S = I and a diagonal metric (EpiMer, Proposition 2, cases 2 and 3).
+
+`normalize="trace"` first brings v_t of all tasks to one mean, per parameter: a task's Fisher information grows with its
+loss, and as it is (`none`, the papers' formulas) the task with the worst fit has the last word everywhere.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, Paper, weighted_sum
 from hf_epimer.methods.options import option
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 class FisherConfig(MethodConfig):
     """Options of `fisher`."""
 
+    normalize: Literal["none", "trace"] = option("trace", "bring every task's Fisher to one mean, per layer")
     damping: float = option(1e-6, "floor of the Fisher values, relative to the layer's mean", low=0.0)
 
 
@@ -31,6 +35,7 @@ class GradientMatchingConfig(MethodConfig):
     """Options of `gradient-matching`."""
 
     alpha: float = option(1.0, "global scale of the merged task vector")
+    normalize: Literal["none", "trace"] = option("trace", "bring every task's Fisher to one mean, per layer")
     prior_precision: float = option(1e-8, "delta_0, the precision of the prior, in units of the Fisher", low=0.0)
 
 
@@ -50,24 +55,33 @@ def curvature_weighted_mean(layer: Layer, curvature: Tensor) -> Tensor:
 
 def merge_fisher(layer: Layer, config: FisherConfig, survey: None = None) -> LayerMerge:
     """Fisher-weighted averaging of one parameter, floored so that no entry is 0 / 0."""
-    v = _scaled(layer)
+    v = _scaled(_fisher(layer, config.normalize), layer.weights)
     return LayerMerge(curvature_weighted_mean(layer, v + config.damping))
 
 
 def merge_gradient_matching(layer: Layer, config: GradientMatchingConfig, survey: None = None) -> LayerMerge:
     """Uncertainty-based gradient matching in its diagonal form."""
     # float64: an absolute precision cannot be rescaled away, and squares of 1e-12 leave float32's range
-    h = layer.measured("fisher").double() + config.prior_precision
+    h = _fisher(layer, config.normalize).double() + config.prior_precision
     doubled = Layer(
         layer.name, layer.base, layer.task_vectors.double(), layer.weights.double(), layer.is_matrix, layer.labels
     )
     return LayerMerge(curvature_weighted_mean(doubled, h).to(layer.base.dtype) * config.alpha)
 
 
-def _scaled(layer: Layer) -> Tensor:
-    """v_t over the layer's mean, so that nothing is denormal."""
+def _fisher(layer: Layer, normalize: str) -> Tensor:
+    """v_t, each times mean(v) / mean(v_t) where tasks are to be on one scale."""
     v = layer.measured("fisher")
-    mean = weighted_sum(layer.weights, v).mean()
+    if normalize == "none":
+        return v
+    rows = v.double().reshape(len(v), -1)  # float64: values of 1e-30 are no rarity, nor is a task of none at all
+    means = rows.mean(1, keepdim=True)
+    return (rows * (means.mean() / means).where(means > 0, 0.0)).view(v.shape).to(v.dtype)
+
+
+def _scaled(v: Tensor, weights: Tensor) -> Tensor:
+    """v_t over the layer's mean, so that nothing is denormal."""
+    mean = weighted_sum(weights, v).mean()
     return v / mean if bool(mean > 0) else v.new_zeros(v.shape)
 
 

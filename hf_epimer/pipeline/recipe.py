@@ -192,7 +192,7 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
         return {
             **arguments,
             "method": method.name,
-            "options": method.config(**content["options"]),
+            "options": method.config(**_OPTIONS_BEFORE.get(method.name, {}) | content["options"]),
             "base": ModelRef.parse(content["base"]),
             "models": tuple(ModelRef.parse(text) for text in content["models"]),
             "fisher": tuple(ModelRef.parse(text) for text in content.get("fisher", ())),
@@ -203,6 +203,10 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"--config {file} is not a merge_config.json of hf-epimer ({error})") from error
+
+
+_OPTIONS_BEFORE: dict[str, dict[str, Any]] = {name: {"normalize": "none"} for name in ("fisher", "gradient-matching")}
+"""Options that a method got after 0.1, at what it did without them."""
 
 
 def _today(method: str, options: Mapping[str, Any]) -> str:

@@ -162,6 +162,12 @@ def ties(
     return [b.double() + piece.view(b.shape) for b, piece in zip(bases, pieces)]
 
 
+def on_one_scale(fisher: list[Tensor]) -> list[Tensor]:
+    """Every task's Fisher at the mean of all."""
+    mean = torch.stack(fisher).double().mean()
+    return [v.double() * mean / v.double().mean() for v in fisher]
+
+
 def fisher_average(base: Tensor, tuned: list[Tensor], fisher: list[Tensor], floor: float = 1e-6) -> Tensor:
     mean = torch.stack(fisher).double().mean()
     f = [v.double() + floor * mean for v in fisher]

@@ -12,6 +12,7 @@ from helpers.checkpoints import StateDict
 from helpers.merges import MATRIX, VECTOR, error, merged, models
 from helpers.statistics import statistics
 from hf_epimer import merge_state_dicts
+from hf_epimer.methods.fisher_averaging import FisherConfig, GradientMatchingConfig
 from hf_epimer.methods.linear import NANConfig, TaskArithmeticConfig
 from hf_epimer.methods.regmean import RegMeanConfig
 from hf_epimer.methods.ties import TIESConfig
@@ -68,11 +69,15 @@ def test_ties(base_state: StateDict, election: Any, trim: Any, density: float) -
 def test_fisher_averages(base_state: StateDict) -> None:
     tuned, measured = models(base_state), statistics("fisher", 3)
     assert measured is not None
+    measured[0] = {name: 30 * value for name, value in measured[0].items()}  # a task with a large loss
     weights, fisher = [m[MATRIX] for m in tuned], [f[MATRIX] for f in measured]
-    expected = reference.fisher_average(base_state[MATRIX], weights, fisher)
-    assert error("fisher", expected, base_state, tuned, statistics=measured) < 1e-5
-    expected = reference.gradient_matching(base_state[MATRIX], weights, fisher)
-    assert error("gradient-matching", expected, base_state, tuned, statistics=measured) < 1e-5
+    for normalize, values in (("none", fisher), ("trace", reference.on_one_scale(fisher))):
+        expected = reference.fisher_average(base_state[MATRIX], weights, values)
+        config: Any = FisherConfig(normalize=normalize)  # type: ignore[arg-type]
+        assert error("fisher", expected, base_state, tuned, statistics=measured, config=config) < 1e-5
+        expected = reference.gradient_matching(base_state[MATRIX], weights, values)
+        config = GradientMatchingConfig(normalize=normalize)  # type: ignore[arg-type]
+        assert error("gradient-matching", expected, base_state, tuned, statistics=measured, config=config) < 1e-5
 
 
 def test_regmean(base_state: StateDict) -> None:
@@ -131,8 +136,14 @@ def test_fisher_averaging_and_gradient_matching_are_frechet_means_with_s_the_ide
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     cases = {
         "task-arithmetic": (torch.ones_like(c), {"config": TaskArithmeticConfig(alpha=1 / 3)}),
-        "fisher": (torch.stack([f[VECTOR].double() for f in measured]), {"statistics": measured}),
-        "gradient-matching": (torch.stack([f[VECTOR].double() + 1e-8 for f in measured]), {"statistics": measured}),
+        "fisher": (
+            torch.stack([f[VECTOR].double() for f in measured]),
+            {"statistics": measured, "config": FisherConfig(normalize="none")},
+        ),
+        "gradient-matching": (
+            torch.stack([f[VECTOR].double() + 1e-8 for f in measured]),
+            {"statistics": measured, "config": GradientMatchingConfig(normalize="none")},
+        ),
     }
     for method, (h, arguments) in cases.items():
         for exact in (False, True):

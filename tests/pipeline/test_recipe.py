@@ -78,3 +78,8 @@ def test_a_recipe_from_before_a_method_was_renamed_means_what_it_meant(tmp_path:
     options = {"rank": 32, "alpha": 1.0, "metric": "kronecker", "scaffold": "tsv-m", "rho": 1.0}
     found = recipe_from_json(old_recipe(tmp_path, "epimer-core", options))
     assert found["method"] == "kronecker-core" and vars(found["options"]) == options
+
+
+def test_a_recipe_from_before_a_method_had_an_option_means_what_it_meant(tmp_path: Path) -> None:
+    for method, options in (("fisher", {"damping": 1e-6}), ("gradient-matching", {"alpha": 1.0})):
+        assert recipe_from_json(old_recipe(tmp_path, method, options))["options"].normalize == "none"
