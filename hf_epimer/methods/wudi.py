@@ -5,7 +5,8 @@
 
 The rows of D_t stand in for the inputs of task t: it is RegMean with A_t in the place of the Gram matrices. The paper
 takes 300 steps of Adam, which leave directions of small curvature near the start; here the quadratic is solved, and
-`damping` (in units of the mean curvature) does the same. With weights l_t every D_t counts as T l_t D_t in the start,
+`damping` (in units of the mean curvature) does the same. Without it the merge is useless: the exact minimum goes far
+along directions that hardly any task has taken. With weights l_t every D_t counts as T l_t D_t in the start,
 and T l_t times in the objective. Parameters that are no matrices take the mean of the task vectors, times alpha.
 """
 
@@ -22,7 +23,7 @@ class WUDIConfig(MethodConfig):
     """Options of `wudi`."""
 
     alpha: float = option(1.0, "global scale of the merged task vector")
-    damping: float = option(1e-6, "added to the curvature, relative to its mean; large values give the start", low=0.0)
+    damping: float = option(0.1, "added to the curvature, relative to its mean; large values give the start", low=0.0)
 
 
 def merge_wudi(layer: Layer, config: WUDIConfig, survey: None = None) -> LayerMerge:
