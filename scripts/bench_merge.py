@@ -40,7 +40,7 @@ OURS = {
     "mean": ["--method", "mean"],
     "ties": ["--method", "ties"],
     "tsv-m, rank 32": ["--method", "tsv-m", "--rank", "32"],
-    "epimer, rank 32": ["--method", "epimer", "--rank", "32"],
+    "epimer, rank 32": ["--method", "epimer", "--preset", "paper"],
     "tsv-m, rank min(m, n) / T": ["--method", "tsv-m"],
 }
 

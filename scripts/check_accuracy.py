@@ -38,7 +38,7 @@ def main() -> None:
         tuned = [read(model / "model.safetensors", name) for model in models]
         fisher = [read(model / "fisher.safetensors", name) for model in models]
         doubled = {name: base[name].double()}  # so that the reference is stored in float64 too
-        for method, config in (("tsv-m", TSVMConfig(rank=32)), ("epimer", EpiMerConfig())):
+        for method, config in (("tsv-m", TSVMConfig(rank=32)), ("epimer", EpiMerConfig(preset="paper"))):
             found = merge_state_dicts(base, tuned, method, config, fisher)[name].double()
             exact = merge_state_dicts(doubled, tuned, method, config, fisher, exact=True)[name]
             error = float((found - exact).norm() / (exact - doubled[name]).norm())

@@ -26,14 +26,12 @@ from hf_epimer.tasks.task import Task, load_task_file
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "epimer": ("epimer", {}),
-    "epimer, trace": ("epimer", {"normalize": "trace"}),
+    "epimer, as in the paper": ("epimer", {"preset": "paper"}),
     "epimer, projected": ("epimer", {"metric": "projected"}),
-    "epimer, projected, trace": ("epimer", {"metric": "projected", "normalize": "trace"}),
     "epimer, kronecker": ("epimer", {"metric": "kronecker"}),
-    "epimer, kronecker, trace": ("epimer", {"metric": "kronecker", "normalize": "trace"}),
+    "epimer-core, without data": ("epimer-core", {"metric": "task-vectors"}),
     **{name: (name, {}) for name in METHODS if name != "epimer"},
-    "wudi, damping 0.1": ("wudi", {"damping": 0.1}),
-    **{f"{name}, calibrated": (name, {}) for name in ("mean", "tsv-m", "epimer", "kronecker-core")},
+    **{f"{name}, calibrated": (name, {}) for name in ("mean", "tsv-m", "epimer", "epimer-core")},
 }
 """Row of the table -> method and options."""
 

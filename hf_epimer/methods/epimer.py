@@ -17,7 +17,7 @@ away before projecting) and Kronecker factors (`metric="kronecker"`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from hf_epimer.errors import UsageError
@@ -35,26 +35,41 @@ if TYPE_CHECKING:
     from hf_epimer.numerics.subspace import TaggedBasis
 
 
+PAPER = {"rank": 32, "coordinates": "projected", "normalize": "none"}
+"""The paper's text to the letter, where the defaults differ. On real checkpoints its formula lets the task with the
+largest loss decide, and the merge falls below the plain mean."""
+
+
 @dataclass(frozen=True)
 class EpiMerConfig(MethodConfig):
     """Options of `epimer`."""
 
-    rank: int = option(32, "directions per task, capped at floor(min(m, n) / T)", low=1)
+    rank: int | None = option(
+        None, "directions per task, capped at floor(min(m, n) / T); default as many as that", low=1
+    )
     alpha: float = option(1.0, "global scale of the merged task vector")
     aggregator: Literal["sum", "mean"] = option("sum", "eq 14 (sum) or eq 13 (mean, under-merges)")
-    coordinates: Literal["projected", "tagged"] = option("projected", "S^T D_t, or singular values on own atoms only")
+    coordinates: Literal["projected", "tagged"] = option("tagged", "S^T D_t, or singular values on own atoms only")
     metric: Literal["diagonal", "projected", "kronecker"] = option(
         "diagonal", "the paper's Fisher diagonal, the exact projected Fisher, or Kronecker factors"
     )
-    normalize: Literal["none", "trace"] = option("none", "divide every task's metric by its trace, per layer")
+    normalize: Literal["none", "trace"] = option("trace", "divide every task's metric by its trace, per layer")
     damping: float = option(1e-6, "added to the curvature, relative to its mean; large values give TSV-M", low=0.0)
     shrinkage: float | None = option(
         None, "share of the flat metric in a projected one; default Ledoit and Wolf's", low=0.0, high=1.0
     )
     vectors: Literal["mean", "fisher"] = option("mean", "rule for biases, norms and other non-matrices")
+    preset: Literal["none", "paper"] = option(
+        "none", "paper: --rank 32 --coordinates projected --normalize none, as it is written; options beside it win"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.preset == "paper":
+            usual = {item.name: item.default for item in fields(self)}
+            for name, value in PAPER.items():
+                if getattr(self, name) == usual[name]:
+                    object.__setattr__(self, name, value)
         if self.vectors == "fisher" and self.metric != "diagonal":
             raise UsageError("--vectors fisher needs the Fisher diagonal: use it with --metric diagonal")
         if self.shrinkage is not None and self.metric != "projected":

@@ -137,6 +137,7 @@ def curvature_diagnosis(
     flat = weights @ c
     mean = frechet_mean(metrics, c, weights, exact=exact)
     own_traces = _traces(basis, curvature)
+    damped = own_traces + damping * curvature.mean(dim=(1, 2)) * basis.size
     spreads, variances, residuals, losses = (torch.zeros_like(weights) for _ in range(4))
     averaged, merged = basis.expand(flat), basis.expand(mean.value)
     for task, (task_vector, v) in enumerate(zip(task_vectors, curvature, strict=True)):
@@ -150,7 +151,7 @@ def curvature_diagnosis(
         eta=mean.eta * metrics.scale,
         spread=float(weights @ spreads),
         eta_trace=frechet_mean(normalized, c, weights, exact=exact).eta * normalized.scale,
-        spread_trace=float((weights * spreads)[own_traces > 0] @ own_traces[own_traces > 0].reciprocal()),
+        spread_trace=float((weights * spreads)[damped > 0] @ damped[damped > 0].reciprocal()),
         variance=float(weights @ variances),
         residual=float(weights @ residuals),
         loss=0.5 * float(weights @ losses),

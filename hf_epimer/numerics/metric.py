@@ -80,7 +80,7 @@ class DiagonalMetrics:
         means = curvature.mean(dim=(1, 2))
         gains = weights.clone()
         if normalize == "trace":
-            gains *= _inverse(self._traces())
+            gains *= _inverse(self._traces() + damping * means * basis.size)
         scale = (gains * means).sum()
         self.scale = float(scale)
         self.flat = not self.scale > 0  # no curvature anywhere in this layer: the metric is Euclidean

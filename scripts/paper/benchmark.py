@@ -54,6 +54,14 @@ def published() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
+LITERAL: dict[str, dict[str, Any]] = {
+    "epimer": {"preset": "paper"},
+    "fisher": {"normalize": "none"},
+    "gradient-matching": {"normalize": "none"},
+}
+"""What the papers do where our defaults are others."""
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One set of checkpoints and how merges of it are measured.
@@ -104,7 +112,7 @@ class Benchmark:
             models=self.models,
             base=self.base,
             method=method,
-            options=METHODS[method].config(**options),
+            options=METHODS[method].config(**LITERAL.get(method, {}) | options),
             fisher=tuple(fisher),
             samples=self.samples,
             tasks=tuple(file for file in self.task_files if Path(file).is_file()),

@@ -209,7 +209,7 @@ def test_the_bound_holds_on_a_quadratic_loss_with_exact_hessians() -> None:
     tuned = [{name: base[name] + 0.2 * value for name, value in draw().items()} for _ in weights]
     tasks = [QuadraticTask(state, generator) for state in tuned]
     hessians = [task.hessian() for task in tasks]
-    config = EpiMerConfig(rank=3, aggregator="mean")
+    config = EpiMerConfig(preset="paper", rank=3, aggregator="mean")
     merged = merge_state_dicts(base, tuned, "epimer", config, hessians, weights=weights, exact=True)
     true = sum(weight * float(task.loss(merged)) for weight, task in zip(weights, tasks, strict=True))
 

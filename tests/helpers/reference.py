@@ -31,12 +31,12 @@ def subspace_matrix(u: Tensor, v: Tensor) -> Tensor:
 
 
 def projected_metrics(s: Tensor, fisher: list[Tensor], damping: float, normalize: str) -> list[Tensor]:
-    """H_t = S^T diag(v_t + eps) S (eq 12), divided by tr(S^T diag(v_t) S) for `trace`."""
+    """H_t = S^T diag(v_t + eps) S (eq 12), divided by its trace for `trace`."""
     metrics = []
     for v in fisher:
         v = v.double()
         h = s.mT @ ((v + damping * v.mean()).flatten()[:, None] * s)
-        metrics.append(h / torch.trace(s.mT @ (v.flatten()[:, None] * s)) if normalize == "trace" else h)
+        metrics.append(h / torch.trace(h) if normalize == "trace" else h)
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,7 +52,8 @@ def test_epimer_caps_the_rank_where_orthonormal_columns_end(base_state: StateDic
     tuned, measured = models(base_state), statistics("epimer", 3)
     assert measured is not None
     expected, _ = reference.epimer(base_state[name], [m[name] for m in tuned], [f[name] for f in measured], rank=32)
-    found = merged("epimer", base_state, tuned, statistics=measured)
+    config = EpiMerConfig(preset="paper")
+    found = merged("epimer", base_state, tuned, statistics=measured, config=config)
     assert reference.relative_error(found[name], expected, base_state[name]) < 1e-3
 
 
@@ -66,10 +68,13 @@ def test_equal_metrics_give_alpha_times_the_sum(base_state: StateDict) -> None:
 
 def test_huge_damping_is_tsv_m(base_state: StateDict) -> None:
     tuned = models(base_state)
-    equal_means = [{n: v / v.mean() for n, v in f.items()} for f in (tiny_fisher(t) for t in range(3))]
-    config = EpiMerConfig(rank=8, coordinates="tagged", damping=1e6)
-    found = merged("epimer", base_state, tuned, statistics=equal_means, config=config)
-    assert distance(merged("tsv-m", base_state, tuned, config=TSVMConfig(rank=8)), found, base_state) < 1e-3
+    measured = [tiny_fisher(t) for t in range(3)]
+    equal_means = [{n: v / v.mean() for n, v in f.items()} for f in measured]
+    expected = merged("tsv-m", base_state, tuned, config=TSVMConfig(rank=8))
+    for normalize, fisher in (("none", equal_means), ("trace", measured)):
+        config = EpiMerConfig(rank=8, damping=1e6, normalize=normalize)  # type: ignore[arg-type]
+        found = merged("epimer", base_state, tuned, statistics=fisher, config=config)
+        assert distance(expected, found, base_state) < 1e-3
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e12])
@@ -119,7 +124,7 @@ def test_epimers_projected_metric_is_the_diagonal_one_when_that_is_what_is_proje
         projected.append({MATRIX: h, f"{MATRIX}.shrinkage": torch.zeros(1)})
     only = {MATRIX: base_state[MATRIX]}
     own = [{MATRIX: model[MATRIX]} for model in tuned]
-    options = {"rank": 5, "damping": 0.0}
+    options: dict[str, Any] = {"rank": 5, "damping": 0.0, "coordinates": "projected"}
     config = EpiMerConfig(metric="projected", **options)
     found = merge_state_dicts(only, own, config=config, statistics=projected, bases={MATRIX: basis}, exact=True)
     diagonal = merge_state_dicts(
@@ -164,3 +169,12 @@ def test_options_that_belong_to_another_metric_are_refused() -> None:
         EpiMerConfig(shrinkage=0.5)
     assert METHODS["epimer"].statistic(EpiMerConfig(metric="projected")) is PROJECTED_FISHER
     assert METHODS["epimer"].statistic(EpiMerConfig()) is METHODS["epimer"].needs is FISHER_DIAGONAL
+
+
+def test_the_papers_settings_are_one_option_away() -> None:
+    paper = EpiMerConfig(preset="paper")
+    assert (paper.rank, paper.coordinates, paper.normalize) == (32, "projected", "none")
+    assert (paper.alpha, paper.aggregator, paper.metric, paper.damping) == (1.0, "sum", "diagonal", 1e-6)
+    assert EpiMerConfig(preset="paper", rank=8).rank == 8
+    assert replace(paper, alpha=0.5) == EpiMerConfig(preset="paper", alpha=0.5)
+    assert EpiMerConfig(**vars(paper)) == paper  # as a recipe repeats it

@@ -75,6 +75,6 @@ def test_kronecker_core_of_diagonal_curvature_is_epimers_kronecker_metric() -> N
         measured.append({"w.input_factor": torch.diag(a), "w.output_factor": torch.diag(s)})
     full = KroneckerCoreConfig(rank=3, rho=1e-9)
     core = merge_state_dicts(base, tuned, method="kronecker-core", config=full, statistics=measured, exact=True)
-    atoms = EpiMerConfig(rank=3, metric="kronecker", aggregator="mean", damping=0.0)
+    atoms = EpiMerConfig(preset="paper", rank=3, metric="kronecker", aggregator="mean", damping=0.0)
     epimer = merge_state_dicts(base, tuned, config=atoms, statistics=measured, exact=True)
     assert torch.allclose(core["w"], epimer["w"], atol=1e-6) and bool(core["w"].any())

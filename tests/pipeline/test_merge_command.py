@@ -128,7 +128,17 @@ def test_default_folder_and_python_recipe(tiny_zoo: Path, monkeypatch: pytest.Mo
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny_zoo: Path, run: Run) -> None:
     before = contents(tiny_zoo)
-    words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out"]
+    words = [
+        "merge",
+        tiny_zoo / "a",
+        tiny_zoo / "b",
+        "--base",
+        tiny_zoo / "base",
+        "--rank",
+        32,
+        "--out",
+        tiny_zoo / "out",
+    ]
     code, output, complaint = run(*words, "--dry-run", "--json")
     assert (code, complaint) == (0, "")
     plan = json.loads(output)
