@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -30,7 +31,7 @@ from transformers import CLIPConfig, CLIPModel
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import processor_class
 
-VISION = {
+VISION: dict[str, dict[str, int]] = {
     "vit-b-32": {},
     "vit-b-16": {"patch_size": 16},
     "vit-l-14": {
@@ -41,7 +42,7 @@ VISION = {
         "patch_size": 14,
     },
 }
-CLASSES = 10
+CLASSES, PROJECTED = 10, 512
 UNITS = 12 + 7 + 12 + 12 + 0.6 * 19
 """Of 2 x positions x width^2 operations a view and block: see `hf_epimer/pipeline/calibration/step.py`."""
 
@@ -50,7 +51,9 @@ def make_zoo(folder: Path, options: argparse.Namespace) -> list[str]:
     """A base, fine-tuned towers, heads and pictures; returns the words of the merge."""
     vision = VISION[options.model] | ({"num_hidden_layers": options.blocks} if options.blocks else {})
     torch.manual_seed(0)
-    base = CLIPModel(CLIPConfig(vision_config=vision, text_config={"num_hidden_layers": 1}))
+    base: Any = CLIPModel(
+        CLIPConfig(projection_dim=PROJECTED, vision_config=vision, text_config={"num_hidden_layers": 1})
+    )
     base.save_pretrained(folder / "base")
     processor_class(CLIP)().save_pretrained(folder / "base")
     weights = {f"vision_model.{name}": value for name, value in base.vision_model.named_parameters()}
@@ -62,7 +65,7 @@ def make_zoo(folder: Path, options: argparse.Namespace) -> list[str]:
         save_file(tuned, folder / name / "model.safetensors", metadata={"format": "pt"})
         config = base.config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
         (folder / name / "config.json").write_text(json.dumps(config))
-        save_file({"weight": torch.randn(CLASSES, base.config.projection_dim)}, folder / f"{name}-head.safetensors")
+        save_file({"weight": torch.randn(CLASSES, PROJECTED)}, folder / f"{name}-head.safetensors")
         write_pictures(folder / "data" / name, options.images, task)
         content = {"name": name, "dataset": f"data/{name}", "head": f"{name}-head.safetensors"}
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -120,11 +123,10 @@ def main() -> None:
         )
         wall = time.perf_counter() - started
     report = json.loads(done.stdout)
-    config = CLIPConfig(vision_config=VISION[options.model]).vision_config
-    blocks = options.blocks or config.num_hidden_layers
-    positions = (config.image_size // config.patch_size) ** 2 + 1
+    config = CLIP.vision_config({"model_type": CLIP.output_type, **VISION[options.model]}, options.model)
+    blocks = options.blocks or config[CLIP.depth]
     views = options.tasks * options.images * options.views
-    operations = UNITS * 2 * positions * config.hidden_size**2 * blocks * views
+    operations = UNITS * 2 * CLIP.positions(config) * config[CLIP.width] ** 2 * blocks * views
     for part, seconds in report["seconds"].items():
         console.print(f"{part:<16} {seconds:8.1f} s")
     console.print(f"{'process':<16} {wall:8.1f} s")

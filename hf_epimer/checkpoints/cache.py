@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import constants
-
 from hf_epimer.errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 def cached_path(kind: str, name: str) -> Path:
     """Where a file of a cache is, or will be."""
+    from huggingface_hub import constants  # with the first use of a cache: --help has none
+
     home = Path(constants.HF_HOME) / "hf-epimer" / kind / name
     if not os.path.isfile(home) and _spare_folder.cache_info().currsize:
         spare = _spare_folder() / kind / name

@@ -11,7 +11,7 @@ from hf_epimer.cli.arguments import add_method_arguments, add_output_arguments, 
 from hf_epimer.cli.terminal import Command, progress_bar, without_layers
 from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.methods import find_method
+from hf_epimer.methods import DEFAULT_METHOD, find_method
 from hf_epimer.pipeline.recipe import MergeRecipe, recipe_from_json
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "checkpoints or LoRA adapters: folders or org/name[@revision]"
     parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help=what)
     parser.add_argument("--base", default=absent, metavar="REF", help="the common base; default: from the cards")
-    parser.add_argument("--method", default=absent, help="see `hf-epimer methods`; default epimer")
+    parser.add_argument("--method", default=absent, help="see `hf-epimer methods`; default epimer-core")
     parser.add_argument("--weights", nargs="+", type=float, default=absent, metavar="W", help="one per checkpoint")
     parser.add_argument("--fisher", nargs="+", default=absent, metavar="[LABEL=]REF", help="Fisher information")
     parser.add_argument(
@@ -71,7 +71,7 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
         )
     if "tune_alpha" in given and "alpha" in given:
         raise UsageError("--alpha and --tune-alpha: give one of them")
-    method = find_method(given.get("method", arguments.get("method", "epimer")))
+    method = find_method(given.get("method", arguments.get("method", DEFAULT_METHOD)))
     if arguments.get("method", method.name) != method.name:
         arguments.pop("options")
         arguments.pop("calibrate", None)  # what the other method did by itself

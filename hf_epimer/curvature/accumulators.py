@@ -123,7 +123,8 @@ class KroneckerFactors:
 
 
 class GradientGram:
-    """A^g of every matrix, n x n: its inputs, each position weighted by the squared norm of the gradient there.
+    """A^g of every matrix, n x n: its inputs, each position weighted by the squared norm of the gradient there; and
+    the mean of these weights at every position.
 
         A^g = (1/N) sum_n sum_t |g_t|^2 x_t x_t^T
 
@@ -141,12 +142,13 @@ class GradientGram:
         if name not in self.matrices or not isinstance(gradient, Outer):
             return
         heard = gradient.heard()
+        _add(self.sums, f"{name}.positions", gradient.left.square().sum((0, 2)))
         g, x = heard.left, heard.right
         weighted = (g @ g.mT) @ x if self.across_positions else x * g.square().sum(2, keepdim=True)
         _add_symmetric(self.sums, f"{name}.gradient_gram", x.flatten(0, 1), weighted.flatten(0, 1))
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-        return {name: _mirrored(total) / samples for name, total in sums.items()}
+        return {name: (_mirrored(total) if total.ndim == 2 else total) / samples for name, total in sums.items()}
 
 
 ACCUMULATORS: dict[tuple[StatisticsFile, Kind], Callable[[Mapping[str, torch.Size]], Accumulator]] = {

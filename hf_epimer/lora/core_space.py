@@ -84,7 +84,7 @@ def merge_adapters(
     if any(adapter.base.shapes != adapters[0].base.shapes for adapter in adapters):
         raise MismatchError("the adapters belong to different bases: adapters are merged over one base")
     needs = method.statistic(config)
-    if needs and statistics is None:
+    if needs and statistics is None and not method.does_without:
         raise StatisticsError(f"{method.name} needs {needs} statistics of every adapter, or other options")
     ingredients = Ingredients(
         adapters[0].base,

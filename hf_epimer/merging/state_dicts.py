@@ -16,7 +16,7 @@ from hf_epimer.errors import StatisticsError, UsageError
 from hf_epimer.merging.compact import expanded
 from hf_epimer.merging.inputs import Ingredients, check_shapes, normalized_weights
 from hf_epimer.merging.stream import merge_layers
-from hf_epimer.methods import find_method
+from hf_epimer.methods import DEFAULT_METHOD, find_method, method_of
 from hf_epimer.methods.statistic import StatisticKind, split_name
 from hf_epimer.numerics.subspace import TaggedBasis
 from hf_epimer.types import Shape
@@ -25,7 +25,7 @@ from hf_epimer.types import Shape
 def merge_state_dicts(
     base: Mapping[str, Tensor],
     tuned: Sequence[Mapping[str, Tensor]],
-    method: str = "epimer",
+    method: str | None = None,
     config: Any = None,
     statistics: Sequence[Mapping[str, Tensor]] | None = None,
     *,
@@ -41,7 +41,7 @@ def merge_state_dicts(
     Args:
         base: name -> W_0.
         tuned: one mapping per task with the names and shapes of `base`, any floating dtype.
-        method: a name from METHODS.
+        method: a name from METHODS; None for the one that `config` belongs to, or `epimer-core`.
         config: an instance of that method's config dataclass; its defaults for None.
         statistics: one mapping per task: Fisher diagonals (shaped like the parameters; `epimer` can do without those
             of non-matrices) for `epimer`, `fisher` and `gradient-matching`, Gram matrices (n x n) for `regmean`;
@@ -60,10 +60,10 @@ def merge_state_dicts(
         MismatchError: unlike names or shapes.
         StatisticsError: statistics missing or unusable.
     """
-    chosen = find_method(method)
+    chosen = find_method(method or DEFAULT_METHOD) if method or config is None else method_of(config)
     config = chosen.config() if config is None else config
     if not isinstance(config, chosen.config):
-        raise UsageError(f"{method} takes a {chosen.config.__name__}, not a {type(config).__name__}")
+        raise UsageError(f"{chosen.name} takes a {chosen.config.__name__}, not a {type(config).__name__}")
     if not tuned:
         raise UsageError("there is nothing to merge: give at least one fine-tuned model")
     names = list(labels) if labels is not None else [f"model {index}" for index in range(len(tuned))]
@@ -78,7 +78,7 @@ def merge_state_dicts(
     measured = None
     needs = chosen.statistic(config)
     if needs and statistics is None and not chosen.does_without:
-        raise StatisticsError(f"{method} needs {needs} statistics, one mapping per model")
+        raise StatisticsError(f"{chosen.name} needs {needs} statistics, one mapping per model")
     if needs and statistics is not None:
         if len(statistics) != len(models):
             raise StatisticsError(f"{len(models)} models but {len(statistics)} sets of statistics")

@@ -8,7 +8,7 @@ it computes, not at its top, so that the table is read, and wrong words are foun
 from __future__ import annotations
 
 from hf_epimer.errors import UsageError
-from hf_epimer.methods.base import Layer, LayerMerge, Method
+from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig
 from hf_epimer.methods.dare import DARE
 from hf_epimer.methods.epimer import EPIMER
 from hf_epimer.methods.epimer_core import EPIMER_CORE
@@ -44,7 +44,10 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = ["METHODS", "Layer", "LayerMerge", "Method"]
+DEFAULT_METHOD = EPIMER_CORE.name
+"""The best that there is with images, with published statistics, and without either; `epimer` is the paper's."""
+
+__all__ = ["DEFAULT_METHOD", "METHODS", "Layer", "LayerMerge", "Method"]
 
 
 def find_method(name: str) -> Method:
@@ -56,3 +59,15 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def method_of(config: MethodConfig) -> Method:
+    """The method that a config belongs to.
+
+    Raises:
+        UsageError: it is no method's config.
+    """
+    for method in METHODS.values():
+        if type(config) is method.config:
+            return method
+    raise UsageError(f"{type(config).__name__} is no method's config")

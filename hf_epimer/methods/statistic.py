@@ -6,8 +6,8 @@ gradient of the loss at W of one sample, S the tagged basis of p atoms, and E th
     fisher          v = E[G o G], shaped like W, for every parameter
     gram            A = E[mean over positions of x x^T], n x n
     kronecker       A and S = E[sum over positions of g g^T], m x m
-    outputs         S and E[|g|^2] of every position: how much the loss hears of it
     gradient-gram   A^g = E[sum over positions of |g|^2 x x^T], n x n: the inputs, as far as the loss hears of them
+    positions       E[|g|^2] of every position: how much the loss hears of it
     projected       H = E[z z^T] with z = S^T vec(G), p x p, and the share of (tr H / p) I that Ledoit and Wolf's
                     estimate mixes into it, in [0, 1]
 
@@ -141,7 +141,8 @@ GRADIENT_GRAM_FILE = StatisticsFile(
     "hf-epimer.gradient-gram/1",
     "Gradient-weighted Gram matrices",
     "for every matrix of this model the second moments of its inputs, weighted at every position by how much the loss "
-    "hears of it (the upper triangles of the mean over samples of the sum over positions of |g|^2 x x^T)",
+    "hears of it (the upper triangles of the mean over samples of the sum over positions of |g|^2 x x^T), and those "
+    "weights",
     is_halved=True,
     published_as="bf16",
 )
@@ -149,8 +150,8 @@ GRADIENT_GRAM_FILE = StatisticsFile(
 FISHER_DIAGONAL = StatisticKind("fisher", "Fisher information", (Part("fisher", "", _of_parameter),), FISHER_FILE)
 GRAM = StatisticKind("gram", "Gram matrices", (_INPUT,), KRONECKER_FILE)
 KRONECKER = StatisticKind("kronecker", "Kronecker factors", (_INPUT, _OUTPUT), KRONECKER_FILE)
-OUTPUTS = StatisticKind("outputs", "curvature of the outputs", (_OUTPUT, _POSITIONS), KRONECKER_FILE)
 GRADIENT_GRAM = StatisticKind("gradient-gram", "gradient-weighted Gram matrices", (_GRADIENT_GRAM,), GRADIENT_GRAM_FILE)
+POSITIONS = StatisticKind("positions", "share of every position in the loss", (_POSITIONS,), GRADIENT_GRAM_FILE)
 PROJECTED_FISHER = StatisticKind(
     "projected",
     "projected Fisher information",
@@ -159,7 +160,7 @@ PROJECTED_FISHER = StatisticKind(
 )
 
 STATISTICS: dict[str, StatisticKind] = {
-    kind.name: kind for kind in (FISHER_DIAGONAL, GRAM, KRONECKER, OUTPUTS, GRADIENT_GRAM, PROJECTED_FISHER)
+    kind.name: kind for kind in (FISHER_DIAGONAL, GRAM, KRONECKER, GRADIENT_GRAM, POSITIONS, PROJECTED_FISHER)
 }
 STATISTICS_FILES: tuple[StatisticsFile, ...] = (FISHER_FILE, KRONECKER_FILE, GRADIENT_GRAM_FILE)
 PUBLISHED_FILES = (FISHER_FILE, GRADIENT_GRAM_FILE)

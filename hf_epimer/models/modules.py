@@ -9,10 +9,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_epimer.errors import UsageError
 from hf_epimer.merging.compact import split_stored_name
 from hf_epimer.merging.state_dicts import merge_state_dicts
-from hf_epimer.methods import METHODS
+from hf_epimer.methods import method_of
 from hf_epimer.methods.base import MethodConfig
 from hf_epimer.models import recognise
 
@@ -27,9 +26,7 @@ def merge_models(
 
     Tensors are matched by the names they have on disk, whatever the installed transformers calls them in memory.
     """
-    method = next((method for method in METHODS.values() if type(config) is method.config), None)
-    if method is None:
-        raise UsageError(f"{type(config).__name__} is no method's config")
+    method = method_of(config)
     target = _tensors(base)
     architecture = recognise(target)
     canonical = architecture.canonical if architecture else lambda name: name

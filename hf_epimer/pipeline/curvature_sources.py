@@ -32,6 +32,7 @@ def with_curvature(
     models: tuple[PlannedModel, ...],
     *,
     optional: bool = False,
+    partly: bool = False,
 ) -> tuple[PlannedModel, ...]:
     """The models, each with where one of its statistics comes from.
 
@@ -39,6 +40,7 @@ def with_curvature(
         needs: which one; None for none, which leaves the models as they are.
         asked_by: the method, for messages.
         optional: leave them as they are, too, when no files are given and not every model has one of its own.
+        partly: leave those as they are for which there is no way to it.
 
     Raises:
         StatisticsError: there is no way to it, listing the ways and the methods that need none.
@@ -65,9 +67,14 @@ def with_curvature(
         and (lacking or any(isinstance(entry, CurvatureRequest) for entry in curvature.values()))
     ):
         return models
-    if lacking:
+    if lacking and not partly:
         raise StatisticsError(_no_way(needs, asked_by, base, lacking, "".join(reasons[:1])))
-    return tuple(replace(model, curvature={**model.curvature, needs: curvature[model.label]}) for model in models)
+    return tuple(
+        replace(model, curvature={**model.curvature, needs: curvature[model.label]})
+        if model.label in curvature
+        else model
+        for model in models
+    )
 
 
 def with_images(

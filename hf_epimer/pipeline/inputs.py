@@ -23,7 +23,7 @@ from hf_epimer.hub.source import Source
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
-from hf_epimer.methods.statistic import OUTPUTS, PROJECTED_FISHER, StatisticKind, StatisticsFile
+from hf_epimer.methods.statistic import POSITIONS, PROJECTED_FISHER, StatisticKind, StatisticsFile
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.types import Progress
 
@@ -58,7 +58,7 @@ def open_inputs(plan: Plan, progress: Progress) -> Ingredients:
         raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
     _measure_files(plan, progress)
     if plan.recipe.calibrate:
-        ingredients = replace(ingredients, curvature=_open_curvature(plan, OUTPUTS))
+        ingredients = replace(ingredients, curvature=_open_curvature(plan, POSITIONS))
     if plan.statistic is None:
         return ingredients
     if plan.statistic is PROJECTED_FISHER:
@@ -84,9 +84,12 @@ def _measure_files(plan: Plan, progress: Progress) -> None:
 def _open_curvature(plan: Plan, kind: StatisticKind) -> list[TensorSource]:
     """One file of statistics per model, opened."""
     assert kind.file is not None
-    opened = []
+    opened: list[TensorSource] = []
     for model in plan.models:
-        entry = model.curvature[kind]
+        entry = model.curvature.get(kind)
+        if entry is None:  # the method does without it for this task
+            opened.append(StateDict(model.label, {}))
+            continue
         path = entry.cached(kind.file) if isinstance(entry, CurvatureRequest) else entry.fetch()
         label = f"{kind.title} of {model.label} ({path.name})"
         opened.append(open_statistics(path, label, kind, plan.shapes, plan.architecture.canonical))

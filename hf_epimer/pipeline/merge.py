@@ -55,6 +55,8 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         with usage.stage("merging"):
             layers = write_merge(folder, plan, ingredients, usage, progress)
         totals = totals_of(layers)
+        if plan.made_from:
+            totals["made_from"] = plan.made_from
         if "note" in totals:
             logger.warning("%s", totals["note"])
         if divergences:

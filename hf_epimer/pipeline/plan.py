@@ -118,7 +118,8 @@ class Plan:
     def statistic(self) -> StatisticKind | None:
         """The curvature that the method is given beside the weights; None where it needs none or does without."""
         needed = self.method.statistic(self.recipe.options)
-        return needed if all(needed in model.curvature for model in self.models) else None
+        enough = any if self.method.does_without else all
+        return needed if enough(needed in model.curvature for model in self.models) else None
 
     @property
     def only_adapters(self) -> bool:
@@ -157,6 +158,22 @@ class Plan:
         width = int(config[self.architecture.width])
         return 16 * images * self.recipe.views * self.architecture.positions(config) * width
 
+    @property
+    def made_from(self) -> str:
+        """What a method that does without curvature has of it here, and what would make the merge better."""
+        if not self.method.does_without:
+            return ""
+        needed = self.method.statistic(self.recipe.options)
+        without = [model.label for model in self.models if needed not in model.curvature]
+        if self.recipe.calibrate:
+            return "images of every task: measured curvature, then calibrated"
+        better = "it would be better calibrated, on images of every task"
+        if needed is None or len(without) == len(self.models):
+            return "the checkpoints alone; with published statistics, or images of every task, it would be better"
+        if without:
+            return f"curvature, but for {', '.join(without)} the checkpoints alone; {better}"
+        return f"curvature of every task, in closed form; {better}"
+
     def at_alpha(self, alpha: float) -> Plan:
         """The same merge with its alpha chosen."""
         options = replace(self.recipe.options, alpha=alpha)
@@ -178,6 +195,7 @@ class Plan:
             "models": [str(model) for model in self.models],
             "tasks": {model.label: model.task.name for model in self.models if model.task},
             "method": self.method.name,
+            "made_from": self.made_from,
             "options": vars(self.recipe.options) if self.recipe.options else {},
             "writes": "adapter" if self.writes_adapter else "checkpoint",
             "weights": list(self.weights),
@@ -199,4 +217,5 @@ class Plan:
     def _curvature(self) -> list[tuple[StatisticKind, CurvatureFile | CurvatureRequest]]:
         """All curvature that will be read, one statistic after the other."""
         statistics = dict.fromkeys(statistic for model in self.models for statistic in model.curvature)
-        return [(statistic, model.curvature[statistic]) for statistic in statistics for model in self.models]
+        pairs = ((statistic, model.curvature.get(statistic)) for statistic in statistics for model in self.models)
+        return [(statistic, entry) for statistic, entry in pairs if entry]

@@ -25,7 +25,7 @@ from hf_epimer.hub.refs import LONGEST_LABEL
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
 from hf_epimer.methods import Method, find_method
-from hf_epimer.methods.statistic import KRONECKER, OUTPUTS
+from hf_epimer.methods.statistic import GRADIENT_GRAM, POSITIONS
 from hf_epimer.models.base import check_same_architecture, find_base
 from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.outside import expanded
@@ -54,7 +54,9 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
     _check_not_an_input(recipe, push_to, base, models)
     _check(recipe, method, base, models)
     needs = method.statistic(recipe.options)
-    models = with_curvature(recipe, needs, method.name, base, models, optional=statistics_optional)
+    models = with_curvature(
+        recipe, needs, method.name, base, models, optional=statistics_optional, partly=method.does_without
+    )
     models = _with_calibration(recipe, method, base, models)
     plan = _pin(recipe, method, base, models)
     _check_weights(plan)
@@ -69,7 +71,9 @@ def with_method(plan: Plan, method: Method, options: Any) -> Plan:
     """
     recipe = replace(plan.recipe, method=method.name, options=options)
     models = plan.without_curvature().models
-    models = with_curvature(recipe, method.statistic(options), method.name, plan.base, models)
+    models = with_curvature(
+        recipe, method.statistic(options), method.name, plan.base, models, partly=method.does_without
+    )
     return replace(plan, recipe=recipe, method=method, models=models)
 
 
@@ -234,13 +238,16 @@ def _with_calibration(
     if wanted and not _writes_adapter(recipe, models):
         try:
             seen = with_images(recipe, "calibrate", base, models)
-            # Kronecker factors that are given for the method serve its calibration, too
-            given = recipe if method.statistic(recipe.options) is KRONECKER else replace(recipe, fisher=())
-            return with_curvature(given, OUTPUTS, "--calibrate", base, seen)
+            # what is given for the method serves its calibration, too, where it is the same file
+            given = recipe if method.statistic(recipe.options) is GRADIENT_GRAM else replace(recipe, fisher=())
+            return with_curvature(given, POSITIONS, "--calibrate", base, seen)
         except (UsageError, StatisticsError, HubError, DataError) as error:
             if recipe.calibrate:
                 raise
-            logger.warning("%s merges are calibrated where that is possible; this one is not: %s", method.name, error)
+            # that there is no task is nobody's fault; that its data cannot be had may be
+            level = logging.WARNING if isinstance(error, HubError | DataError) else logging.INFO
+            said = "%s merges are calibrated where that is possible; this one is not: %s"
+            logger.log(level, said, method.name, error)
     return with_images(recipe, "choose alpha", base, models) if recipe.tune_alpha else models
 
 
@@ -253,7 +260,7 @@ def _pin(recipe: MergeRecipe, method: Method, base: ModelSource, models: tuple[P
     given = [model.curvature.get(statistic) for model in models] if recipe.fisher and statistic else []
     pinned = replace(
         recipe,
-        calibrate=all(OUTPUTS in model.curvature for model in models),
+        calibrate=all(POSITIONS in model.curvature for model in models),
         base=replace(base.pinned, label=None),
         models=tuple(model.source.pinned for model in models),
         fisher=tuple(file.source.pinned for file in given if isinstance(file, CurvatureFile)),

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef, check_new_repo_id
-from hf_epimer.methods import find_method
+from hf_epimer.methods import DEFAULT_METHOD, find_method
 from hf_epimer.outside import expanded, parse_json, read_text
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -56,7 +56,7 @@ class MergeRecipe:
 
     models: tuple[ModelRef, ...]
     base: ModelRef | None = None
-    method: str = "epimer"
+    method: str = DEFAULT_METHOD
     options: Any = None
     weights: tuple[float, ...] | None = None
     fisher: tuple[ModelRef, ...] = ()

@@ -53,6 +53,8 @@ class MergeReport:
             "parameters": f"{totals['parameters']:,}",
             "norm of the merged task vector": f"{totals['merged_norm']:.4g}",
         }
+        if "made_from" in totals:
+            words["made from"] = totals["made_from"]
         if totals["capped"]:
             words["layers with capped rank"] = str(len(totals["capped"]))
         if "eta" in totals:

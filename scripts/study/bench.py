@@ -24,7 +24,7 @@ from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator
 from hf_epimer.curvature.data_pass import Subject, accumulate
 from hf_epimer.curvature.request import Labels
-from hf_epimer.methods.statistic import OUTPUTS, StatisticKind, StatisticsFile
+from hf_epimer.methods.statistic import POSITIONS, StatisticKind, StatisticsFile
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.head import classifier_for
@@ -137,14 +137,15 @@ class Bench:
     def calibrated(self, merged: Tensors, look: Look = USUAL, **options: Any) -> Tensors:
         """A merge, calibrated."""
         self.put(merged)
-        curvature = self.statistics(OUTPUTS, look)
+        curvature = self.statistics(POSITIONS, look)
         self.put(merged)
+        share = 1 / len(self.names)
         tasks = [
-            CalibrationTask(StateDict(name, tuned), StateDict(name, own), self.looked_at(number, look))
+            CalibrationTask(StateDict(name, tuned), share, StateDict(name, own), self.looked_at(number, look))
             for number, (name, tuned, own) in enumerate(zip(self.names, self.tuned, curvature, strict=True))
         ]
         with tempfile.TemporaryDirectory() as folder:
-            calibrate(self.tower, tasks, [1 / len(tasks)] * len(tasks), CLIP, Path(folder), **options)
+            calibrate(self.tower, StateDict("base", self.base), tasks, CLIP, Path(folder), **options)
         return _weights(self.tower)
 
     def scaled(self, merged: Tensors, alpha: float) -> Tensors:

@@ -193,7 +193,9 @@ def test_gradient_grams_are_parts_of_the_per_sample_fisher(
     )
     assert_equal(found, again)  # unchanged by batch size
     matrices = [name for name, shape in CLIP.shapes(TINY).items() if len(shape) == 2]
-    assert found.keys() == {f"{name}.gradient_gram" for name in matrices}
+    assert found.keys() == {f"{name}{part}" for name in matrices for part in (".gradient_gram", ".positions")}
+    for name in matrices:  # the weights of the positions are those of the sum
+        assert float(found[f"{name}.positions"].sum()) > 0
     layer = model.tower.get_submodule("encoder.layers.0.mlp.fc1")
     caught: dict[str, Tensor] = {}
     hooks = [
@@ -210,7 +212,7 @@ def test_gradient_grams_are_parts_of_the_per_sample_fisher(
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(found[f"{FC1}.gradient_gram"], expected)
-    assert all(torch.equal(gram, gram.mT) for gram in found.values())
+    assert all(torch.equal(gram, gram.mT) for name, gram in found.items() if name.endswith("gram"))
 
 
 def test_a_gradient_gram_of_one_position_is_the_fisher_of_every_row() -> None:

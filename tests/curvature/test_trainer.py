@@ -99,7 +99,8 @@ def test_the_callback_writes_the_file_beside_the_checkpoint(classifier: ImageCla
     grams = load_file(tmp_path / "out" / "gradient_gram.safetensors")
     with safe_open(tmp_path / "out" / "gradient_gram.safetensors", "pt") as file:
         assert file.metadata()["format"] == "hf-epimer.gradient-gram/1" and file.metadata()["compress"] == "bf16"
-    assert grams.keys() == {f"{name}.gradient_gram" for name, value in found.items() if value.ndim == 2}
+    matrices = [name for name, value in found.items() if value.ndim == 2]
+    assert grams.keys() == {f"{name}{part}" for name in matrices for part in (".gradient_gram", ".positions")}
     width = classifier.vision.config.hidden_size
     assert grams["vision_model.encoder.layers.0.mlp.fc1.weight.gradient_gram"].shape == (width * (width + 1) // 2,)
 

@@ -11,9 +11,12 @@ def fisher_words(zoo: Path, name: str = "a") -> tuple[object, ...]:
     return ("fisher", zoo / name, "--base", zoo / "base", "--task", zoo / f"{name}.json")
 
 
+EPIMER = ("--method", "epimer", "--rank", 4)
+
+
 def merge_words(zoo: Path) -> tuple[object, ...]:
     models = (f"{name}={zoo / name}" for name in "ab")
-    return ("merge", *models, "--base", zoo / "base", "--task", zoo / "a.json", zoo / "b.json", "--rank", 4)
+    return ("merge", *models, "--base", zoo / "base", "--task", zoo / "a.json", zoo / "b.json", *EPIMER)
 
 
 def close(one: Path, two: Path, tolerance: float) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from helpers.hub_server import READER, STRANGER, WRITER, PullRequest, StandInHub
 
 TOKENS = (WRITER, READER, STRANGER)
-MISSION = ("merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--push-to", "org/merged")
+MISSION = ("merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--push-to", "org/merged", "--method", "epimer")
 
 
 def fails(result: tuple[int, str, str], pattern: str, code: int = 1) -> None:

@@ -107,7 +107,8 @@ def test_local_folders_reach_the_hub_by_their_names_only(hub: StandInHub, run: R
     base, dtd = tmp_path / "src" / "base", tmp_path / "src" / "dtd"
     (tmp_path / "dtd.yaml").write_text("name: dtd\ndataset: org/data\ntemplates: ['a {}.']\n")
     words = ("merge", f"dtd={dtd}", "org/vit-b32-svhn", "--base", base, "--task", tmp_path / "dtd.yaml")
-    assert run(*words, "--push-to", "org/merged", "--fisher", f"svhn={tmp_path / 'src' / 'svhn'}")[0] == 0
+    epimer = ("--method", "epimer")
+    assert run(*words, *epimer, "--push-to", "org/merged", "--fisher", f"svhn={tmp_path / 'src' / 'svhn'}")[0] == 0
     local = json.loads(Path("merged-epimer/merge_config.json").read_text())
     assert local["base"] == str(base)
     assert local["models"][0] == f"dtd={dtd}"

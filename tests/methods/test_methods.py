@@ -164,11 +164,19 @@ def test_misuse_is_explained(base_state: StateDict) -> None:
     ]
     for kind, message, arguments in cases:
         with pytest.raises(kind, match=message):
-            merge_state_dicts(base_state, tuned, **arguments)
+            merge_state_dicts(base_state, tuned, **{"method": "epimer", **arguments})
     with pytest.raises(MismatchError, match="missing"):
         merge_state_dicts(base_state, [{MATRIX: tuned[0][MATRIX]}], method="mean")
     with pytest.raises(UsageError, match="nothing to merge"):
         merge_state_dicts(base_state, [])
+
+
+def test_a_config_names_its_method_and_nothing_names_the_best(base_state: StateDict) -> None:
+    tuned = models(base_state)
+    by_config = merge_state_dicts(base_state, tuned, config=TSVMConfig(rank=2))
+    assert distance(by_config, merged("tsv-m", base_state, tuned, config=TSVMConfig(rank=2)), base_state) == 0
+    plain = merge_state_dicts(base_state, tuned)
+    assert distance(plain, merge_state_dicts(base_state, tuned, "epimer-core"), base_state) == 0
 
 
 def test_papers_are_cited_by_their_authors() -> None:

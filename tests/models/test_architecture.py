@@ -24,7 +24,9 @@ def test_every_entry_describes_a_model_that_could_be_there(architecture: Archite
         str(number) for number in range(config[architecture.depth])
     }
     for residual in architecture.residuals:
-        assert all(len(shapes[f"{inside}0.{layer}.weight"]) == 2 for layer in residual.layers)
+        width = config[architecture.width]
+        assert all(shapes[f"{inside}0.{layer}.weight"][1] == width for layer in residual.reads)
+        assert shapes[f"{inside}0.{residual.writes}.weight"][0] == width
     assert all(known in config for known in architecture.known_by) and config[architecture.width] > 0
 
 

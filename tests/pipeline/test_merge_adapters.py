@@ -47,7 +47,7 @@ def test_adapters_become_an_adapter(adapters: tuple[Path, Path], base: Checkpoin
     out = base_folder.parent / "out"
     words = ["merge", *adapters, "--method", "tsv-m", "--weights", 2, 1, "--out", out]
     code, output, complaint = run(*words)
-    assert (code, complaint) == (0, "")
+    assert (code, complaint) == (0, ""), complaint
     assert "merged 2 adapters with tsv-m" in output
     assert contents(out) == ADAPTER_FILES
     config = json.loads((out / "adapter_config.json").read_text())
@@ -74,7 +74,7 @@ def test_every_method_by_name_as_an_adapter_and_dense(
     thin, full = base_folder.parent / "thin", base_folder.parent / "full"
     words = ["merge", *adapters, "--method", method, "--json"]
     code, output, complaint = run(*words, "--out", thin)
-    assert (code, complaint) == (0, "")
+    assert (code, complaint) == (0, ""), complaint
     assert json.loads(output)["method"] == method
     assert run(*words, "--dense", "--out", full)[0] == 0
     assert contents(full) == sorted(
@@ -110,7 +110,7 @@ def test_a_full_model_that_was_folded_by_peft_merges_alike(
             words = ["merge", f"a={adapters[0]}", f"b={second}", "--base", base_folder, "--method", method]
             dense = ["--dense"] * (out == "lora")
             code, _, complaint = run(*words, *dense, "--out", root / out, "--overwrite")
-            assert (code, complaint) == (0, "")
+            assert (code, complaint) == (0, ""), complaint
             assert (root / out / "model.safetensors").exists()
         if method != "ties":  # which looks at single entries, of the core or of the layer
             assert distance(weights(root / "mixed"), weights(root / "lora"), weights(base_folder)) < 1e-3
@@ -151,7 +151,7 @@ def test_merge_config_repeats_the_merge_bit_for_bit(adapters: tuple[Path, Path],
 def test_dry_run_says_what_would_be_written(adapters: tuple[Path, Path], base_folder: Path, run: Run) -> None:
     before = contents(base_folder.parent)
     code, output, complaint = run("merge", *adapters, "--dry-run", "--json")
-    assert (code, complaint) == (0, "")
+    assert (code, complaint) == (0, ""), complaint
     plan = json.loads(output)
     assert plan["writes"] == "adapter"
     assert plan["base"] == f"base={base_folder}" or str(base_folder) in plan["base"]

@@ -23,7 +23,7 @@ def test_a_merged_folder_is_complete(tiny_zoo: Path, run: Run) -> None:
     out = tiny_zoo / "out"
     code, output, complaint = run(
         "merge", f"dtd={tiny_zoo / 'a'}", f"svhn={tiny_zoo / 'b'}", "--base", tiny_zoo / "base", "--rank", 4,
-        "--out", out,
+        "--method", "epimer", "--out", out,
     )  # fmt: skip
     assert (code, complaint) == (0, "")
     assert str(out) in output
@@ -58,7 +58,19 @@ def test_the_card_says_what_was_done_and_keeps_paths_to_itself(tiny_zoo: Path, r
     from huggingface_hub import ModelCard
 
     out = tiny_zoo / "out"
-    run("merge", f"dtd={tiny_zoo / 'a'}", tiny_zoo / "b", "--base", tiny_zoo / "base", "--alpha", 0.9, "--out", out)
+    run(
+        "merge",
+        f"dtd={tiny_zoo / 'a'}",
+        tiny_zoo / "b",
+        "--base",
+        tiny_zoo / "base",
+        "--method",
+        "epimer",
+        "--alpha",
+        0.9,
+        "--out",
+        out,
+    )
     card = ModelCard.load(out / "README.md")
     assert "from Juanwu Lu, Anand Bhaskar, Brian Axelrod, Ekaterina Tolstaya and Tristan Emrich, " in card.text
     assert card.data.library_name == "transformers"
@@ -71,7 +83,7 @@ def test_the_card_says_what_was_done_and_keeps_paths_to_itself(tiny_zoo: Path, r
     assert "| alpha | 0.9 |" in text
     assert "CLIPVisionModel.from_pretrained" in text
     assert "@misc{lu2026epimer" in text
-    assert "hf-epimer merge dtd=a b --base base --alpha 0.9" in text
+    assert "hf-epimer merge dtd=a b --base base --method epimer --alpha 0.9" in text
 
 
 def test_the_code_in_the_card_runs(tiny_zoo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,17 +140,8 @@ def test_default_folder_and_python_recipe(tiny_zoo: Path, monkeypatch: pytest.Mo
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny_zoo: Path, run: Run) -> None:
     before = contents(tiny_zoo)
-    words = [
-        "merge",
-        tiny_zoo / "a",
-        tiny_zoo / "b",
-        "--base",
-        tiny_zoo / "base",
-        "--rank",
-        32,
-        "--out",
-        tiny_zoo / "out",
-    ]
+    words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out"]
+    words += ["--method", "epimer", "--rank", 32]
     code, output, complaint = run(*words, "--dry-run", "--json")
     assert (code, complaint) == (0, "")
     plan = json.loads(output)
@@ -153,7 +156,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_zoo: Path, run: Run) ->
 
 def test_fisher_given_apart_and_by_label(tiny_zoo: Path, run: Run) -> None:
     together, apart = tiny_zoo / "together", tiny_zoo / "apart"
-    words = [f"x={tiny_zoo / 'a'}", f"y={tiny_zoo / 'b'}", "--base", tiny_zoo / "base"]
+    words = [f"x={tiny_zoo / 'a'}", f"y={tiny_zoo / 'b'}", "--base", tiny_zoo / "base", "--method", "epimer"]
     assert run("merge", *words, "--out", together)[0] == 0
     for name in "ab":
         (tiny_zoo / name / "fisher.safetensors").rename(tiny_zoo / f"{name}.fisher.safetensors")
@@ -214,6 +217,7 @@ def test_references_may_stand_between_the_flags(tiny_zoo: Path, run: Run) -> Non
 
 def test_reports_are_strict_json(tiny_zoo: Path, run: Run) -> None:
     words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--damping", 1e38]
+    words += ["--method", "epimer"]
     code, _, complaint = run(*words, "--out", tiny_zoo / "out")
     assert code == 0, complaint
     text = (tiny_zoo / "out" / "merge_report.json").read_text()

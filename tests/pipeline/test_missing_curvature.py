@@ -203,7 +203,7 @@ def test_large_data_sets_are_streamed(
     assert not data.is_large(task)
     monkeypatch.setattr(data, "LARGE", 100)
     assert data.is_large(task) and not data.is_large(load_task_file(clip_zoo / "a.json"))
-    plan = make_plan(MergeRecipe((ModelRef("org/vit-b32-dtd"), ModelRef("org/vit-b32-svhn"))))
+    plan = make_plan(MergeRecipe((ModelRef("org/vit-b32-dtd"), ModelRef("org/vit-b32-svhn")), method="epimer"))
     assert all(request.images.sampling.streaming for _, request in plan.to_estimate) and len(plan.to_estimate) == 2
     words = ["fisher", "org/vit-b32-dtd", "--task", "dtd", "--streaming", "--samples", "6", "--out", "f.safetensors"]
     done = in_a_process(benchmark_hub, tmp_path, *words)

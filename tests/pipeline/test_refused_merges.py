@@ -18,14 +18,14 @@ from hf_epimer.checkpoints.manifest import find_foreign
     ("words", "pattern"),
     [
         (["merge"], "give the checkpoints"),
-        (["merge", "a", "--rank", "0"], "--rank must be at least 1"),
-        (["merge", "a", "--rank", "x"], "--rank"),
+        (["merge", "a", "--method", "epimer", "--rank", "0"], "--rank must be at least 1"),
+        (["merge", "a", "--method", "epimer", "--rank", "x"], "--rank"),
         (["merge", "a", "--alpha", "nan"], "--alpha must be a finite number"),
         (["merge", "a", "--alpha", "inf"], "--alpha must be a finite number"),
-        (["merge", "a", "--density", "0.1"], "epimer has no option --density; ties have it"),
+        (["merge", "a", "--density", "0.1"], "epimer-core has no option --density; ties have it"),
         (["merge", "a", "--method", "mean", "--alpha", "1"], "mean has no option --alpha; epimer, epimer-core"),
         (["merge", "a", "--method", "magic"], "no method 'magic'; there are epimer"),
-        (["merge", "a", "--aggregator", "max"], "--aggregator 'max' is not one of sum, mean"),
+        (["merge", "a", "--method", "epimer", "--aggregator", "max"], "--aggregator 'max' is not one of sum, mean"),
         (["merge", "a", "b", "--weights", "1"], "2 models, 1 weights"),
         (["merge", "a", "b", "--weights", "1", "-1"], "negative"),
         (["merge", "a", "b", "--weights", "0", "0"], "something positive"),
@@ -112,22 +112,23 @@ def test_nan_and_inf_name_the_checkpoint_and_the_tensor(bad: float, tiny_zoo: Pa
 
 
 def test_unusable_fisher_files(tiny_zoo: Path, run: Run) -> None:
-    file = "fisher.safetensors"
+    file, epimer = "fisher.safetensors", ("--method", "epimer")
     rewrite(tiny_zoo / "b", lambda s: s[NAME].view(-1)[7].fill_(float("nan")), file)
-    refuse(tiny_zoo, run, rf"Fisher information of b .*NaN or Inf in {NAME}")
+    refuse(tiny_zoo, run, rf"Fisher information of b .*NaN or Inf in {NAME}", *epimer)
     rewrite(tiny_zoo / "b", lambda s: s[NAME].view(-1)[7].fill_(-1), file)
-    refuse(tiny_zoo, run, rf"Fisher information of b .*negative values in {NAME}")
+    refuse(tiny_zoo, run, rf"Fisher information of b .*negative values in {NAME}", *epimer)
     rewrite(tiny_zoo / "b", lambda s: s.pop(NAME), file)
-    refuse(tiny_zoo, run, rf"Fisher information of b .*missing {NAME}")
+    refuse(tiny_zoo, run, rf"Fisher information of b .*missing {NAME}", *epimer)
     (tiny_zoo / "b" / file).write_bytes((tiny_zoo / "b" / file).read_bytes()[:1000])
-    refuse(tiny_zoo, run, r"Fisher information of b .*truncated or corrupt")
+    refuse(tiny_zoo, run, r"Fisher information of b .*truncated or corrupt", *epimer)
     (tiny_zoo / "b" / file).unlink()
-    refuse(tiny_zoo, run, r"epimer needs the Fisher information of b=.*--fisher.*tsv-m, iso-c")
+    refuse(tiny_zoo, run, r"epimer needs the Fisher information of b=.*--fisher.*tsv-m, iso-c", *epimer)
 
 
 def test_a_fisher_file_without_metadata_is_taken_with_a_warning(tiny_zoo: Path, run: Run) -> None:
     save_file(tiny_fisher(1), tiny_zoo / "a" / "fisher.safetensors")
-    code, _, complaint = run("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out")
+    words = ("merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--method", "epimer", "--out", tiny_zoo / "out")
+    code, _, complaint = run(*words)
     assert code == 0
     assert complaint.startswith("warning: Fisher information of a ")
     assert "metadata" in complaint
