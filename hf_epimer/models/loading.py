@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from hf_epimer.checkpoints.reader import StateDict, read_json
 from hf_epimer.errors import CheckpointError
+from hf_epimer.hub.refs import ModelRef
 from hf_epimer.lora import is_adapter, read_adapter
 from hf_epimer.models import find_architecture
 from hf_epimer.models.architecture import Architecture, ZeroShot
-from hf_epimer.models.source import ModelSource
-from hf_epimer.models.weights import parameters_of, put_weights
+from hf_epimer.models.source import ModelSource, resolve_model
+from hf_epimer.models.weights import parameter_names, parameters_of, put_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,11 +33,21 @@ def load_tower(folder: str | Path, base: ModelSource | None = None) -> nn.Module
 
     Raises:
         CheckpointError: of an unknown family, damaged, or a tensor is missing.
+        MismatchError: it holds other tensors than its config.json promises.
     """
     if base is not None and is_adapter([path.name for path in Path(folder).iterdir()]):
         return _load_adapted(Path(folder), base.folder_with_tokenizer())
-    architecture = _architecture_in(folder)
-    return _load(architecture, architecture.output_class, folder, architecture.owns)
+    source = resolve_model(ModelRef(str(Path(folder).absolute())))
+    weights = source.open(source.architecture.shapes(source.vision_config))
+    tower = _empty_tower(source.architecture, folder)
+    names = parameter_names(tower, source.architecture)
+    values = {
+        # what is no part of the family's parameters (a pooler) is in no checkpoint for sure, and read by nobody
+        name: weights.tensor(names[name]).float() if names.get(name) in weights.shapes else torch.zeros(parameter.shape)
+        for name, parameter in tower.named_parameters()
+    }
+    tower.load_state_dict(values, strict=False, assign=True)  # buffers stay as they were made
+    return tower.eval()
 
 
 def load_full(folder: str | Path) -> tuple[nn.Module, ZeroShot]:
@@ -48,7 +59,7 @@ def load_full(folder: str | Path) -> tuple[nn.Module, ZeroShot]:
     architecture = _architecture_in(folder)
     if architecture.zero_shot is None:
         raise CheckpointError(f"{folder}: a {architecture.name} has no text tower")
-    return _load(architecture, architecture.zero_shot.model_class, folder, lambda name: True), architecture.zero_shot
+    return _load(architecture, architecture.zero_shot.model_class, folder), architecture.zero_shot
 
 
 def load_processor(folder: str | Path) -> Any:
@@ -84,13 +95,27 @@ def _load_adapted(adapter_folder: Path, folder_of_base: Path) -> nn.Module:
     return tower
 
 
-def _load(architecture: Architecture, class_name: str, folder: str | Path, needed: Callable[[str], bool]) -> Any:
-    """Load fp32 weights from safetensors and refuse a model of which a needed tensor is missing."""
+def _empty_tower(architecture: Architecture, folder: str | Path) -> nn.Module:
+    """The tower that a checkpoint's config.json describes, without weights.
+
+    `from_pretrained` finds the tensors of every layout in the newest transformers only; in older ones it would leave
+    those whose names have no prefix as they were drawn.
+    """
+    from accelerate import init_empty_weights
+
+    kind = getattr(import_module(architecture.library), architecture.output_class)
+    with init_empty_weights(include_buffers=False):
+        tower: nn.Module = kind(kind.config_class.from_pretrained(folder))
+    return tower
+
+
+def _load(architecture: Architecture, class_name: str, folder: str | Path) -> Any:
+    """Load fp32 weights from safetensors and refuse a model of which a tensor is missing."""
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     with _quiet():
         loaded: Any = getattr(import_module(architecture.library), class_name).from_pretrained(folder, **options)
     model, report = loaded
-    missing = sorted(filter(needed, report["missing_keys"]))
+    missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors of {class_name} are missing, first {missing[0]!r}")
     return model.eval()
