@@ -4,7 +4,7 @@
 
 DIR has base/, tasks/NAME/ (checkpoints) and task_files/NAME.yaml. Statistics that do not lie beside a checkpoint are
 estimated by the merge on --samples training images and kept in its cache. Every method runs at its default options,
-rank methods at --rank; calibration uses the same --samples images; nothing is chosen on the test sets.
+or at --rank; calibration uses the same --samples images; nothing is chosen on the test sets.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Row of the table -> method and options."""
 
 
-def accuracies(zoo: Path, tasks: Sequence[Task], row: str, rank: int, samples: int, out: Path) -> list[float]:
+def accuracies(zoo: Path, tasks: Sequence[Task], row: str, rank: int | None, samples: int, out: Path) -> list[float]:
     """Test accuracy on every task of one merge."""
     method, chosen = VARIANTS[row]
     config = METHODS[method].config
-    options = config(**chosen, **({"rank": rank} if "rank" in config.__dataclass_fields__ else {}))
+    options = config(**chosen, **({"rank": rank} if rank and "rank" in config.__dataclass_fields__ else {}))
     recipe = MergeRecipe(
         models=tuple(ModelRef.parse(f"{task.name}={zoo / 'tasks' / task.name}") for task in tasks),
         base=ModelRef.parse(str(zoo / "base")),
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS))
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, help="of methods that have one; default: each method's own")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("zoo-merges"))
     options = parser.parse_args()
@@ -73,13 +73,13 @@ def main() -> None:
     for method in options.methods or VARIANTS:
         rows[method] = accuracies(options.zoo, tasks, method, options.rank, options.samples, options.out)
         Console(stderr=True).print(f"{method}: {sum(rows[method]) / len(tasks):.3f}")
-    table = Table(title=f"{len(tasks)} tasks, rank {options.rank}", title_justify="left")
+    table = Table(title=f"{len(tasks)} tasks, rank {options.rank or 'by default'}", title_justify="left")
     for column in ("method", *names, "average", "worst"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, values in rows.items():
         table.add_row(method, *(f"{v:.3f}" for v in values), f"{sum(values) / len(values):.3f}", f"{min(values):.3f}")
     Console().print(table)
-    file = options.out / f"accuracy-{len(tasks)}-rank{options.rank}.json"
+    file = options.out / f"accuracy-{len(tasks)}-rank-{options.rank or 'default'}.json"
     file.write_text(json.dumps({"tasks": names, "rank": options.rank, "accuracy": rows}, indent=2))
 
 
