@@ -24,22 +24,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel
 
 pytest.register_assert_rewrite("helpers")
 
 from helpers.checkpoints import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
+from helpers.clip import write_clip, write_tuned
 from helpers.data import write_benchmark, write_data
 from helpers.hub_server import WRITER, StandInHub
 from helpers.space_app import SpaceApp
 from hf_epimer.checkpoints.reader import Checkpoint
-from hf_epimer.demo.captions import clip_tokenizer
 from hf_epimer.hub import retry
 from hf_epimer.models.clip import CLIP
-from hf_epimer.models.loading import load_tower, processor_class
 from hf_epimer.tasks.task import benchmark_tasks
 
 
@@ -86,24 +82,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 @pytest.fixture(scope="session")
 def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP with two small towers of unlike widths and random weights."""
+    """A full CLIP that knows the classes of `helpers.data`. Read only."""
     folder = tmp_path_factory.mktemp("base")
     tokens = ["a", "b", ".", "a</w>", "b</w>", ".</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = clip_tokenizer(tokens, [("a", "b</w>")], 8)
-    special = {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 8}
-    size = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 10}
-    text = size | special | {"vocab_size": len(tokens), "hidden_size": 12, "max_position_embeddings": 8}
-    vision = size | {"hidden_size": 16, "image_size": 8, "patch_size": 4}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10))
-        for parameter in model.parameters():  # the initial weights are so small that all classes look alike
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    processor = processor_class(CLIP)(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    processor.save_pretrained(folder)
-    return folder
+    return write_clip(folder, tokens, [("a", "b</w>")], 8)
 
 
 @pytest.fixture(scope="session")
@@ -111,14 +93,8 @@ def clip_zoo(clip_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/, two fine-tuned towers a/ and b/ without statistics, data/ and task files a.yaml and b.yaml. Read only."""
     folder = tmp_path_factory.mktemp("zoo")
     shutil.copytree(clip_base, folder / "base")
-    original = load_tower(clip_base)
-    prefixed = {f"vision_model.{name}": value for name, value in original.state_dict().items()}
     for index, name in enumerate("ab", start=1):
-        generator = torch.Generator().manual_seed(index)
-        tuned = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in prefixed.items()}
-        (folder / name).mkdir()
-        original.config.save_pretrained(folder / name)
-        save_file(tuned, folder / name / "model.safetensors", metadata={"format": "pt"})
+        write_tuned(folder / name, clip_base, seed=index)
         write_data(folder / "data" / name, seed=index)
         task = {"name": name, "dataset": f"data/{name}", "templates": ["{} b.", "a {}"]}
         (folder / f"{name}.json").write_text(json.dumps(task))
