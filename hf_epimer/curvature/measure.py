@@ -25,6 +25,7 @@ from hf_epimer.curvature.files import Compression, StatisticsMetadata, save_stat
 from hf_epimer.curvature.request import CurvatureRequest, Gradients
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.hub import push as pushing
+from hf_epimer.hub.conversion import pickled_weights
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.methods.statistic import FISHER_FILE, STATISTICS_FILES, StatisticsFile
 from hf_epimer.models.base import base_of
@@ -190,12 +191,12 @@ def _published(path: Path, file: StatisticsFile, compress: Compression | None) -
 
 def _push(paths: Mapping[StatisticsFile, Path], ref: ModelRef, measured: ModelSource) -> str:
     """Add the files and a section of the card each in one commit, to the weights that were measured and no others."""
-    weights = {weight: measured.sha256.get(weight) for weight in measured.weight_files}
+    names = pickled_weights(measured.files) if measured.conversion else measured.weight_files
     return pushing.push_beside(
         ref.location,
         ref.revision,
         {file.name: path for file, path in paths.items()},
-        expected=weights,
+        expected={name: measured.sha256.get(name) for name in names},
         sections=[statistics_section(file, ref.location, _header(path)) for file, path in paths.items()],
         title=f"Add {' and '.join(file.name for file in paths)} (hf-epimer)",
     )

@@ -34,19 +34,26 @@ class Conversion:
     Attributes:
         pull_request: its number.
         asked: the commit that was asked for, which has pickled weights only.
+        kept: names of the files that are read at that commit nevertheless: the card, and statistics.
     """
 
     pull_request: int
     asked: str
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{BOT}'s pull request {self.pull_request}, refs/pr/{self.pull_request}"
 
 
+def pickled_weights(files: Iterable[str]) -> list[str]:
+    """The pickled weights of the kind that the bot converts."""
+    return sorted(filter(_PICKLED.fullmatch, files))
+
+
 def is_convertible(files: Iterable[str]) -> bool:
     """Whether a repo with these files has pickled weights of the kind that the bot converts, and no others."""
     names = set(files)
-    return not names & {*_CONVERTED, _ADAPTER} and any(map(_PICKLED.fullmatch, names))
+    return not names & {*_CONVERTED, _ADAPTER} and bool(pickled_weights(names))
 
 
 def find_conversion(repo_id: str, asked: Mapping[str, str]) -> tuple[int, ModelInfo] | None:
@@ -62,7 +69,7 @@ def find_conversion(repo_id: str, asked: Mapping[str, str]) -> tuple[int, ModelI
         HubError: one of its kinds.
     """
     api = huggingface_hub.HfApi()
-    pickled = {name: content for name, content in asked.items() if _PICKLED.fullmatch(name)}
+    pickled = {name: asked[name] for name in pickled_weights(asked)}
     pulls = persist(
         lambda: list(
             api.get_repo_discussions(

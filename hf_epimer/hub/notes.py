@@ -19,6 +19,9 @@ from huggingface_hub import constants
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 1
+"""Of the notes: those of another are as good as none."""
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -28,7 +31,7 @@ def write_note(repo_type: str, repo_id: str, revision: str | None, content: dict
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(content, file)
+            json.dump({"format": FORMAT} | content, file)
         os.replace(file.name, path)
     except OSError as error:
         logger.info("%s: no note for working offline later (%s)", repo_id, error)
@@ -40,7 +43,7 @@ def read_note(repo_type: str, repo_id: str, revision: str | None) -> dict[str, A
         content = json.loads(_note(repo_type, repo_id, revision).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
 def cached_commit(repo_type: str, repo_id: str, revision: str | None) -> str | None:

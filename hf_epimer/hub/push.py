@@ -15,8 +15,9 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from hf_epimer.errors import AccessError, EpimerError, HubError, NotFoundError, PushError, UsageError
-from hf_epimer.hub.refs import check_new_repo_id
+from hf_epimer.hub.refs import ModelRef, check_new_repo_id
 from hf_epimer.hub.retry import persist
+from hf_epimer.hub.source import CARD, source_at
 from hf_epimer.hub.words import one_line
 
 if TYPE_CHECKING:
@@ -156,20 +157,17 @@ def push_beside(
     kept = "; what was measured is kept in the cache, run the same command again"
 
     def commit() -> str:
-        info = api.model_info(repo_id, revision=branch, files_metadata=True)
-        present = {entry.rfilename: entry.lfs.sha256 if entry.lfs else None for entry in info.siblings or []}
-        moved = [name for name, sha256 in expected.items() if sha256 and present.get(name) != sha256]
+        present = source_at(ModelRef(repo_id), api.model_info(repo_id, revision=branch, files_metadata=True))
+        moved = [name for name, sha256 in expected.items() if sha256 and present.sha256.get(name) != sha256]
         if moved:
             raise PushError(f"{repo_id}: {moved[0]} was changed while it was measured{kept}")
-        card = ""
-        if "README.md" in present:
-            card = Path(api.hf_hub_download(repo_id, "README.md", revision=info.sha)).read_text(encoding="utf-8")
+        card = present.read_text(CARD) if CARD in present.files else ""
         for section in sections:
             card = with_section(card, section)
-        added: dict[str, Content] = {**files, "README.md": card.encode()}
+        added: dict[str, Content] = {**files, CARD: card.encode()}
         return str(
             api.create_commit(
-                repo_id, _operations(added), commit_message=title, revision=branch, parent_commit=info.sha
+                repo_id, _operations(added), commit_message=title, revision=branch, parent_commit=present.ref.revision
             ).commit_url
         )
 

@@ -100,8 +100,8 @@ class Source:
         return self.intact.setdefault(name, path)
 
     def _download(self, name: str, force: bool = False) -> Path:
-        # a converted repo's card is that of the revision asked for
-        commit = self.conversion.asked if self.conversion and name == CARD else self.ref.revision
+        is_kept = self.conversion is not None and name in self.conversion.kept
+        commit = self.conversion.asked if self.conversion and is_kept else self.ref.revision
 
         def download() -> Path:
             return Path(huggingface_hub.hf_hub_download(self.ref.location, name, revision=commit, force_download=force))
@@ -178,12 +178,15 @@ def resolve(ref: ModelRef) -> Source:
         return _resolve_offline(ref, label)
     api = huggingface_hub.HfApi()
     source = persist(
-        lambda: _source(ref, api.model_info(ref.location, revision=ref.revision, files_metadata=True)),
+        lambda: source_at(ref, api.model_info(ref.location, revision=ref.revision, files_metadata=True)),
         str(ref),
         "its list of files",
     )
     if is_convertible(source.files):
         source = _converted(ref, source)
+    elif ref.revision == source.ref.revision:  # a commit, which may be that of a conversion found before
+        note = read_note("model", source.ref.location, ref.revision) or {}
+        source = _from_note(ref, label, note) if note.get("conversion") else source
     for name, revision in {(ref.location, ref.revision), (source.ref.location, source.ref.revision)}:
         write_note("model", name, revision, _to_note(source))
     return source
@@ -244,7 +247,8 @@ def fetch_all(wanted: Sequence[tuple[Source, str]], on_file: Callable[[int], Non
         pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for what is under way
 
 
-def _source(ref: ModelRef, info: ModelInfo) -> Source:
+def source_at(ref: ModelRef, info: ModelInfo) -> Source:
+    """A reference as the Hub has just described it, with its files' metadata."""
     siblings = info.siblings or []
     return Source(
         ModelRef(info.id if is_repo_id(info.id) else ref.location, info.sha, ref.label),
@@ -266,29 +270,27 @@ def _converted(ref: ModelRef, asked: Source) -> Source:
     if found is None:
         return replace(asked, unconverted=f"; {BOT} has no open pull request that converts them")
     number, info = found
-    source = replace(_source(ref, info), conversion=Conversion(number, commit))
-    differing = [n for n, content in asked.contents.items() if n != CARD and content != source.contents.get(n)]
+    pulled = source_at(ref, info)
+    kept = tuple(sorted(name for name in asked.files if name == CARD or name.endswith(".safetensors")))
+    others = asked.contents.items()
+    differing = sorted(name for name, content in others if name not in kept and pulled.contents.get(name) != content)
+    conversion = Conversion(number, commit, kept)
     logger.warning(
-        "%s: only pickled weights at this revision; read instead are the safetensors that %s made of them, commit %s%s",
-        ref, source.conversion, source.ref.revision,
-        f" (there, {', '.join(sorted(differing)[:3])} differ)" if differing else "",
+        "%s: only pickled weights at this revision; read instead are the safetensors made of them in %s, commit %s%s",
+        ref, conversion, pulled.ref.revision,
+        f" (where {', '.join(differing[:3])} differ)" if differing else "",
     )  # fmt: skip
-    return _with_card_of(asked, source)
-
-
-def _with_card_of(asked: Source, source: Source) -> Source:
-    """A source that knows of the card at another commit instead of its own."""
 
     def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in ours.items() if name != CARD}
-        return kept | ({CARD: theirs[CARD]} if CARD in theirs else {})
+        return {k: v for k, v in ours.items() if k != CARD} | {k: v for k, v in theirs.items() if k in kept}
 
     return replace(
-        source,
-        files=(source.files - {CARD}) | (asked.files & {CARD}),
-        sizes=merged(source.sizes, asked.sizes),
-        sha256=merged(source.sha256, asked.sha256),
-        blob_ids=merged(source.blob_ids, asked.blob_ids),
+        pulled,
+        conversion=conversion,
+        files=(pulled.files - {CARD}) | set(kept),
+        sizes=merged(pulled.sizes, asked.sizes),
+        sha256=merged(pulled.sha256, asked.sha256),
+        blob_ids=merged(pulled.blob_ids, asked.blob_ids),
     )
 
 
@@ -308,10 +310,7 @@ def _to_note(source: Source) -> dict[str, Any]:
 def _resolve_offline(ref: ModelRef, label: str) -> Source:
     """As it was when it was last resolved, or else what the cache has of the commit that it last saw."""
     note = read_note("model", ref.location, ref.revision)
-    try:
-        return _from_note(ref, label, note) if note else _resolve_from_cache(ref, label)
-    except (KeyError, TypeError):  # of another release
-        return _resolve_from_cache(ref, label)
+    return _from_note(ref, label, note) if note else _resolve_from_cache(ref, label)
 
 
 def _from_note(ref: ModelRef, label: str, note: dict[str, Any]) -> Source:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from helpers.classifiers import load_classifier
 from helpers.command import Run
 from helpers.curvature import close, fisher_words
-from helpers.hub_server import WRITER, StandInHub
+from helpers.hub_cases import pickle_weights
+from helpers.hub_server import WRITER, Fault, StandInHub
 from hf_epimer.curvature import estimate as estimation
 from hf_epimer.curvature.data_pass import estimate_fisher
 from hf_epimer.tasks.images import ImageBatches, read_samples
@@ -147,6 +148,31 @@ def test_pushing_adds_the_file_and_a_section_in_one_commit(
     # and the next person merges without data
     (tmp_path / "got.safetensors").write_bytes(benchmark_hub.read("org/vit-b32-dtd", "fisher.safetensors"))
     assert run("merge", "org/vit-b32-dtd", "--method", "epimer", "--out", "merged")[0] == 0
+
+
+def test_statistics_of_converted_weights_are_pushed_to_main(
+    benchmark_hub: StandInHub, run: Run, clip_zoo: Path
+) -> None:
+    repo = "org/vit-b32-dtd"
+    pickle_weights(benchmark_hub, repo)
+    words = ("fisher", repo, "--task", clip_zoo / "a.json", "--samples", 12, "--push")
+    assert run(*words)[0] == 0
+    assert "fisher.safetensors" in benchmark_hub.commits(repo)[0].files
+    code, _, complaint = run("merge", repo, "--method", "epimer", "--out", "merged")
+    assert code == 0, complaint
+    benchmark_hub.commit(repo, {"pytorch_model.bin": b"trained further"})
+    assert run(*words)[0] == 1  # no conversion of those
+
+
+def test_a_card_that_is_damaged_on_its_way_is_not_pushed_back(
+    benchmark_hub: StandInHub, run: Run, clip_zoo: Path
+) -> None:
+    repo = "org/vit-b32-dtd"
+    benchmark_hub.inject(Fault(method="GET", path=f"{repo}/resolve/.*/README.md", corrupt=True, times=None))
+    words = ("fisher", repo, "--base", "org/base", "--task", clip_zoo / "a.json", "--samples", 12, "--push")
+    code, _, complaint = run(*words)
+    assert code == 1 and "README.md arrives with another content" in complaint
+    assert len(benchmark_hub.commits(repo)) == 1
 
 
 def test_who_may_not_push_hears_it_first(

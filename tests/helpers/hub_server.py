@@ -71,6 +71,7 @@ class Fault:
     delay: float = 0.0
     drop_answer: bool = False  # perform the request, then close the connection without an answer
     corrupt: bool = False  # flip one byte in the middle of the served body
+    after: int = 0  # so many matching requests are served rightly first
     hits: int = 0
 
     def matches(self, method: str, path: str) -> bool:
@@ -340,6 +341,9 @@ class StandInHub:
         with self.lock:
             for fault in self.faults:
                 if fault.matches(method, path):
+                    if fault.after:
+                        fault.after -= 1
+                        continue
                     fault.hits += 1
                     return fault
         return None

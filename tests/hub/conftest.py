@@ -10,6 +10,7 @@ import pytest
 
 from helpers.checkpoints import StateDict, tiny_fisher, tiny_state, write_checkpoint
 from helpers.hub_server import READER, STRANGER, StandInHub
+from hf_epimer.hub import retry
 
 
 @pytest.fixture
@@ -33,6 +34,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 
-    clock = SimpleNamespace(sleep=lambda seconds: None, time=time.time)
-    for module in (file_download, _http):
+    clock = SimpleNamespace(sleep=lambda seconds: None, time=time.time, monotonic=time.monotonic)
+    for module in (file_download, _http, retry):
         monkeypatch.setattr(module, "time", clock)
