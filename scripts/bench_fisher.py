@@ -8,9 +8,9 @@ ViT-B/32 with random weights behind a head of 100 classes, on the CPU. Contender
     diagonal      the Fisher diagonal, per-sample squares
     projected     the projected Fisher on bases of rank 32 for 8 tasks (p = 256, where a layer allows it)
     kronecker     Kronecker factors
-    gram          gradient-weighted Gram matrices
-    kronecker + gram, diagonal + gram
-                  two in one pass: what a calibrated merge by closed form takes, and what is published
+    gram          gradient-weighted Gram matrices, which a merge by closed form takes
+    diagonal + gram
+                  both in one pass: what is published
     vmap(grad)    the Fisher diagonal by torch.func, all samples' gradients of the whole model (the paper's way)
     fusionbench   one batch of FusionBench 0.2.33's Fisher: the square of the gradient of the batch's sum, another
                   quantity; `--fusionbench` names the Python of an environment that has it
@@ -34,7 +34,7 @@ CLASSES = 100
 BATCHES = 4
 RANK, TASKS = 32, 8
 CONTENDERS = (
-    "step", "diagonal", "projected", "kronecker", "gram", "kronecker + gram", "diagonal + gram", "vmap(grad)",
+    "step", "diagonal", "projected", "kronecker", "gram", "diagonal + gram", "vmap(grad)",
 )  # fmt: skip
 
 

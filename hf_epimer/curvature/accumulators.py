@@ -46,8 +46,8 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         sums[name] = value
 
 
-STRIP = 256
-"""Rows of a symmetric product that are computed together; what lies left of them is known from above."""
+STRIPS = 8
+"""Into so many strips of rows a symmetric product is cut; what lies left of a strip is known from those above."""
 
 
 def _add_symmetric(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
@@ -59,8 +59,9 @@ def _add_symmetric(sums: dict[str, Tensor], name: str, left: Tensor, right: Tens
     side = left.shape[1]
     if name not in sums:
         sums[name] = left.new_zeros(side, side)
-    for start in range(0, side, STRIP):
-        strip = slice(start, start + STRIP)
+    height = -(-side // STRIPS)
+    for start in range(0, side, height):
+        strip = slice(start, start + height)
         sums[name][strip, start:].addmm_(left[:, strip].mT, right[:, start:])
 
 

@@ -43,6 +43,7 @@ from hf_epimer.demo.captions import FAMILIES, LONGEST_TEXT, all_texts, captioned
 from hf_epimer.demo.drawings import DRAWINGS, KINDS, SIDE
 from hf_epimer.errors import OutputError
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.methods.statistic import FISHER_FILE
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.head import classifier_for
@@ -141,7 +142,7 @@ def _add_task(
     count = min(size.fisher, size.train)
     batches = list(zip(train.pixels[:count].split(size.tune_batch), train.targets[:count].split(size.tune_batch)))
     origin = StatisticsMetadata(count, name, f"{OWNER}/{name}", "", f"{OWNER}/{name}", "", "true", seed)
-    save_statistics(root / name / "fisher.safetensors", estimate_fisher(model, batches), origin)
+    save_statistics(root / name / FISHER_FILE.name, estimate_fisher(model, batches), origin)
     return {"zero_shot": zero_shot, "fine_tuned": fine_tuned, "samples": size.test}
 
 
