@@ -33,6 +33,7 @@ from helpers.clip import write_clip, write_tuned
 from helpers.data import write_benchmark, write_data
 from helpers.hub_server import WRITER, StandInHub
 from helpers.space_app import SpaceApp
+from hf_epimer.checkpoints.cache import remove_spare
 from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.hub import retry
 from hf_epimer.models.clip import CLIP
@@ -126,6 +127,7 @@ def page_at_home(space_home: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the package keeps in an HF_HOME of this test alone; the working folder is tmp_path."""
+    remove_spare()  # where another test kept what it could not keep below HF_HOME
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "home" / "hf-epimer"
