@@ -24,14 +24,14 @@ def main() -> None:
     if settings.on_space:
         forget_token(workspace.root / "no-token")
     import jobs
-    from choosing import Zoo
-    from desk import Desk
     from page import LAYOUT, STYLE, build_page, theme
+    from selection import Zoo
+    from session import Session
     from zoo_maker import ZooMaker
 
-    desk = Desk(settings, workspace, Zoo.here())
-    maker = ZooMaker(desk.zoo)
-    page = build_page(desk, maker)
+    session = Session(settings, workspace, Zoo.here())
+    maker = ZooMaker(session.zoo)
+    page = build_page(session, maker)
     page.queue(max_size=20, default_concurrency_limit=4)
     page.launch(
         theme=theme(),

@@ -66,19 +66,21 @@ def accuracy_table(columns: Mapping[str, Accuracies], mark: Sequence[str], capti
         caption: under the table.
         winner: the column that is highlighted.
     """
-    tasks = list(dict.fromkeys(task for own in columns.values() for task in own))
-    rows = {task: {name: own[task] for name, own in columns.items() if task in own} for task in tasks}
-    full = {name: own for name, own in columns.items() if own}
-    rows["average"] = {name: fmean(own.values()) for name, own in full.items()}
-    rows["worst task"] = {name: min(own.values()) for name, own in full.items()}
+    tasks = list(dict.fromkeys(task for accuracies in columns.values() for task in accuracies))
+    rows = {
+        task: {name: accuracies[task] for name, accuracies in columns.items() if task in accuracies} for task in tasks
+    }
+    full = {name: accuracies for name, accuracies in columns.items() if accuracies}
+    rows["average"] = {name: fmean(accuracies.values()) for name, accuracies in full.items()}
+    rows["worst task"] = {name: min(accuracies.values()) for name, accuracies in full.items()}
     head = "".join(f"<th class='{_mine(name, winner)}'>{escape(title_of(name))}</th>" for name in columns)
     lines = []
-    for label, own in rows.items():
-        best = max((own[name] for name in mark if name in own), default=None)
+    for label, values in rows.items():
+        best = max((values[name] for name in mark if name in values), default=None)
         cells = []
         for name in columns:
-            text = _percent(own.get(name))
-            strong = name in mark and best is not None and own.get(name) == best
+            text = _percent(values.get(name))
+            strong = name in mark and best is not None and values.get(name) == best
             cells.append(f"<td class='{_mine(name, winner)}'>{f'<b>{text}</b>' if strong else text}</td>")
         total = " class='ep-total'" if label in ("average", "worst task") and label not in tasks else ""
         lines.append(f"<tr{total}><th scope='row'>{escape(label)}</th>{''.join(cells)}</tr>")
@@ -90,15 +92,15 @@ def accuracy_table(columns: Mapping[str, Accuracies], mark: Sequence[str], capti
 
 def accuracy_bars(columns: Mapping[str, Accuracies], winner: str) -> str:
     """One group of bars per task, and one for the average; the fine-tuned models are a tick to be reached."""
-    bars = {name: own for name, own in columns.items() if name != "fine-tuned"}
+    bars = {name: accuracies for name, accuracies in columns.items() if name != "fine-tuned"}
     goal = columns.get("fine-tuned", {})
-    tasks = list(dict.fromkeys(task for own in columns.values() for task in own))
+    tasks = list(dict.fromkeys(task for accuracies in columns.values() for task in accuracies))
     groups = []
     for task in (*tasks, None):
         lines = []
         tick = goal.get(task) if task else (fmean(goal.values()) if goal else None)
-        for name, own in bars.items():
-            value = own.get(task) if task else fmean(own.values())
+        for name, accuracies in bars.items():
+            value = accuracies.get(task) if task else fmean(accuracies.values())
             if value is None:
                 continue
             mark = f"<i style='left:{100 * tick:.1f}%'></i>" if tick is not None else ""
@@ -158,13 +160,13 @@ def matrix(
         corner: above the row names.
         best: the framed cell.
     """
-    columns = list(dict.fromkeys(column for own in rows.values() for column in own))
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     head = "".join(f"<th title='{escape(column)}'>{escape(column)}</th>" for column in columns)
     lines = []
-    for name, own in rows.items():
+    for name, row in rows.items():
         cells = []
         for column in columns:
-            value = own.get(column)
+            value = row.get(column)
             if value is None:
                 cells.append("<td></td>")
                 continue
@@ -192,8 +194,8 @@ def lines(
         below: what the numbers are.
         cursor: a number that is marked.
     """
-    places = sorted({place for own in series.values() for place in own})
-    values = [value for own in series.values() for value in own.values()]
+    places = sorted({place for line in series.values() for place in line})
+    values = [value for line in series.values() for value in line.values()]
     low, high = 10 * int(10 * min(values)), min(100, 10 * int(10 * max(values) + 1))
     width, height, left, foot = 560, 240, 54, 40
     across = (width - left - 16) / max(1, len(places) - 1)
@@ -214,12 +216,12 @@ def lines(
     if cursor in places:
         at = x(cursor)
         parts.append(f"<line class='ep-cursor' x1='{at:.1f}' x2='{at:.1f}' y1='6' y2='{height - foot}'/>")
-    for number, own in enumerate(series.values()):
+    for number, line in enumerate(series.values()):
         colour = COLOURS[number % len(COLOURS)]
-        points = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in own.items())
+        points = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in line.items())
         dash = " stroke-dasharray='5 4'" if number >= len(COLOURS) else ""
         parts.append(f"<polyline points='{points}' style='stroke:{colour}'{dash}/>")
-        parts += [f"<circle cx='{x(p):.1f}' cy='{y(v):.1f}' r='3.2' style='fill:{colour}'/>" for p, v in own.items()]
+        parts += [f"<circle cx='{x(p):.1f}' cy='{y(v):.1f}' r='3.2' style='fill:{colour}'/>" for p, v in line.items()]
     parts.append(f"<text x='{(left + width) / 2:.0f}' y='{height - 1}' text-anchor='middle'>{escape(below)}</text>")
     legend = "".join(
         f"<span><i style='background:{COLOURS[number % len(COLOURS)]}'></i>{escape(name)}</span>"

@@ -9,8 +9,8 @@ from typing import Any
 import charts
 import gradio as gr
 import jobs
-from choosing import TYPED, ZOO, as_data_url
-from desk import Desk
+from selection import TYPED, ZOO, as_data_url
+from session import Session
 
 from hf_epimer import ZOO_TASKS, EpimerError
 
@@ -26,15 +26,15 @@ class Chooser:
     names: gr.CheckboxGroup
     typed: gr.Textbox
     base: gr.Textbox
-    found: gr.HTML
+    overview: gr.HTML
 
     @property
     def inputs(self) -> list[Any]:
-        """In the order of `Desk.wish`."""
+        """In the order of `Session.selection`."""
         return [self.source, self.names, self.typed, self.base]
 
 
-def build_chooser(desk: Desk) -> Chooser:
+def build_chooser(session: Session) -> Chooser:
     """Lay it out and wire it."""
     tasks = list(ZOO_TASKS)
     with gr.Group(elem_classes="ep-chooser"):
@@ -48,49 +48,49 @@ def build_chooser(desk: Desk) -> Chooser:
                 "",
                 label="Checkpoints, one per line",
                 info="org/name, with @revision and a label= in front if you like; the label names the task. "
-                + ("Public repos only." if desk.settings.on_space else "Folders work, too."),
+                + ("Public repos only." if session.settings.on_space else "Folders work, too."),
                 lines=3,
                 placeholder=PLACEHOLDER,
             )
             with gr.Row(elem_classes="ep-tight"):
                 base = gr.Textbox("", label="Base", placeholder="inferred from the model cards", scale=3, min_width=180)
                 look = gr.Button("Look them up", scale=1, min_width=120, elem_classes="ep-look")
-        found = gr.HTML(zoo_strip(desk), elem_classes="ep-found")
+        overview = gr.HTML(zoo_strip(session), elem_classes="ep-found")
 
     def switch(chosen: str) -> tuple[Any, Any, str]:
         from_zoo = chosen == ZOO
-        return gr.update(visible=from_zoo), gr.update(visible=not from_zoo), zoo_strip(desk) if from_zoo else ""
+        return gr.update(visible=from_zoo), gr.update(visible=not from_zoo), zoo_strip(session) if from_zoo else ""
 
     def look_up(source: str, zoo_models: list[str], typed: str, base: str) -> str:
         """What would be merged: every checkpoint at its commit, the base, the size. Nothing large is downloaded."""
         try:
-            plan = jobs.wait_for("look_up", desk.wish(source, zoo_models, typed, base), seconds=LOOK_SECONDS)
+            plan = jobs.wait_for("look_up", session.selection(source, zoo_models, typed, base), seconds=LOOK_SECONDS)
         except (EpimerError, jobs.JobError) as error:
             return charts.notice(jobs.as_sentence(error), "bad")
         return found_table(plan)
 
     source.change(
-        switch, source, [names, typed_part, found], queue=False, show_progress="hidden", api_visibility="private"
+        switch, source, [names, typed_part, overview], queue=False, show_progress="hidden", api_visibility="private"
     )
     gr.on(
         [look.click, base.submit],
         look_up,
         [source, names, typed, base],
-        found,
+        overview,
         api_name="look_up",
         concurrency_limit=2,
         show_progress="minimal",
     )
-    return Chooser(source, names, typed, base, found)
+    return Chooser(source, names, typed, base, overview)
 
 
-def zoo_strip(desk: Desk) -> str:
+def zoo_strip(session: Session) -> str:
     """What the zoo's models were tuned on: a few pictures and two numbers each."""
     cards = []
-    for name, accuracy in desk.zoo.accuracies.items():
+    for name, accuracy in session.zoo.accuracies.items():
         pictures = "".join(
             f"<img src='{as_data_url(picture)}' alt='{escape(label)}' title='{escape(label)}'>"
-            for picture, label in desk.zoo.pictures(name)
+            for picture, label in session.zoo.pictures(name)
         )
         cards.append(
             f"<div class='ep-card'><h4>{escape(name)}</h4><div class='ep-thumbs'>{pictures}</div>"

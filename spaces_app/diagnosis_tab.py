@@ -10,8 +10,8 @@ from typing import Any
 import charts
 import gradio as gr
 from chooser import Chooser
-from desk import Desk
-from starting import build_starter, steps, wire
+from run_button import build_run_button, steps, wire
+from session import Session
 
 RANKS = (4, 8, 16, 32)
 PLACES = 3
@@ -25,9 +25,9 @@ WELCOME = (
 _MATRIX = re.compile(r"layers\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+?)(?:_proj)?\.weight")
 
 
-def build_diagnosis_tab(desk: Desk, chooser: Chooser) -> None:
+def build_diagnosis_tab(session: Session, chooser: Chooser) -> None:
     """Lay it out and wire it."""
-    starter = build_starter("diagnose", "Diagnose")
+    button = build_run_button("diagnose", "Diagnose")
     result = gr.HTML(WELCOME, elem_id="diagnose-result")
     with gr.Accordion("All numbers", open=False, visible=False) as after:
         numbers = gr.JSON(show_label=False)
@@ -38,24 +38,24 @@ def build_diagnosis_tab(desk: Desk, chooser: Chooser) -> None:
         """Diagnose the chosen checkpoints; the last value is diagnosis.json, or {"error": ...}."""
 
         def arguments() -> tuple[Any, ...]:
-            return desk.wish(source, zoo_models, typed, base), RANKS
+            return session.selection(source, zoo_models, typed, base), RANKS
 
-        for shown, found in steps(desk, request, "diagnose", PLACES, "diagnosis", arguments):
-            yield shown or ("", _shown(found), gr.update(visible=True), found)
+        for shown, report in steps(session, request, "diagnose", PLACES, "diagnosis", arguments):
+            yield shown or ("", _shown(report), gr.update(visible=True), report)
 
-    wire(desk, starter, run, chooser.inputs, [starter.status, result, after, numbers])
+    wire(session, button, run, chooser.inputs, [button.status, result, after, numbers])
 
 
-def _shown(found: dict[str, Any]) -> str:
-    totals = found["totals"]
-    verdict = "".join(f"<li>{escape(line)}</li>" for line in found["verdict"])
-    note = charts.notice(found["note"]) if found["note"] else ""
-    cosines = _cosines(found["labels"], totals["cosine"])
+def _shown(report: dict[str, Any]) -> str:
+    totals = report["totals"]
+    verdict = "".join(f"<li>{escape(line)}</li>" for line in report["verdict"])
+    note = charts.notice(report["note"]) if report["note"] else ""
+    cosines = _cosines(report["labels"], totals["cosine"])
     return (
         f"<h3>Verdict</h3><ul class='ep-verdict'>{verdict}</ul>{note}"
         f"<div class='ep-pair'><div><h3>Cosines of the task vectors</h3>{cosines}</div>"
-        f"<div><h3>What a rank keeps</h3>{_energy(found['labels'], totals['ranks'])}</div></div>"
-        f"{_eta(found)}"
+        f"<div><h3>What a rank keeps</h3>{_energy(report['labels'], totals['ranks'])}</div></div>"
+        f"{_eta(report)}"
     )
 
 
@@ -65,7 +65,7 @@ def _cosines(labels: list[str], cosines: list[list[float | None]]) -> str:
         for i, label in enumerate(labels)
     }
     caption = "Near 0: the tasks change different directions, and merge well. Well below 0: they undo each other."
-    known = [abs(value) for own in rows.values() for value in own.values() if value is not None]
+    known = [abs(value) for row in rows.values() for value in row.values() if value is not None]
     return charts.matrix(rows, top=max([0.3, *known]), caption=caption)
 
 
@@ -78,13 +78,13 @@ def _energy(labels: list[str], ranks: list[dict[str, Any]]) -> str:
     return charts.lines(series, below="rank", caption=caption)
 
 
-def _eta(found: dict[str, Any]) -> str:
+def _eta(report: dict[str, Any]) -> str:
     """eta as a share of the flat mean's spread, block by block; empty without Fisher information."""
-    rank = found["totals"]["ranks"][-1]["rank"]
+    rank = report["totals"]["ranks"][-1]["rank"]
     rows: dict[str, dict[str, float | None]] = {}
     beside: dict[str, dict[str, float | None]] = {}
-    for layer in found["layers"]:
-        at = next((own for own in layer["ranks"] if own["rank"] == rank), None)
+    for layer in report["layers"]:
+        at = next((at_rank for at_rank in layer["ranks"] if at_rank["rank"] == rank), None)
         if not at or not at["curvature"]:
             continue
         place = _MATRIX.search(layer["name"])
@@ -95,12 +95,12 @@ def _eta(found: dict[str, Any]) -> str:
             beside.setdefault(layer["name"].removeprefix("vision_model."), {})["share"] = share
     if not rows:
         return ""
-    top = max([0.02, *(value for own in rows.values() for value in own.values() if value is not None)])
+    top = max([0.02, *(value for row in rows.values() for value in row.values() if value is not None)])
     caption = (
         f"eta at rank {rank}, in percent of the flat mean's spread: what weighing by curvature changes over a plain "
         "average. Rows are the matrices of a block, columns the blocks from first to last. Under 1% is hardly anything."
     )
-    more = "; ".join(f"{name}: {100 * (own['share'] or 0):.1f}%" for name, own in beside.items())
+    more = "; ".join(f"{name}: {100 * (curvature['share'] or 0):.1f}%" for name, curvature in beside.items())
     if more:
         caption += f" Outside of the blocks: {more}."
     return "<h3>Where curvature acts</h3>" + charts.matrix(

@@ -58,7 +58,7 @@ Event = Progress | Done | Failed
 
 @dataclass
 class Ticket:
-    """One visitor's wish: may be cancelled before it is a process."""
+    """One visitor's wish: it may be cancelled before it is a process."""
 
     cancelled: threading.Event = field(default_factory=threading.Event)
 

@@ -9,10 +9,10 @@ from typing import Any
 import charts
 import gradio as gr
 from chooser import Chooser
-from desk import Desk
 from options import DEFAULT_METHOD, PLAIN, all_options, chosen_options, option_inputs, shown_for
 from push_box import build_push_box
-from starting import build_starter, steps, wire
+from run_button import build_run_button, steps, wire
+from session import Session
 
 from hf_epimer import METHODS
 
@@ -26,7 +26,7 @@ PLACES = 6
 """Outputs beside the bar."""
 
 
-def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
+def build_merge_tab(session: Session, chooser: Chooser) -> gr.State:
     """Lay it out and wire it; the state holds the last merge of a visitor."""
     merged = gr.State(None)
     with gr.Row(elem_classes="ep-columns"):
@@ -34,7 +34,7 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
             choices = [(charts.title_of(name), name) for name in METHODS]
             method = gr.Dropdown(choices, value=DEFAULT_METHOD, label="Method")
             about = gr.HTML(_about(DEFAULT_METHOD))
-            starter = build_starter("merge", "Merge")
+            button = build_run_button("merge", "Merge")
             names = list(all_options())
             with gr.Row(elem_classes="ep-tight"):
                 plain = option_inputs([name for name in names if name in PLAIN])
@@ -54,7 +54,7 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
             with gr.Column(visible=False) as after:
                 download = gr.DownloadButton("Download the merged model (zip)", variant="secondary")
                 with gr.Accordion("Push it to the Hub", open=False):
-                    build_push_box(desk, merged)
+                    build_push_box(session, merged)
                 with gr.Accordion("Model card", open=False):
                     card = gr.Markdown(elem_id="merge-card")
                 with gr.Accordion("All numbers", open=False):
@@ -74,26 +74,26 @@ def build_merge_tab(desk: Desk, chooser: Chooser) -> gr.State:
         """Merge the chosen checkpoints and measure the result; the last value is what it found, or {"error": ...}."""
 
         def arguments() -> tuple[Any, ...]:
-            wish, options = desk.wish(source, zoo_models, typed, base), chosen_options(method, values)
-            return wish, method, options, calibrate, int(images) or None, str(desk.workspace.shared)
+            selection, options = session.selection(source, zoo_models, typed, base), chosen_options(method, values)
+            return selection, method, options, calibrate, int(images) or None, str(session.workspace.shared)
 
-        for shown, found in steps(desk, request, "merge", PLACES, "merge_and_measure", arguments, keep=True):
+        for shown, result in steps(session, request, "merge", PLACES, "merge_and_measure", arguments, keep=True):
             yield shown or (
                 "",
-                found,
-                _shown(found, on_space=desk.settings.on_space),
+                result,
+                _shown(result, on_space=session.settings.on_space),
                 gr.update(visible=True),
-                found["archive"],
-                _card(found["card"]),
-                _plain_values(found),
+                result["archive"],
+                _card(result["card"]),
+                _plain_values(result),
             )
 
     wire(
-        desk,
-        starter,
+        session,
+        button,
         run,
         [*chooser.inputs, method, calibrate, images],
-        [starter.status, merged, result, after, download, card, numbers],
+        [button.status, merged, result, after, download, card, numbers],
         inputs,
     )
     method.change(
@@ -118,29 +118,29 @@ def _about(name: str) -> str:
     )
 
 
-def _shown(found: dict[str, Any], on_space: bool) -> str:
+def _shown(result: dict[str, Any], on_space: bool) -> str:
     """What a merge came to."""
-    labels = ", ".join(model["label"] for model in found["models"])
-    name, is_zoo = charts.title_of(found["name"]), bool(found["wish"].tasks)
-    base = "the zoo's base" if is_zoo else found["base"]
+    labels = ", ".join(model["label"] for model in result["models"])
+    name, is_zoo = charts.title_of(result["name"]), bool(result["selection"].tasks)
+    base = "the zoo's base" if is_zoo else result["base"]
     parts = [
         f"<h3>{escape(labels)} <small>merged with {escape(name)} on {escape(base)} in "
-        f"{found['seconds']['merging']:.1f} s</small></h3>"
+        f"{result['seconds']['merging']:.1f} s</small></h3>"
     ]
-    if found["rows"]:
-        columns = {row["name"]: row["tasks"] for row in found["rows"]}
+    if result["rows"]:
+        columns = {row["name"]: row["tasks"] for row in result["rows"]}
         merges = [column for column in columns if column not in ("base", "fine-tuned")]
         caption = (
-            f"Top-1 accuracy in percent on the first {found['images']} test images of every task. Base: zero-shot, "
+            f"Top-1 accuracy in percent on the first {result['images']} test images of every task. Base: zero-shot, "
             "before fine-tuning. Fine-tuned: each model on its own task. Bold: the best merge."
         )
-        parts.append(charts.accuracy_table(columns, merges, caption, found["name"]))
-        parts.append(charts.accuracy_bars(columns, found["name"]))
+        parts.append(charts.accuracy_table(columns, merges, caption, result["name"]))
+        parts.append(charts.accuracy_bars(columns, result["name"]))
     else:
         parts.append(charts.notice("Merged. Nothing was measured, as you wished."))
     if not (is_zoo and on_space):  # there the zoo's folder is nobody's but the Space's
         parts.append(
-            f"<details><summary>The same at a terminal</summary><pre>{escape(found['command'])}</pre></details>"
+            f"<details><summary>The same at a terminal</summary><pre>{escape(result['command'])}</pre></details>"
         )
     return "".join(parts)
 
@@ -151,7 +151,7 @@ def _card(text: str) -> str:
     return f"{body.strip()}\n\n#### Metadata\n\n```yaml\n{metadata.strip()}\n```"
 
 
-def _plain_values(found: dict[str, Any]) -> dict[str, Any]:
+def _plain_values(result: dict[str, Any]) -> dict[str, Any]:
     """Without what is of this machine only."""
-    hidden = ("wish", "folder", "archive", "card", "command")
-    return {name: value for name, value in found.items() if name not in hidden}
+    hidden = ("selection", "folder", "archive", "card", "command")
+    return {name: value for name, value in result.items() if name not in hidden}

@@ -19,21 +19,21 @@ PLAIN = ("rank", "alpha")
 
 def all_options() -> dict[str, Option]:
     """Every option of any method, as the first method that has it describes it; those always in sight first."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for method in (DEFAULT_METHOD, *METHODS):
         for name, option in METHODS[method].options.items():
-            found.setdefault(name, option)
-    return {name: found[name] for name in sorted(found, key=lambda name: name not in PLAIN)}
+            options.setdefault(name, option)
+    return {name: options[name] for name in sorted(options, key=lambda name: name not in PLAIN)}
 
 
 def option_inputs(names: list[str]) -> list[Any]:
     """Inputs for some options, as the default method has them."""
     made: list[Any] = []
-    own = METHODS[DEFAULT_METHOD].options
+    options = METHODS[DEFAULT_METHOD].options
     for name in names:
-        option = own.get(name) or all_options()[name]
+        option = options.get(name) or all_options()[name]
         label = name.replace("_", " ").capitalize()
-        shown = {"label": label, "visible": name in own, "min_width": 140, **_settings(option)}
+        shown = {"label": label, "visible": name in options, "min_width": 140, **_settings(option)}
         if option.choices:
             made.append(gr.Radio(**shown))
         elif option.optional:  # an empty number would have to be given by every client of the API
@@ -45,12 +45,12 @@ def option_inputs(names: list[str]) -> list[Any]:
 
 def shown_for(method: str) -> list[Any]:
     """Updates of all inputs, in the order of `all_options`, and of the fold of those not always in sight."""
-    own = METHODS[method].options
+    options = METHODS[method].options
     updates: list[Any] = [
-        gr.update(visible=True, **_settings(own[name])) if name in own else gr.update(visible=False)
+        gr.update(visible=True, **_settings(options[name])) if name in options else gr.update(visible=False)
         for name in all_options()
     ]
-    return [*updates, gr.update(visible=any(name not in PLAIN for name in own))]
+    return [*updates, gr.update(visible=any(name not in PLAIN for name in options))]
 
 
 def chosen_options(method: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -61,11 +61,11 @@ def chosen_options(method: str, values: dict[str, Any]) -> dict[str, Any]:
     """
     if method not in METHODS:
         raise EpimerError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    found = {}
+    options = {}
     for name, option in METHODS[method].options.items():
         value = values.get(name, option.default)
-        found[name] = value if option.choices else _number(option, value)
-    return found
+        options[name] = value if option.choices else _number(option, value)
+    return options
 
 
 def _number(option: Option, value: Any) -> float | int | None:
@@ -83,5 +83,5 @@ def _number(option: Option, value: Any) -> float | int | None:
 
 def _settings(option: Option) -> dict[str, Any]:
     """What the input shows for this method."""
-    own = {"choices": list(option.choices)} if option.choices else {"placeholder": "automatic"}
-    return {"value": option.default, "info": option.help[:1].upper() + option.help[1:], **own}
+    bounds = {"choices": list(option.choices)} if option.choices else {"placeholder": "automatic"}
+    return {"value": option.default, "info": option.help[:1].upper() + option.help[1:], **bounds}

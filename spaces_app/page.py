@@ -7,10 +7,10 @@ from typing import Any
 
 import gradio as gr
 from chooser import build_chooser, zoo_strip
-from choosing import ZOO
-from desk import Desk
 from diagnosis_tab import build_diagnosis_tab
 from merge_tab import build_merge_tab
+from selection import ZOO
+from session import Session
 from sweep_tab import build_sweep_tab
 from try_tab import build_try_tab, gallery_pictures
 from zoo_maker import ZooMaker
@@ -33,41 +33,41 @@ SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sa
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
-def build_page(desk: Desk, maker: ZooMaker) -> gr.Blocks:
+def build_page(session: Session, maker: ZooMaker) -> gr.Blocks:
     """Everything, wired; to be launched with `theme()` and `STYLE`."""
     with gr.Blocks(title="EpiMer: merge CLIP models", delete_cache=(600, 7200), analytics_enabled=False) as page:
         gr.HTML(HEAD)
-        banner = gr.HTML(maker.banner(), visible=not desk.zoo.is_ready, elem_id="zoo-banner")
-        clock = gr.Timer(1.0, active=not desk.zoo.is_ready)
-        chooser = build_chooser(desk)
+        banner = gr.HTML(maker.banner(), visible=not session.zoo.is_ready, elem_id="zoo-banner")
+        clock = gr.Timer(1.0, active=not session.zoo.is_ready)
+        chooser = build_chooser(session)
         with gr.Tabs():
             with gr.Tab("Merge"):
-                merged = build_merge_tab(desk, chooser)
+                merged = build_merge_tab(session, chooser)
             with gr.Tab("Try it"):
-                gallery = build_try_tab(desk, chooser, merged)
+                gallery = build_try_tab(session, chooser, merged)
             with gr.Tab("Diagnosis"):
-                build_diagnosis_tab(desk, chooser)
+                build_diagnosis_tab(session, chooser)
             with gr.Tab("Sweep"):
-                build_sweep_tab(desk, chooser)
-        if not desk.zoo.is_ready:
+                build_sweep_tab(session, chooser)
+        if not session.zoo.is_ready:
 
             def look(source: str) -> tuple[Any, ...]:
-                ready = desk.zoo.is_ready
+                ready = session.zoo.is_ready
                 news = gr.update(value=maker.banner(), visible=not ready), gr.Timer(active=not ready)
                 if not ready:
                     return (*news, gr.skip(), gr.skip())
-                return (*news, zoo_strip(desk) if source == ZOO else gr.skip(), gallery_pictures(desk))
+                return (*news, zoo_strip(session) if source == ZOO else gr.skip(), gallery_pictures(session))
 
             gr.on(
                 [page.load, clock.tick],
                 look,
                 chooser.source,
-                [banner, clock, chooser.found, gallery],
+                [banner, clock, chooser.overview, gallery],
                 queue=False,
                 show_progress="hidden",
                 api_visibility="private",
             )
-        page.unload(desk.leave)
+        page.unload(session.leave)
     return page
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import charts
 import gradio as gr
 import jobs
-from desk import Desk
+from session import Session
 
 SECONDS = 1800
 """For a push: large files on a slow line."""
 
 
-def build_push_box(desk: Desk, merged: gr.State) -> None:
+def build_push_box(session: Session, merged: gr.State) -> None:
     """Lay it out and wire it."""
-    on_space = desk.settings.on_space
+    on_space = session.settings.on_space
     if on_space:
         gr.Markdown(
             "Sign in, and the merge goes to a repo of yours in one commit, with its card. Nothing is stored here."

@@ -8,8 +8,8 @@ from typing import Any
 import charts
 import gradio as gr
 from chooser import Chooser
-from desk import Desk
-from starting import build_starter, steps, wire
+from run_button import build_run_button, steps, wire
+from session import Session
 
 from hf_epimer import METHODS
 
@@ -25,7 +25,7 @@ WELCOME = (
 )
 
 
-def build_sweep_tab(desk: Desk, chooser: Chooser) -> None:
+def build_sweep_tab(session: Session, chooser: Chooser) -> None:
     """Lay it out and wire it."""
     swept = gr.State(None)
     choices = [(charts.title_of(name), name) for name in METHODS]
@@ -35,7 +35,7 @@ def build_sweep_tab(desk: Desk, chooser: Chooser) -> None:
         )
         ranks = gr.CheckboxGroup(list(RANKS), value=[8, 16, 32], label="Ranks", min_width=240, scale=2)
         images = gr.Slider(20, 200, value=60, step=20, label="Validation images per task", min_width=200, scale=2)
-    starter = build_starter("sweep", "Sweep")
+    button = build_run_button("sweep", "Sweep")
     result = gr.HTML(WELCOME, elem_id="sweep-result")
     with gr.Column(visible=False) as after:
         with gr.Row(elem_classes="ep-tight"):
@@ -60,17 +60,17 @@ def build_sweep_tab(desk: Desk, chooser: Chooser) -> None:
         """Try every method at every rank and alpha; the last value is sweep.json, or {"error": ...}."""
 
         def arguments() -> tuple[Any, ...]:
-            return desk.wish(source, zoo_models, typed, base), methods, ranks, ALPHAS, int(images)
+            return session.selection(source, zoo_models, typed, base), methods, ranks, ALPHAS, int(images)
 
-        for shown, found in steps(desk, request, "sweep", PLACES, "swept", arguments):
-            yield shown or ("", found, *_shown(found), found)
+        for shown, report in steps(session, request, "sweep", PLACES, "swept", arguments):
+            yield shown or ("", report, *_shown(report), report)
 
     wire(
-        desk,
-        starter,
+        session,
+        button,
         run,
         [*chooser.inputs, methods, ranks, images],
-        [starter.status, swept, result, after, alpha, rank, numbers],
+        [button.status, swept, result, after, alpha, rank, numbers],
     )
 
     def at(alpha: float, rank: int | None, swept: dict[str, Any] | None) -> str:
@@ -89,28 +89,28 @@ def build_sweep_tab(desk: Desk, chooser: Chooser) -> None:
     )
 
 
-def _shown(found: dict[str, Any]) -> tuple[Any, ...]:
+def _shown(report: dict[str, Any]) -> tuple[Any, ...]:
     """The maps, and the slider and ranks set to the best setting."""
-    best = found["best"]["average"]
-    samples = next(iter(found["chosen_on"]["tasks"].values()))["samples"]
-    rows = found["results"]
+    best = report["best"]["average"]
+    samples = next(iter(report["chosen_on"]["tasks"].values()))["samples"]
+    rows = report["results"]
     averages = [row["average"] for row in rows]
     top, bottom = max(averages), max(min(averages), max(averages) - 0.2)
     maps = []
-    for method in found["methods"]:
-        own = [row for row in rows if row["method"] == method]
+    for method in report["methods"]:
+        measured = [row for row in rows if row["method"] == method]
         grid: dict[str, dict[str, float | None]] = {}
-        for row in own:
-            columns = [row["alpha"]] if row["alpha"] is not None else found["alphas"]
+        for row in measured:
+            columns = [row["alpha"]] if row["alpha"] is not None else report["alphas"]
             for column in columns:
                 grid.setdefault(_rank_name(row["rank"]), {})[f"{column:g}"] = row["average"]
         frame = None
         if method == best["method"]:
             frame = (
                 _rank_name(best["rank"]),
-                f"{best['alpha'] if best['alpha'] is not None else found['alphas'][0]:g}",
+                f"{best['alpha'] if best['alpha'] is not None else report['alphas'][0]:g}",
             )
-        caption = "Rows: rank. Columns: alpha." if method == list(found["methods"])[-1] else ""
+        caption = "Rows: rank. Columns: alpha." if method == list(report["methods"])[-1] else ""
         drawn = charts.matrix(grid, top=top, bottom=bottom, digits=1, scale=100, best=frame, caption=caption)
         maps.append(f"<div><h3>{charts.title_of(method)}</h3>{drawn}</div>")
     where = "".join(f", {name} {best[name]:g}" for name in ("rank", "alpha") if best[name] is not None)
@@ -119,7 +119,7 @@ def _shown(found: dict[str, Any]) -> tuple[Any, ...]:
         "good",
         f"Average accuracy on {samples} validation images per task, give or take {100 * best['standard_error']:.1f}.",
     )
-    tried = list(found["ranks"])
+    tried = list(report["ranks"])
     rank = best["rank"] if best["rank"] is not None else (tried[0] if tried else None)
     return (
         f"{head}<div class='ep-maps'>{''.join(maps)}</div>",
@@ -129,22 +129,22 @@ def _shown(found: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def table_at(found: dict[str, Any], alpha: float, rank: int | None) -> str:
+def table_at(report: dict[str, Any], alpha: float, rank: int | None) -> str:
     """Every task at one alpha and rank by every method, out of sweep.json."""
     columns: dict[str, dict[str, float]] = {}
     curves: dict[str, dict[float, float]] = {}
-    for row in found["results"]:
+    for row in report["results"]:
         if row["rank"] not in (None, rank):
             continue
         if row["alpha"] is None:
-            curves[row["method"]] = dict.fromkeys(found["alphas"], row["average"])
+            curves[row["method"]] = dict.fromkeys(report["alphas"], row["average"])
         else:
             curves.setdefault(row["method"], {})[row["alpha"]] = row["average"]
         if row["alpha"] is None or abs(row["alpha"] - alpha) < STEP / 2:
-            columns[row["method"]] = {name: own["accuracy"] for name, own in row["tasks"].items()}
-    named = {charts.title_of(name): own for name, own in curves.items()}
+            columns[row["method"]] = {name: result["accuracy"] for name, result in row["tasks"].items()}
+    named = {charts.title_of(name): curve for name, curve in curves.items()}
     at = f"alpha {alpha:g}" + (f", rank {rank}" if rank is not None else "")
-    near = min(found["alphas"], key=lambda other: abs(other - alpha))
+    near = min(report["alphas"], key=lambda other: abs(other - alpha))
     caption = f"Accuracy in percent on validation images at {at}."
     return (
         f"<div class='ep-pair'><div>{charts.accuracy_table(columns, list(columns), caption)}</div>"

@@ -11,9 +11,9 @@ import charts
 import gradio as gr
 import jobs
 from chooser import Chooser
-from choosing import ZOO
-from desk import Desk
 from PIL import Image
+from selection import ZOO
+from session import Session
 
 from hf_epimer import ZOO_TASKS, EpimerError
 
@@ -26,13 +26,13 @@ WELCOME = (
 )
 
 
-def build_try_tab(desk: Desk, chooser: Chooser, merged: gr.State) -> gr.Gallery:
+def build_try_tab(session: Session, chooser: Chooser, merged: gr.State) -> gr.Gallery:
     """Lay it out and wire it; the gallery is to be filled when the zoo is there."""
     with gr.Row(elem_classes="ep-columns"):
         with gr.Column(scale=4, min_width=300):
             gr.HTML("<p class='ep-quiet'>Test pictures of the zoo: choose one.</p>")
             gallery = gr.Gallery(
-                gallery_pictures(desk),
+                gallery_pictures(session),
                 show_label=False,
                 columns=6,
                 height="auto",
@@ -74,25 +74,25 @@ def build_try_tab(desk: Desk, chooser: Chooser, merged: gr.State) -> gr.Gallery:
             if not names and task not in _tasks_of(merged):  # never a file of this machine
                 raise EpimerError(f"there is no task {task!r} here: choose one of the list, or give your own classes")
             if merged:
-                wish, folder = merged["wish"], merged["folder"]
+                selection, folder = merged["selection"], merged["folder"]
             else:
                 if source != ZOO:
                     raise EpimerError("merge these checkpoints first, in the first tab; then try them here")
-                wish, folder = desk.wish(source, zoo_models, typed, base), None
-            asked = "" if names else str(desk.zoo.task_file(task)) if task in ZOO_TASKS else task
-            wish = replace(wish, largest=desk.settings.bytes)
-            arguments = (wish, folder, image, asked, names, str(desk.workspace.shared))
-            found = jobs.wait_for("classify", *arguments, seconds=desk.settings.seconds)
+                selection, folder = session.selection(source, zoo_models, typed, base), None
+            asked = "" if names else str(session.zoo.task_file(task)) if task in ZOO_TASKS else task
+            selection = replace(selection, largest=session.settings.bytes)
+            arguments = (selection, folder, image, asked, names, str(session.workspace.shared))
+            guesses = jobs.wait_for("classify", *arguments, seconds=session.settings.seconds)
         except (EpimerError, jobs.JobError) as error:
             message = jobs.as_sentence(error)
             return charts.notice(message, "bad"), {"error": message}
-        rows = [(row["name"], row["classes"]) for row in found["rows"]]
-        return _shown(rows, task, truth), found
+        rows = [(row["name"], row["classes"]) for row in guesses["rows"]]
+        return _shown(rows, task, truth), guesses
 
     def pick(event: gr.SelectData) -> tuple[Any, ...]:
         """A picture of the gallery, with its task and what it shows."""
-        task, index = _places(desk)[event.index]
-        picture, label = desk.zoo.pictures(task)[index]
+        task, index = _places(session)[event.index]
+        picture, label = session.zoo.pictures(task)[index]
         return Image.open(io.BytesIO(picture)), task, label
 
     inputs = [*chooser.inputs, image, task, classes, merged, truth]
@@ -104,22 +104,24 @@ def build_try_tab(desk: Desk, chooser: Chooser, merged: gr.State) -> gr.Gallery:
     )
     image.input(lambda: "", None, truth, **quietly)
     task.change(lambda name: gr.update(visible=name == OWN), task, classes, **quietly)
-    merged.change(lambda found: gr.update(choices=[*_tasks_of(found), OWN]), merged, task, **quietly)
+    merged.change(lambda merge: gr.update(choices=[*_tasks_of(merge), OWN]), merged, task, **quietly)
     return gallery
 
 
-def gallery_pictures(desk: Desk) -> list[Image.Image]:
+def gallery_pictures(session: Session) -> list[Image.Image]:
     """Pictures of every task of the zoo, as the gallery shows them."""
-    return [Image.open(io.BytesIO(desk.zoo.pictures(task)[index][0])) for task, index in _places(desk)]
+    return [Image.open(io.BytesIO(session.zoo.pictures(task)[index][0])) for task, index in _places(session)]
 
 
-def _places(desk: Desk) -> list[tuple[str, int]]:
-    return [(task, index) for task in desk.zoo.accuracies for index in range(min(6, len(desk.zoo.pictures(task))))]
+def _places(session: Session) -> list[tuple[str, int]]:
+    return [
+        (task, index) for task in session.zoo.accuracies for index in range(min(6, len(session.zoo.pictures(task))))
+    ]
 
 
 def _tasks_of(merged: dict[str, Any] | None) -> list[str]:
-    own = [model["task"] for model in merged["models"] if model["task"]] if merged else []
-    return list(dict.fromkeys([*own, *ZOO_TASKS]))
+    tasks = [model["task"] for model in merged["models"] if model["task"]] if merged else []
+    return list(dict.fromkeys([*tasks, *ZOO_TASKS]))
 
 
 def _own_classes(text: str) -> list[str]:

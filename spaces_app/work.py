@@ -16,9 +16,9 @@ from typing import Any
 
 import datasets
 import transformers
-from choosing import Wish
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from PIL import Image
+from selection import Selection
 
 from hf_epimer import (
     METHODS,
@@ -62,15 +62,15 @@ SHARES = {
 """Stage of hf_epimer -> its share of the whole, and its name on the page; one that has nothing to do is passed over."""
 
 
-def look_up(report: Report, wish: Wish) -> dict[str, Any]:
+def look_up(report: Report, selection: Selection) -> dict[str, Any]:
     """What would be merged: nothing but configs and cards is downloaded."""
     report(0.1, "Looking the checkpoints up")
-    return _described(_checked_plan(wish, wish.recipe(), statistics_optional=True))
+    return _described(_checked_plan(selection, selection.recipe(), statistics_optional=True))
 
 
 def merge_and_measure(
     report: Report,
-    wish: Wish,
+    selection: Selection,
     method: str,
     options: dict[str, Any],
     calibrate: bool,
@@ -90,7 +90,7 @@ def merge_and_measure(
     report(0.0, "Checking the checkpoints")
     out = Path(home) / f"merged-{method}"
     name = f"{method}, calibrated" if calibrate else method
-    recipe = wish.recipe(
+    recipe = selection.recipe(
         method=method,
         options=METHODS[method].config(**options),
         calibrate=calibrate,
@@ -98,7 +98,7 @@ def merge_and_measure(
         limit=images,
         out=str(out),
     )
-    plan = _checked_plan(wish, recipe)
+    plan = _checked_plan(selection, recipe)
     recipe = plan.recipe
     merged = merge(recipe, _on_scale(report, 0.02, 0.5 if images else 0.9))
     rows: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def merge_and_measure(
     archive = shutil.make_archive(str(out), "zip", root_dir=home, base_dir=out.name)
     return {
         **_described(plan),
-        "wish": replace(wish, models=plan.recipe.models, base=plan.recipe.base),
+        "selection": replace(selection, models=plan.recipe.models, base=plan.recipe.base),
         "method": method,
         "name": name,
         "options": asdict(recipe.options),
@@ -127,18 +127,18 @@ def merge_and_measure(
     }
 
 
-def diagnosis(report: Report, wish: Wish, ranks: Sequence[int], home: str) -> dict[str, Any]:
+def diagnosis(report: Report, selection: Selection, ranks: Sequence[int], home: str) -> dict[str, Any]:
     """What is known before a merge; diagnosis.json."""
     report(0.0, "Checking the checkpoints")
-    recipe = wish.recipe()
-    _checked_plan(wish, recipe, statistics_optional=True)
-    found = diagnose(recipe, ranks, str(Path(home) / "diagnosis"), _on_scale(report, 0.02, 1.0))
-    return found.to_json()
+    recipe = selection.recipe()
+    _checked_plan(selection, recipe, statistics_optional=True)
+    diagnosis = diagnose(recipe, ranks, str(Path(home) / "diagnosis"), _on_scale(report, 0.02, 1.0))
+    return diagnosis.to_json()
 
 
 def swept(
     report: Report,
-    wish: Wish,
+    selection: Selection,
     methods: Sequence[str],
     ranks: Sequence[int],
     alphas: Sequence[float],
@@ -147,14 +147,20 @@ def swept(
 ) -> dict[str, Any]:
     """Methods x ranks x alphas on validation images; sweep.json."""
     report(0.0, "Checking the checkpoints")
-    recipe = wish.recipe(method=methods[0] if methods else "epimer")
+    recipe = selection.recipe(method=methods[0] if methods else "epimer")
     grid = Grid(tuple(methods), tuple(ranks), tuple(alphas))
-    _checked_plan(wish, recipe)
+    _checked_plan(selection, recipe)
     return sweep(recipe, grid, str(Path(home) / "sweep"), _on_scale(report, 0.02, 1.0), limit=images).to_json()
 
 
 def classify(
-    report: Report, wish: Wish, merged: str | None, image: Image.Image, task: str, classes: Sequence[str], shared: str
+    report: Report,
+    selection: Selection,
+    merged: str | None,
+    image: Image.Image,
+    task: str,
+    classes: Sequence[str],
+    shared: str,
 ) -> dict[str, Any]:
     """The most probable classes of a picture: by the base, every model, and the merge.
 
@@ -164,10 +170,10 @@ def classify(
         classes: names to choose from.
         shared: where the default merge is kept.
     """
-    recipe = wish.recipe(method="epimer")
-    plan = _checked_plan(wish, recipe)
+    recipe = selection.recipe(method="epimer")
+    plan = _checked_plan(selection, recipe)
     assert plan.recipe.base
-    own = Task("own", dataset="", class_names=tuple(classes), templates=("a photo of a {}.",)) if classes else task
+    chosen = Task("own", dataset="", class_names=tuple(classes), templates=("a photo of a {}.",)) if classes else task
     folder = merged or _default_merge(plan, Path(shared), _on_scale(report, 0.0, 0.5))
     models = {"base": plan.recipe.base}
     models |= {str(ref.label): ref for ref in plan.recipe.models}
@@ -175,7 +181,7 @@ def classify(
     rows = []
     for number, (name, ref) in enumerate(models.items()):
         report(0.5 + 0.5 * number / len(models), f"Asking {name}")
-        rows.append({"name": name, "classes": predict(ref, [image], own, plan.recipe.base)[0]})
+        rows.append({"name": name, "classes": predict(ref, [image], chosen, plan.recipe.base)[0]})
     return {"rows": rows}
 
 
@@ -205,7 +211,7 @@ def build_zoo(report: Report, folder: str) -> None:
 # --- checking -------------------------------------------------------------------------------------------------------
 
 
-def _checked_plan(wish: Wish, recipe: MergeRecipe, statistics_optional: bool = False) -> Plan:
+def _checked_plan(selection: Selection, recipe: MergeRecipe, statistics_optional: bool = False) -> Plan:
     """Everything resolved, and small enough.
 
     Raises:
@@ -215,11 +221,12 @@ def _checked_plan(wish: Wish, recipe: MergeRecipe, statistics_optional: bool = F
     sources = (plan.base, *(model.source for model in plan.models))
     remote = [source for source in sources if not source.ref.is_local]
     size = plan.summary()["bytes_to_read"] if remote else 0
-    if size > wish.largest:
+    if size > selection.largest:
         largest = max(remote, key=lambda source: sum(source.sizes.values()))
         raise EpimerError(
-            f"these checkpoints are {size / 1e9:.1f} GB to download, and at most {wish.largest / 1e9:g} GB are allowed "
-            f"here (the largest is {largest.title}): choose fewer or smaller ones, or run hf-epimer on your own machine"
+            f"these checkpoints are {size / 1e9:.1f} GB to download, and at most {selection.largest / 1e9:g} GB are "
+            f"allowed here (the largest is {largest.title}): choose fewer or smaller ones, or run hf-epimer on your "
+            "own machine"
         )
     return plan
 
@@ -259,11 +266,11 @@ def _compared(report: Report, plan: Plan, images: int, home: Path, shared: Path)
     tasks = [task for _, task in specialists.values()]
     report(0.5, "Measuring the base")
     rows = [{"name": "base", "tasks": _accuracies(evaluate(base, tasks, base, limit=images).to_json())}]
-    own: dict[str, float] = {}
+    fine_tuned: dict[str, float] = {}
     for number, (model, task) in enumerate(specialists.values()):
         report(0.55 + 0.15 * number / len(tasks), f"Measuring the model of {task.name}")
-        own |= _accuracies(evaluate(model, [task], base, limit=images).to_json())
-    rows.append({"name": "fine-tuned", "tasks": own})
+        fine_tuned |= _accuracies(evaluate(model, [task], base, limit=images).to_json())
+    rows.append({"name": "fine-tuned", "tasks": fine_tuned})
     for number, method in enumerate(BASELINES):
         out, low = home / f"baseline-{method}", 0.7 + 0.12 * number
         plain = replace(plan.recipe, calibrate=False, fisher=(), out=str(out))

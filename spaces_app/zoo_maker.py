@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import charts
 import jobs
-from choosing import Zoo
+from selection import Zoo
 
 
 @dataclass

@@ -136,7 +136,10 @@ class Diagnosis:
             "curvature": {"statistics": list(self.statistics)} if self.statistics else None,
             "note": self.note,
             "verdict": list(self.verdict),
-            "exact": {label: {name: vars(own) for name, own in found.items()} for label, found in self.exact.items()}
+            "exact": {
+                label: {name: vars(agreement) for name, agreement in agreements.items()}
+                for label, agreements in self.exact.items()
+            }
             or None,
             "totals": {
                 "task_vector_norms": [float(value) for value in self.gram.diagonal().sqrt()],
@@ -199,12 +202,12 @@ def diagnose(
         for layer in diagnose_layers(ingredients, wanted, seed=recipe.seed, exact=recipe.exact, device=recipe.device):
             layers.append(layer)
             progress("diagnosing", 1, len(plan.shapes))
-        found = _summary(plan, wanted, layers, local.target)
+        diagnosis = _summary(plan, wanted, layers, local.target)
         if exact:
-            found = replace(found, exact=_against_hessian(plan, ingredients, wanted[0], progress))
-        write_json(folder / REPORT, found.to_json())
-        pictures = _draw(found, folder)
-    return replace(found, pictures=pictures)
+            diagnosis = replace(diagnosis, exact=_against_hessian(plan, ingredients, wanted[0], progress))
+        write_json(folder / REPORT, diagnosis.to_json())
+        pictures = _draw(diagnosis, folder)
+    return replace(diagnosis, pictures=pictures)
 
 
 def _against_hessian(
@@ -221,14 +224,14 @@ def _against_hessian(
     bases = tagged_bases(ingredients, rank, seed=plan.recipe.seed)
     few = {name: bases[name] for name in chosen if name in bases}
     progress("exact Hessians", 0, len(plan.models))
-    found = {}
+    agreements = {}
     for model in plan.models:
         if model.task is None:
             raise StatisticsError(f"{model}: --exact needs its task; label it (dtd=REF) or add --task FILE")
         images = TaskImages(model.task, Sampling(plan.recipe.samples, seed=plan.recipe.seed))
-        found[model.label] = compare_with_hessian(CurvatureRequest(model.source, plan.base, images), few)
+        agreements[model.label] = compare_with_hessian(CurvatureRequest(model.source, plan.base, images), few)
         progress("exact Hessians", 1, len(plan.models))
-    return found
+    return agreements
 
 
 def diagnose_layers(
@@ -260,7 +263,7 @@ def diagnose_layer(layer: Layer, ranks: Sequence[int]) -> LayerDiagnosis:
         name=layer.name,
         shape=shape,
         gram=task_gram(layer.task_vectors).cpu(),
-        at={rank: distinct[own] for rank, own in capped.items()} if changed else {},
+        at={rank: distinct[capped_at] for rank, capped_at in capped.items()} if changed else {},
         mean=flat_diagnosis(layer.task_vectors, v, layer.weights) if v is not None and not changed else None,
     )
 
@@ -269,12 +272,12 @@ def _at_rank(layer: Layer, triples: Sequence[SVD], rank: int, v: Tensor | None) 
     basis = whitened_basis(triples, rank, exact=layer.exact)
     assert basis is not None  # some task has changed this layer
     kept = kept_energy(basis, projected_coordinates(basis, layer.task_vectors))
-    singular = tuple(float(own.s[:rank].square().sum()) for own in triples)
-    found = LayerAtRank(rank, basis.size, tuple(kept.tolist()), singular, None)
+    singular = tuple(float(svd.s[:rank].square().sum()) for svd in triples)
+    at_rank = LayerAtRank(rank, basis.size, tuple(kept.tolist()), singular, None)
     if v is None:
-        return found
+        return at_rank
     curvature, isotropy = curvature_diagnosis(basis, layer.task_vectors, v, layer.weights, exact=layer.exact)
-    return replace(found, curvature=curvature, isotropy=isotropy)
+    return replace(at_rank, curvature=curvature, isotropy=isotropy)
 
 
 # --- totals ---------------------------------------------------------------------------------------------------------
@@ -355,20 +358,20 @@ def _layer(layer: LayerDiagnosis) -> dict[str, Any]:
     }
 
 
-def _curvature(found: CurvatureDiagnosis) -> dict[str, Any]:
-    total = math.fsum(found.traces)
+def _curvature(curvature: CurvatureDiagnosis) -> dict[str, Any]:
+    total = math.fsum(curvature.traces)
     return {
-        "eta": found.eta,
-        "eta_share": found.share,
-        "eta_trace": found.eta_trace,
-        "eta_trace_share": found.share_trace,
-        **_bound(found),
-        "curvature_shares": [trace / total if total > 0 else None for trace in found.traces],
+        "eta": curvature.eta,
+        "eta_share": curvature.share,
+        "eta_trace": curvature.eta_trace,
+        "eta_trace_share": curvature.share_trace,
+        **_bound(curvature),
+        "curvature_shares": [trace / total if total > 0 else None for trace in curvature.traces],
     }
 
 
-def _bound(found: CurvatureDiagnosis) -> dict[str, Any]:
-    return {"V_S": found.variance, "R_S": found.residual, "bound": found.bound, "loss": found.loss}
+def _bound(curvature: CurvatureDiagnosis) -> dict[str, Any]:
+    return {"V_S": curvature.variance, "R_S": curvature.residual, "bound": curvature.bound, "loss": curvature.loss}
 
 
 def _matrix(values: Tensor) -> list[list[float | None]]:
@@ -383,26 +386,26 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _draw(found: Diagnosis, folder: Path) -> tuple[str, ...]:
+def _draw(diagnosis: Diagnosis, folder: Path) -> tuple[str, ...]:
     """The pictures; none where matplotlib is missing."""
     from hf_epimer.analysis import plots as plots
 
     if not plots.available():
         return ()
-    last = found.totals[-1]
-    figures = {"cosines.png": plots.cosine_matrix(found.labels, cosines(found.gram).tolist())}
+    last = diagnosis.totals[-1]
+    figures = {"cosines.png": plots.cosine_matrix(diagnosis.labels, cosines(diagnosis.gram).tolist())}
     if math.isfinite(last.least_kept):
         figures["energy.png"] = plots.energy_by_rank(
-            found.labels,
-            [total.rank for total in found.totals],
-            [total.kept for total in found.totals],
-            [total.singular for total in found.totals],
+            diagnosis.labels,
+            [total.rank for total in diagnosis.totals],
+            [total.kept for total in diagnosis.totals],
+            [total.singular for total in diagnosis.totals],
         )
     if last.curvature and math.isfinite(last.isotropy[0]):
-        known = {layer.name: layer.at[last.rank].curvature for layer in found.layers if layer.at}
+        known = {layer.name: layer.at[last.rank].curvature for layer in diagnosis.layers if layer.at}
         figures["eta.png"] = plots.eta_by_layer(
-            {name: (own.eta, own.spread) for name, own in known.items() if own},
-            {name: (own.eta_trace, own.spread_trace) for name, own in known.items() if own},
+            {name: (curvature.eta, curvature.spread) for name, curvature in known.items() if curvature},
+            {name: (curvature.eta_trace, curvature.spread_trace) for name, curvature in known.items() if curvature},
             last.rank,
         )
     return tuple(plots.save(figures, folder))

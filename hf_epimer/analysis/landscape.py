@@ -174,10 +174,10 @@ def landscape(
                     losses[name][row].append(loss)
                 progress("measuring losses", 1, total)
         tuned = {model.task.name: model.label for model in plan.models if model.task}
-        found = Landscape(plane, tower.samples, first, second, losses, itself, tuned, local.target)
-        write_json(folder / REPORT, found.to_json())
-        pictures = _draw(found, folder)
-    return replace(found, pictures=pictures)
+        result = Landscape(plane, tower.samples, first, second, losses, itself, tuned, local.target)
+        write_json(folder / REPORT, result.to_json())
+        pictures = _draw(result, folder)
+    return replace(result, pictures=pictures)
 
 
 # --- the plane ------------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def fit_plane(gram: Tensor, labels: Sequence[str], marked: Sequence[str] = ()) -
         labels=tuple(labels),
         axes=basis[:, :tasks],
         positions={name: (float(a), float(b)) for name, (a, b) in zip(names, places)},
-        outside={name: math.sqrt(max(0.0, float(own))) for name, own in zip(names, squared)},
+        outside={name: math.sqrt(max(0.0, float(square))) for name, square in zip(names, squared)},
         explained=float(spread[:2].sum() / spread.sum()),
     )
 
@@ -337,14 +337,14 @@ class Tower:
         return self._losses()
 
     def _losses(self) -> dict[str, float]:
-        found = {}
+        losses = {}
         for name, batches in self.batches.items():
             sums = [
                 cross_entropy(self.classifiers[name](batch.inputs), batch.labels.to(self.device), reduction="sum")
                 for batch in batches
             ]
-            found[name] = float(torch.stack(sums).double().sum()) / self.samples[name]
-        return found
+            losses[name] = float(torch.stack(sums).double().sum()) / self.samples[name]
+        return losses
 
 
 # --- what goes in and out -------------------------------------------------------------------------------------------
@@ -364,13 +364,18 @@ def _check_names(models: Sequence[TensorSource]) -> None:
             raise UsageError(f"two models are called {name}: label them (other={name})")
 
 
-def _draw(found: Landscape, folder: Path) -> tuple[str, ...]:
+def _draw(landscape: Landscape, folder: Path) -> tuple[str, ...]:
     """The picture; none where matplotlib is missing."""
     from hf_epimer.analysis import plots as plots
 
     if not plots.available():
         return ()
     figure = plots.loss_contours(
-        found.losses, (found.first, found.second), found.plane.positions, found.plane.outside, found.models, found.tuned
+        landscape.losses,
+        (landscape.first, landscape.second),
+        landscape.plane.positions,
+        landscape.plane.outside,
+        landscape.models,
+        landscape.tuned,
     )
     return tuple(plots.save({PICTURE: figure}, folder))

@@ -251,10 +251,10 @@ def _largest(values: Mapping[str, tuple[float, float]]) -> str:
 def _sum(
     values: Mapping[str, tuple[float, float]], block: int | None = None, kind: str | None = None
 ) -> tuple[float, float]:
-    own = [
+    pairs = [
         value for name, value in values.items() if block in (None, _place(name)[0]) and kind in (None, _place(name)[1])
     ]
-    return math.fsum(eta for eta, _ in own), math.fsum(spread for _, spread in own)
+    return math.fsum(eta for eta, _ in pairs), math.fsum(spread for _, spread in pairs)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -275,23 +275,27 @@ def accuracy_heatmap(
             and the number then stands for the whole row or panel.
         ranks, alphas: ascending.
     """
-    rows = [len({rank for rank, _ in own}) for own in values.values()]
+    rows = [len({rank for rank, _ in accuracies}) for accuracies in values.values()]
     figure = new_figure(max(6.5, 3.4 + 0.75 * len(alphas)), 1.7 + 0.42 * sum(rows) + 0.42 * len(rows))
     panels = figure.subplots(len(values), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
-    everything = [value for own in values.values() for value in own.values()]
+    everything = [value for accuracies in values.values() for value in accuracies.values()]
     high = 100 * max(everything)
     low = max(min(100 * min(everything), high - 1), high - SCALE)
-    best = max(((value, name) for name, own in values.items() for value in own.values()), key=lambda pair: pair[0])[1]
+    best = max(
+        ((value, name) for name, accuracies in values.items() for value in accuracies.values()),
+        key=lambda pair: pair[0],
+    )[1]
     marked = max(values[best], key=lambda key: values[best][key])
-    for axes, (name, own) in zip(panels, values.items()):
-        heights: list[int | None] = [rank for rank in ranks if any(key[0] == rank for key in own)] or [None]
+    for axes, (name, accuracies) in zip(panels, values.items()):
+        heights: list[int | None] = [rank for rank in ranks if any(key[0] == rank for key in accuracies)] or [None]
         shown = [
-            [100 * own.get((rank, alpha), own.get((rank, None), math.nan)) for alpha in alphas] for rank in heights
+            [100 * accuracies.get((rank, alpha), accuracies.get((rank, None), math.nan)) for alpha in alphas]
+            for rank in heights
         ]
         image = axes.imshow(shown, cmap="cividis", vmin=low, vmax=high, aspect="auto")
         for y, rank in enumerate(heights):
-            spans = {(x, x): own[rank, alpha] for x, alpha in enumerate(alphas) if (rank, alpha) in own}
-            spans = spans or {(0, len(alphas) - 1): own[rank, None]}
+            spans = {(x, x): accuracies[rank, alpha] for x, alpha in enumerate(alphas) if (rank, alpha) in accuracies}
+            spans = spans or {(0, len(alphas) - 1): accuracies[rank, None]}
             for (first, last), value in spans.items():
                 colour = "w" if 100 * value < (low + high) / 2 else "k"
                 axes.text((first + last) / 2, y, f"{100 * value:.1f}", ha="center", va="center", color=colour)
@@ -322,13 +326,15 @@ def accuracy_by_alpha(lines: Mapping[str, tuple[int | None, Mapping[float | None
     panels = figure.subplots(1, 2, sharex=True)
     titles = ("average over tasks", "worst task")
     for number, (axes, title) in enumerate(zip(panels, titles)):
-        best, winner = max((max(pair[number] for pair in own.values()), name) for name, (_, own) in lines.items())
-        for index, (name, (rank, own)) in enumerate(lines.items()):
+        best, winner = max(
+            (max(pair[number] for pair in pairs_by_alpha.values()), name) for name, (_, pairs_by_alpha) in lines.items()
+        )
+        for index, (name, (rank, pairs_by_alpha)) in enumerate(lines.items()):
             lap = index // len(COLOURS)  # a colour that comes again has another marker and another dash
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[(index + lap) % len(MARKERS)]
             label = name if rank is None else f"{name}, rank {rank}"
-            alphas = [alpha for alpha in own if alpha is not None]
-            heights = [100 * pair[number] for pair in own.values()]
+            alphas = [alpha for alpha in pairs_by_alpha if alpha is not None]
+            heights = [100 * pair[number] for pair in pairs_by_alpha.values()]
             if not alphas:
                 axes.axhline(heights[0], color=colour, linestyle=":" if lap else "--", label=label)
                 continue
@@ -336,7 +342,7 @@ def accuracy_by_alpha(lines: Mapping[str, tuple[int | None, Mapping[float | None
             axes.plot(alphas, heights, color=colour, marker=marker, markersize=4, linestyle=style, label=label)
             top = max(range(len(heights)), key=lambda place: heights[place])
             axes.plot(alphas[top], heights[top], color=colour, marker=marker, markersize=9, markeredgecolor="k")
-        everything = [100 * pair[number] for _, own in lines.values() for pair in own.values()]
+        everything = [100 * pair[number] for _, pairs_by_alpha in lines.values() for pair in pairs_by_alpha.values()]
         axes.set_ylim(max(min(everything) - 1, 100 * best - SCALE), 100 * best + 2)  # merges that collapsed fall out
         axes.set_title(f"{title}: {winner} reaches {best:.1%}", fontsize="medium", loc="left")
         axes.set_xlabel("alpha, the scale of the merged task vector")
@@ -391,9 +397,9 @@ def loss_contours(
             )
             _name_beside(axes, name, place, list(positions.values()))
         if task:
-            own = tuned[task]
+            model = tuned[task]
             axes.set_title(
-                f"{task}: {models[own][task]:.2f} at its own model\n(star, {outside[own]:.1f} away from the plane)",
+                f"{task}: {models[model][task]:.2f} at its own model\n(star, {outside[model]:.1f} away from the plane)",
                 fontsize="medium",
             )
         else:
@@ -453,7 +459,9 @@ def _name_beside(axes: Axes, name: str, place: tuple[float, float], others: Sequ
 
 def _lowest(mean: Sequence[Sequence[float]], models: Mapping[str, Mapping[str, float]], tuned: set[str]) -> str:
     merges = {
-        name: math.fsum(own.values()) / len(own) for name, own in models.items() if name not in tuned and name != "base"
+        name: math.fsum(losses.values()) / len(losses)
+        for name, losses in models.items()
+        if name not in tuned and name != "base"
     }
     best = f"The lowest mean loss on the grid is {min(map(min, mean)):.2f}"
     listed = ", ".join(f"{name} {value:.2f}" for name, value in merges.items())

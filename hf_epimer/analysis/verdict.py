@@ -106,18 +106,18 @@ def _curvature_matters(last: RankTotals) -> str:
 def _steepest(labels: Sequence[str], curvature: CurvatureDiagnosis) -> list[str]:
     total = math.fsum(curvature.traces)
     steepest = max(range(len(labels)), key=lambda task: curvature.traces[task])
-    own = curvature.traces[steepest]
-    if own * (len(labels) - 1) <= STEEPEST * (total - own):
+    steep = curvature.traces[steepest]
+    if steep * (len(labels) - 1) <= STEEPEST * (total - steep):
         return []
     return [
-        f"{labels[steepest]} has {own / total:.0%} of all curvature, so the literal merge leans on it; "
+        f"{labels[steepest]} has {steep / total:.0%} of all curvature, so the literal merge leans on it; "
         "--normalize trace gives every task the same say."
     ]
 
 
 def _outside(totals: Sequence[RankTotals]) -> list[str]:
     known = {total.rank: total.curvature for total in totals if total.curvature}
-    outside = {rank: own.residual for rank, own in known.items()}
+    outside = {rank: at_rank.residual for rank, at_rank in known.items()}
     last = totals[-1].rank
     inside = known[last].variance - totals[-1].beside
     if outside[last] <= inside:

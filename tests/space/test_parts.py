@@ -17,14 +17,14 @@ from hf_epimer.demo.captions import FAMILIES
 from hf_epimer.demo.zoo import ZooSize, make_zoo
 
 pytest.importorskip("gradio")
-import choosing
 import jobs
 import options
+import selection
 import sweep_tab
 import workspace
 from settings import Settings
 
-SPACE = Path(choosing.__file__).parent
+SPACE = Path(selection.__file__).parent
 
 
 @pytest.mark.slow
@@ -158,11 +158,11 @@ def test_a_page_uses_public_names_only() -> None:
 def test_the_zoo_is_made_where_it_is_missing_and_is_seen_to_be_made(tmp_path: Path) -> None:
     from zoo_maker import ZooMaker
 
-    maker = ZooMaker(choosing.Zoo(tmp_path / "zoo"))
+    maker = ZooMaker(selection.Zoo(tmp_path / "zoo"))
     maker.event = jobs.Progress(0.42, "fine-tuning on signs")
     assert "42%" in maker.banner() and "Fine-tuning on signs" in maker.banner()
     with pytest.raises(EpimerError, match="still being made"):
-        choosing.wish_of(Settings(False, None, None, None), maker.zoo, choosing.ZOO, list(ZOO_TASKS), "", "")
+        selection.selection_of(Settings(False, None, None, None), maker.zoo, selection.ZOO, list(ZOO_TASKS), "", "")
     make_zoo(maker.zoo.folder, size=ZooSize(60, 2, 16, 24, 12, 2, 8, 2))
     assert maker.banner() == ""
 

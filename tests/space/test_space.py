@@ -21,8 +21,8 @@ from helpers.space_app import AS_ON_A_SPACE, SpaceApp, signed_in
 from hf_epimer import ZOO_TASKS, predict
 
 pytest.importorskip("gradio")
-import choosing
 import jobs
+import selection
 import work
 from gradio_client import Client, handle_file
 
@@ -101,7 +101,7 @@ def test_the_page_shows_the_accuracies_that_the_package_measures(client: Client,
 
 def test_a_picture_is_seen_by_base_models_and_merge(client: Client, space_home: Path, tmp_path: Path) -> None:
     zoo = space_home / "hf-epimer" / "demo-zoo-1"
-    (tmp_path / "digit.png").write_bytes(choosing.Zoo(zoo).pictures("digits")[0][0])
+    (tmp_path / "digit.png").write_bytes(selection.Zoo(zoo).pictures("digits")[0][0])
     ask = {"image": handle_file(tmp_path / "digit.png"), "api_name": "/classify"}
     html, found = client.predict(task="digits", **ask)
     shown = {row["name"]: row["classes"] for row in found["rows"]}

@@ -137,18 +137,21 @@ def merge_candidates(
     """
     needs = next((candidate.statistic for candidate in candidates.values() if candidate.statistic), None)
     ranks = sorted({candidate.rank for candidate in candidates.values() if candidate.rank is not None})
-    surveys = {number: _survey(ingredients, own, seed, exact, device, on_layer) for number, own in candidates.items()}
+    surveys = {
+        number: _survey(ingredients, candidate, seed, exact, device, on_layer)
+        for number, candidate in candidates.items()
+    }
 
     def work(layer: Layer) -> None:
         bases = shared_bases(layer, ranks)
         known: dict[tuple[str, int | None], Tensor] = {}
-        for number, own in candidates.items():
-            basis = bases.get(own.rank) if own.rank is not None else None
-            key = own.method.name, basis.rank if basis else None
+        for number, candidate in candidates.items():
+            basis = bases.get(candidate.rank) if candidate.rank is not None else None
+            key = candidate.method.name, basis.rank if basis else None
             if key not in known:
                 at_rank = replace(layer, basis=basis) if basis else layer
-                known[key] = own.method.merge(at_rank, own.config, surveys[number]).task_vector
-                check_merged(known[key], layer.name, own.method.name)
+                known[key] = candidate.method.merge(at_rank, candidate.config, surveys[number]).task_vector
+                check_merged(known[key], layer.name, candidate.method.name)
             stored.write(number, layer.name, known[key])
 
     for _ in stream_layers(ingredients, work, needs, seed=seed, exact=exact, device=device):
@@ -169,7 +172,7 @@ def shared_bases(layer: Layer, ranks: Sequence[int]) -> dict[int, TaggedBasis]:
         return {}
     triples = task_triples(layer.task_vectors, deepest, exact=layer.exact, seed=layer.seed)
     distinct = {rank: whitened_basis(triples, rank, exact=layer.exact) for rank in set(capped.values())}
-    return {rank: basis for rank, own in capped.items() if (basis := distinct[own]) is not None}
+    return {rank: basis for rank, capped_at in capped.items() if (basis := distinct[capped_at]) is not None}
 
 
 def largest_rank(shapes: Mapping[str, Shape], tasks: int) -> int:

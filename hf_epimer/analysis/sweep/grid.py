@@ -118,12 +118,12 @@ class Grid:
         return [Setting(candidate.method.name, candidate.rank, alpha) for alpha in alphas]
 
     def _config(self, method: Method, rank: int | None) -> Any:
-        own = {name: value for name, value in self.options.items() if name in method.options}
+        options = {name: value for name, value in self.options.items() if name in method.options}
         if rank is not None:
-            own["rank"] = rank
+            options["rank"] = rank
         if "alpha" in method.options:
-            own["alpha"] = 1.0
-        return method.config(**own)
+            options["alpha"] = 1.0
+        return method.config(**options)
 
 
 def config_of(candidate: Candidate, setting: Setting) -> Any:

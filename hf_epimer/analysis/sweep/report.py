@@ -33,12 +33,12 @@ class Row:
     @property
     def average(self) -> float:
         """Mean accuracy over the tasks."""
-        return fmean(own.accuracy for own in self.tasks.values())
+        return fmean(result.accuracy for result in self.tasks.values())
 
     @property
     def error(self) -> float:
         """One standard error of the average: sqrt(sum p (1 - p) / n) / T."""
-        variances = [own.accuracy * (1 - own.accuracy) / own.samples for own in self.tasks.values()]
+        variances = [result.accuracy * (1 - result.accuracy) / result.samples for result in self.tasks.values()]
         return math.sqrt(math.fsum(variances)) / len(variances)
 
     @property
@@ -55,7 +55,7 @@ class Row:
         """As in results.json, with the setting."""
         return {
             **asdict(self.setting),
-            "tasks": {name: {"accuracy": own.accuracy, **vars(own)} for name, own in self.tasks.items()},
+            "tasks": {name: {"accuracy": result.accuracy, **vars(result)} for name, result in self.tasks.items()},
             "average": self.average,
             "standard_error": self.error,
             "worst": {"task": self.worst_task, "accuracy": self.worst},
@@ -102,7 +102,7 @@ class SweepReport:
 
     def winner(self, criterion: str) -> Row:
         """The best setting of all methods by `average` or by `worst` task."""
-        return best_row([own[criterion] for own in self.best.values()], criterion)
+        return best_row([chosen[criterion] for chosen in self.best.values()], criterion)
 
     def choices(self, method: str) -> dict[Row, str]:
         """The chosen rows of a method, and by what: one row where both criteria agree."""
@@ -146,9 +146,9 @@ class SweepReport:
             "best_of_method": {
                 name: {
                     criterion: {**row.to_json(), "at_edge": self.at_edge(row), "command": self.commands[row.setting]}
-                    for criterion, row in own.items()
+                    for criterion, row in chosen.items()
                 }
-                for name, own in self.best.items()
+                for name, chosen in self.best.items()
             },
             "test": [row.to_json() for row in self.test] or None,
             "results": [row.to_json() for row in self.rows],
@@ -201,8 +201,8 @@ def _csv(report: SweepReport) -> list[list[Any]]:
     for split, rows in (("validation", report.rows), ("test", report.test)):
         for row in rows:
             start = [split, *("" if value is None else value for value in vars(row.setting).values())]
-            for name, own in row.tasks.items():
-                lines.append([*start, "task", name, own.accuracy, own.correct, own.samples])
+            for name, result in row.tasks.items():
+                lines.append([*start, "task", name, result.accuracy, result.correct, result.samples])
             lines.append([*start, "average", "", row.average, "", ""])
             lines.append([*start, "worst", row.worst_task, row.worst, "", ""])
     return lines
@@ -252,8 +252,8 @@ def _best_table(report: SweepReport) -> list[str]:
 
 def _table(rows: Sequence[Row], names: Sequence[str], bold: bool = False) -> list[str]:
     """One line per setting; the largest number of every column in bold."""
-    columns = [*([own.tasks[name].accuracy for own in rows] for name in names)]
-    columns += [[own.average for own in rows], [own.worst for own in rows]]
+    columns = [*([row.tasks[name].accuracy for row in rows] for name in names)]
+    columns += [[row.average for row in rows], [row.worst for row in rows]]
     lines = [f"| method | rank | alpha | {' | '.join(names)} | average | worst |"]
     lines.append("|---|---:|---:|" + "---:|" * len(columns))
     for number, row in enumerate(rows):

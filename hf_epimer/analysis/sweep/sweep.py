@@ -78,17 +78,17 @@ def sweep(
     started = time.monotonic()
     local = replace(recipe.looked_into(out), evaluate=True)
     plans, candidates = _plans(local, grid)
-    settings = {setting: number for number, own in enumerate(candidates) for setting in grid.settings(own)}
+    settings = {setting: number for number, candidate in enumerate(candidates) for setting in grid.settings(candidate)}
     plan = plans[0][0]
     for task in plan.tasks:
         check_head(plan.base, task)
     chosen = {task.name: validation_samples(task, recipe.seed, limit) for task in plan.tasks}
     data = {name: samples for name, (samples, _) in chosen.items()}
     unseen = {task.name: read_samples(task, task.test_split) for task in plan.tasks} if test else {}
-    for own, _ in plans:
-        fetch(own, progress, PROCESSOR_FILES)
-        _check_disjoint(own, chosen)
-    ingredients = [open_inputs(own, progress) for own, _ in plans]
+    for each, _ in plans:
+        fetch(each, progress, PROCESSOR_FILES)
+        _check_disjoint(each, chosen)
+    ingredients = [open_inputs(each, progress) for each, _ in plans]
     seconds = {"preparing": time.monotonic() - started}
     with atomic_folder(local.target, REPORT, recipe.overwrite) as folder:
         with task_vector_file(folder / "task-vectors.tmp", plan.shapes, len(candidates)) as stored:
@@ -98,7 +98,7 @@ def sweep(
             bench = _Bench(plan, stored, settings, dtype, progress)
             rows = bench.measure(list(settings), data, "validating")
             best = best_rows(rows)
-            wanted = dict.fromkeys(row.setting for own in best.values() for row in own.values())
+            wanted = dict.fromkeys(row.setting for by_criterion in best.values() for row in by_criterion.values())
             tested = bench.measure(list(wanted), unseen, "testing") if test else []
             seconds["evaluating"] = time.monotonic() - started - sum(seconds.values())
         report = SweepReport(
@@ -106,10 +106,10 @@ def sweep(
             models=tuple(map(str, plan.recipe.models)),
             weights=plan.weights,
             statistics=tuple(
-                _origin(entry) for own, _ in plans for model in own.models for entry in model.curvature.values()
+                _origin(entry) for each, _ in plans for model in each.models for entry in model.curvature.values()
             ),
             methods={name: _options(candidates, name) for name in grid.methods},
-            ranks=tuple(dict.fromkeys(own.rank for own in candidates if own.rank is not None)),
+            ranks=tuple(dict.fromkeys(candidate.rank for candidate in candidates if candidate.rank is not None)),
             alphas=tuple(grid.alphas),
             seed=recipe.seed,
             splits={name: (samples.task.train_split, before) for name, (samples, before) in chosen.items()},
@@ -130,19 +130,24 @@ def sweep(
 def _plans(recipe: MergeRecipe, grid: Grid) -> tuple[list[tuple[Plan, list[int]]], list[Candidate]]:
     """One plan per pass over the files, with the numbers of the candidates it serves; references resolved once."""
     sample = grid.candidates(1)
-    lead = next((own for own in sample if own.statistic), sample[0])
+    lead = next((candidate for candidate in sample if candidate.statistic), sample[0])
     plan = make_plan(replace(recipe, method=lead.method.name, options=lead.config))
     candidates = grid.candidates(largest_rank(plan.shapes, len(plan.models)))
     groups = group_candidates(candidates)
-    leads = [next((candidates[n] for n in own if candidates[n].statistic), candidates[own[0]]) for own in groups]
-    files = {own.statistic.file: own.method.name for own in leads if own.statistic}
+    leads = [
+        next((candidates[n] for n in numbers if candidates[n].statistic), candidates[numbers[0]]) for numbers in groups
+    ]
+    files = {candidate.statistic.file: candidate.method.name for candidate in leads if candidate.statistic}
     if recipe.fisher and len(files) > 1:
         raise UsageError(
             f"--fisher: {' and '.join(files.values())} need files of different kinds: sweep them one after the other"
         )
     return [
-        (with_method(plan, own.method, own.config) if own.statistic else plan.without_curvature(), members)
-        for own, members in zip(leads, groups, strict=True)
+        (
+            with_method(plan, candidate.method, candidate.config) if candidate.statistic else plan.without_curvature(),
+            members,
+        )
+        for candidate, members in zip(leads, groups, strict=True)
     ], candidates
 
 
@@ -209,17 +214,17 @@ class _Bench:
         """Every setting on every task."""
         total = len(settings) * sum(map(len, data.values()))
         self.progress(stage, 0, total)
-        found: dict[str, list[TaskResult]] = {}
+        results: dict[str, list[TaskResult]] = {}
         for task in self.tasks:
             model = classifier_for(self.tower, self.home, task, data[task.name].class_names).to(self.device)
             parameters = model.tower_parameters()
             self.base = self.base or {name: value.detach().clone() for name, value in parameters.items()}
             loaders = [partial(self._load, parameters, setting) for setting in settings]
-            found[task.name] = measure(
+            results[task.name] = measure(
                 model, data[task.name], loaders, on_images=lambda count: self.progress(stage, count, total)
             )
         return [
-            Row(setting, {task: accuracies[number] for task, accuracies in found.items()})
+            Row(setting, {task: accuracies[number] for task, accuracies in results.items()})
             for number, setting in enumerate(settings)
         ]
 
@@ -244,7 +249,7 @@ def _origin(statistics: CurvatureFile | CurvatureRequest) -> str:
 
 def _options(candidates: Sequence[Candidate], name: str) -> dict[str, object]:
     """A method's options as they were, but for what the grid varies."""
-    config = next(own.config for own in candidates if own.method.name == name)
+    config = next(candidate.config for candidate in candidates if candidate.method.name == name)
     return {key: value for key, value in vars(config).items() if key not in ("rank", "alpha")}
 
 
@@ -253,10 +258,10 @@ def _commands(
 ) -> dict[Setting, str]:
     """The merge of every chosen setting, as words for the shell."""
     plan_of = {number: plan for plan, members in plans for number in members}
-    found = {}
+    commands = {}
     for setting, number in chosen.items():
-        own = candidates[number]
-        plan = plan_of[number] if own.statistic else plan_of[number].without_curvature()
-        recipe = replace(plan.recipe, method=own.method.name, options=config_of(own, setting))
-        found[setting] = (recipe if plan.statistic else replace(recipe, fisher=())).command_line()
-    return found
+        candidate = candidates[number]
+        plan = plan_of[number] if candidate.statistic else plan_of[number].without_curvature()
+        recipe = replace(plan.recipe, method=candidate.method.name, options=config_of(candidate, setting))
+        commands[setting] = (recipe if plan.statistic else replace(recipe, fisher=())).command_line()
+    return commands

@@ -134,7 +134,7 @@ def _chunks(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     kept: list[Batch] = []
     for batch in batches:
         kept.append(batch)
-        if sum(own.inputs.nbytes for own in kept) + batch.inputs.nbytes > MEMORY_FOR_PIXELS:
+        if sum(other.inputs.nbytes for other in kept) + batch.inputs.nbytes > MEMORY_FOR_PIXELS:
             yield kept
             kept = []
     if kept:

@@ -26,7 +26,7 @@ EXAMPLES = 6
 
 
 @dataclass(frozen=True)
-class Wish:
+class Selection:
     """What a visitor chose to merge.
 
     Attributes:
@@ -70,10 +70,10 @@ class Zoo:
         content: dict[str, Any] = json.loads((self.folder / "zoo.json").read_text(encoding="utf-8"))["tasks"]
         return content
 
-    def wish(self, names: list[str]) -> Wish:
+    def selection(self, names: list[str]) -> Selection:
         """Some of its models."""
         chosen = [name for name in ZOO_TASKS if name in names]
-        return Wish(
+        return Selection(
             models=tuple(ModelRef(str(self.folder / name), label=name) for name in chosen),
             base=ModelRef(str(self.folder / "base")),
             tasks=tuple(str(self.task_file(name)) for name in chosen),
@@ -96,10 +96,10 @@ class Zoo:
 @cache
 def _pictures(folder: Path, classes: tuple[str, ...]) -> list[tuple[bytes, str]]:
     (file,) = folder.glob("test-*.parquet")
-    found: dict[str, bytes] = {}
+    pictures: dict[str, bytes] = {}
     for row in pyarrow.parquet.read_table(file).slice(0, 100).to_pylist():
-        found.setdefault(classes[row["label"]], row["image"]["bytes"])
-    return [(picture, label) for label, picture in list(found.items())[:EXAMPLES]]
+        pictures.setdefault(classes[row["label"]], row["image"]["bytes"])
+    return [(picture, label) for label, picture in list(pictures.items())[:EXAMPLES]]
 
 
 def as_data_url(picture: bytes) -> str:
@@ -107,7 +107,7 @@ def as_data_url(picture: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
-def wish_of(settings: Settings, zoo: Zoo, source: str, names: list[str], typed: str, base: str) -> Wish:
+def selection_of(settings: Settings, zoo: Zoo, source: str, names: list[str], typed: str, base: str) -> Selection:
     """What is to be merged, as far as it can be checked without the Hub.
 
     Args:
@@ -122,10 +122,10 @@ def wish_of(settings: Settings, zoo: Zoo, source: str, names: list[str], typed: 
     if source == ZOO:
         if not zoo.is_ready:
             raise EpimerError("the demo zoo is still being made: wait a moment, or choose checkpoints from the Hub")
-        wish = zoo.wish(names or [])
-        if len(wish.models) < 2:
+        selection = zoo.selection(names or [])
+        if len(selection.models) < 2:
             raise EpimerError("choose at least two models of the zoo")
-        return wish
+        return selection
     lines = [line.strip() for line in typed.replace(",", "\n").splitlines() if line.strip()]
     if len(lines) < 2:
         raise EpimerError("name at least two checkpoints, one per line, such as openai-org/vit-b32-dtd")
@@ -134,4 +134,4 @@ def wish_of(settings: Settings, zoo: Zoo, source: str, names: list[str], typed: 
     local = not settings.on_space
     models = tuple(ModelRef.parse(line, local=local) for line in lines)
     home = ModelRef.parse(base.strip(), local=local) if base.strip() else None
-    return Wish(models, home, largest=settings.bytes)
+    return Selection(models, home, largest=settings.bytes)

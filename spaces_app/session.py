@@ -11,13 +11,13 @@ from typing import Any
 
 import gradio as gr
 import jobs
-from choosing import Wish, Zoo, wish_of
+from selection import Selection, Zoo, selection_of
 from settings import Settings
 from workspace import Workspace, make_room
 
 
 @dataclass
-class Desk:
+class Session:
     """What the tabs share."""
 
     settings: Settings
@@ -26,9 +26,9 @@ class Desk:
     tickets: dict[tuple[str, str], jobs.Ticket] = field(default_factory=dict)
     running: set[tuple[str, str]] = field(default_factory=set)
 
-    def wish(self, *chosen: Any) -> Wish:
-        """What the inputs of the chooser say; see `wish_of`."""
-        return wish_of(self.settings, self.zoo, *chosen)
+    def selection(self, *chosen: Any) -> Selection:
+        """What the inputs of the chooser say; see `selection_of`."""
+        return selection_of(self.settings, self.zoo, *chosen)
 
     def take_ticket(self, request: gr.Request, what: str) -> str:
         """A visitor has pressed the button; how long it may take until something happens."""

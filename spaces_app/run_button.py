@@ -9,7 +9,7 @@ from typing import Any
 import charts
 import gradio as gr
 import jobs
-from desk import Desk
+from session import Session
 
 from hf_epimer import EpimerError
 
@@ -26,7 +26,7 @@ _TO_RESULT = """() => {
 
 
 @dataclass(frozen=True)
-class Starter:
+class RunButton:
     """The two buttons and the place of the bar; `what` is the name of the work."""
 
     what: str
@@ -35,18 +35,18 @@ class Starter:
     status: gr.HTML
 
 
-def build_starter(what: str, label: str) -> Starter:
+def build_run_button(what: str, label: str) -> RunButton:
     """The buttons, side by side; Cancel appears when there is something to cancel."""
     with gr.Row(elem_classes="ep-start"):
         go = gr.Button(label, variant="primary", size="lg", elem_id=f"{what}-go", min_width=140)
         stop = gr.Button("Cancel", variant="stop", size="lg", visible=False, elem_id=f"{what}-stop", min_width=140)
     status = gr.HTML("", elem_id=f"{what}-status", elem_classes="ep-status")
-    return Starter(what, go, stop, status)
+    return RunButton(what, go, stop, status)
 
 
 def wire(
-    desk: Desk,
-    starter: Starter,
+    session: Session,
+    button: RunButton,
     run: Callable[..., Iterator[tuple[Any, ...]]],
     inputs: Sequence[Any],
     outputs: Sequence[Any],
@@ -60,36 +60,36 @@ def wire(
         named: inputs that `run` gets by name.
     """
     quietly: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-    status, buttons = outputs[0], [starter.go, starter.stop]
+    status, buttons = outputs[0], [button.go, button.stop]
 
     def start(request: gr.Request) -> tuple[Any, ...]:
-        text = desk.take_ticket(request, starter.what)
+        text = session.take_ticket(request, button.what)
         return charts.progress_bar(0, text), gr.update(visible=False), gr.update(visible=True)
 
     def cancel(request: gr.Request) -> str:
         """End this session's work, queued or running."""
-        desk.cancel(request, starter.what)
+        session.cancel(request, button.what)
         return charts.progress_bar(0, "Cancelling")
 
     def reset() -> tuple[Any, ...]:
         return gr.update(visible=True), gr.update(visible=False)
 
-    started = starter.go.click(start, None, [status, *buttons], api_visibility="private", **quietly)
+    started = button.go.click(start, None, [status, *buttons], api_visibility="private", **quietly)
     started.then(
         run,
         [*inputs],
         [*outputs],
         inputs_kwargs=dict(named or {}),
-        api_name=starter.what,
+        api_name=button.what,
         concurrency_id=HEAVY,
         concurrency_limit=1,
         show_progress="hidden",
-    ).then(reset, None, buttons, api_visibility="private", js=_TO_RESULT % {"what": starter.what}, **quietly)
-    starter.stop.click(cancel, None, status, api_name=f"cancel_{starter.what}", **quietly)
+    ).then(reset, None, buttons, api_visibility="private", js=_TO_RESULT % {"what": button.what}, **quietly)
+    button.stop.click(cancel, None, status, api_name=f"cancel_{button.what}", **quietly)
 
 
 def steps(
-    desk: Desk,
+    session: Session,
     request: gr.Request,
     what: str,
     places: int,
@@ -104,7 +104,7 @@ def steps(
         places: outputs beside the bar.
         function: in work.py.
         arguments: what it gets; an EpimerError in working them out is shown as if the job had failed.
-        keep: as in `Desk.work`.
+        keep: as in `Session.work`.
 
     Yields:
         (values, None) while it runs or when it has failed, with {"error": ...} in the last place; (None, result) at
@@ -115,7 +115,7 @@ def steps(
     except EpimerError as error:
         yield failed(jobs.as_sentence(error), places), None
         return
-    for event in desk.work(request, what, function, *chosen, keep=keep):
+    for event in session.work(request, what, function, *chosen, keep=keep):
         if isinstance(event, jobs.Progress):
             yield (charts.progress_bar(event.share, event.text), *(gr.skip(),) * places), None
         elif isinstance(event, jobs.Failed):
