@@ -42,6 +42,13 @@ def exists(path: Path) -> bool:
         return False
 
 
+def leads_elsewhere(file: Path) -> bool:
+    """Whether a file is a link out of its folder. Those of the Hub's cache lead to its own `blobs`, and are not."""
+    folder = Path(os.path.realpath(file.parent))
+    places = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    return not any(Path(os.path.realpath(file)).is_relative_to(place) for place in places)
+
+
 def open_file(file: Path) -> BinaryIO:
     """A file to read bytes from.
 

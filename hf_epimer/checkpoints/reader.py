@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_epimer.errors import CheckpointError
-from hf_epimer.outside import Unreadable, open_file, parse_json, read_text
+from hf_epimer.outside import LARGEST, Unreadable, open_file, parse_json, read_text
 from hf_epimer.types import Shape
 
 WEIGHTS = "model.safetensors"
@@ -264,14 +264,14 @@ def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], st
     raise CheckpointError(f"{label}: no {WEIGHTS} (or {WEIGHTS_INDEX}) among its files")
 
 
-def read_json(file: Path, label: str) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_json(file: Path, label: str, largest: int = LARGEST) -> dict[str, Any]:
+    """A JSON object from a file of at most `largest` bytes.
 
     Raises:
         CheckpointError: the file is missing or holds something else.
     """
     try:
-        content = parse_json(read_text(file))
+        content = parse_json(read_text(file, largest))
     except FileNotFoundError as error:
         raise CheckpointError(f"{label}: {file.name} is missing") from error
     except OSError as error:

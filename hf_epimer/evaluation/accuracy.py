@@ -25,7 +25,7 @@ from hf_epimer.evaluation.results import Results, Split, TaskResult
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.models.base import base_of
 from hf_epimer.models.classifier import Classifier
-from hf_epimer.models.head import classifier_for
+from hf_epimer.models.head import check_head, classifier_for
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.tasks.dataset import is_large
@@ -129,6 +129,8 @@ def evaluate(
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
     source = resolve_model(ModelRef.parse(model) if isinstance(model, str) else model)
     home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
+    for task in chosen:
+        check_head(home, task)
     with Accelerator().main_process_first():  # one process fetches, the others find everything in place
         tower = load_tower(source.folder(), home)
     return _evaluate(tower, source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)

@@ -58,6 +58,8 @@ class ZeroShot:
         model_class: the class of transformers that holds both towers.
         vision: its attribute that holds the vision tower.
         files: names of those that a tokenizer is stored in.
+        tokenizers: which of them are enough, each set by itself.
+        tokenizer_classes: that give the tokens it was trained on.
         projection: name of the parameter [d, w] that takes a vision tower's features to the space of texts.
         logit_scale: name of the parameter [], the logarithm of what cosines are multiplied by.
         embed: (full model, tokens) -> projected text features [n, d], not normalised.
@@ -67,6 +69,8 @@ class ZeroShot:
     model_class: str
     vision: str
     files: frozenset[str]
+    tokenizers: tuple[frozenset[str], ...]
+    tokenizer_classes: tuple[str, ...]
     projection: str
     logit_scale: str
     embed: Callable[[nn.Module, Any], Tensor]
@@ -185,8 +189,11 @@ class Architecture:
         section = self.section(config, where)
         chosen = {field: section.get(field, default) for field, default in self.fields.items()}
         for field, default in self.fields.items():
-            if isinstance(default, int) and not isinstance(default, bool):
-                _check_count(field, chosen[field], MOST_BLOCKS if field == self.depth else LARGEST_COUNT, where)
+            most = MOST_BLOCKS if field == self.depth else LARGEST_COUNT
+            if not _is_like(default, chosen[field], most):
+                shown = repr(chosen[field]) if len(repr(chosen[field])) < 40 else "something"
+                wanted = f"a positive number of at most {most}" if _is_count(default) else f"like {default!r}"
+                raise CheckpointError(f"{where}: {field} in config.json is {shown}, not {wanted}")
         return chosen
 
     def section(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -214,10 +221,19 @@ class Architecture:
         return {self.prefix + name: shape for name, shape in self.parameters(vision_config).items()}
 
 
-def _check_count(field: str, value: Any, most: int, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        shown = repr(value) if len(repr(value)) < 40 else "something"
-        raise CheckpointError(f"{where}: {field} in config.json is {shown}, not a positive number of at most {most}")
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_like(default: Any, value: Any, most: int) -> bool:
+    """Whether a value can stand where this default does: a count, another number, a short word, yes or no."""
+    if _is_count(default):
+        return _is_count(value) and 1 <= value <= most
+    if isinstance(default, float):
+        return isinstance(value, float) or _is_count(value)
+    if isinstance(default, str):
+        return isinstance(value, str) and len(value) < 100
+    return default is None or isinstance(value, type(default))
 
 
 def _replaced(name: str, part: str, by: str) -> str:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from hf_epimer.errors import TaskError
+from hf_epimer.errors import NumericalError, TaskError
+from hf_epimer.merging.finite import is_finite
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.loading import preprocess
 from hf_epimer.models.weights import parameter_names, parameters_of
@@ -94,9 +95,15 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def top1(self, pixels: Tensor) -> Tensor:
-        """The number of the most probable class of every picture, [n] on the CPU."""
-        guesses: Tensor = self(pixels).argmax(-1)
-        return guesses.cpu()
+        """The number of the most probable class of every picture, [n] on the CPU.
+
+        Raises:
+            NumericalError: a logit is NaN or Inf, and no class is.
+        """
+        logits: Tensor = self(pixels)
+        if not is_finite(logits):
+            raise NumericalError("NaN or Inf in the logits of some pictures; are the image processor's settings right?")
+        return logits.argmax(-1).cpu()
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """Pictures of any mode and size as the tower's input, on the tower's device and in its precision."""

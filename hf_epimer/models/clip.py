@@ -116,6 +116,8 @@ CLIP = Architecture(
         files=frozenset(
             {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
         ),
+        tokenizers=(frozenset({"tokenizer.json"}), frozenset({"vocab.json", "merges.txt"})),
+        tokenizer_classes=("CLIPTokenizer", "CLIPTokenizerFast"),
         projection="visual_projection.weight",
         logit_scale="logit_scale",
         embed=_embed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from torch.nn.functional import normalize
 
 from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.checkpoints.cache import cached_path, keep
-from hf_epimer.errors import StatisticsError, TaskError
+from hf_epimer.checkpoints.reader import check_whole, read_json
+from hf_epimer.errors import CheckpointError, StatisticsError, TaskError
+from hf_epimer.hub.words import one_line
+from hf_epimer.merging.finite import check_weights, is_finite
 from hf_epimer.models.architecture import ZeroShot
 from hf_epimer.models.classifier import Classifier, Head, LinearHead, ZeroShotHead
 from hf_epimer.models.loading import load_full, load_processor
@@ -54,19 +57,25 @@ def load_head(base: ModelSource, task: Task, class_names: Sequence[str]) -> Head
     given = _read_head(task, class_names) if task.head else None
     if base.architecture.zero_shot is None:
         assert given is not None
-        return LinearHead(*_of_width(given, base, task))
-    parts = base_parts(base, task, class_names)
-    return ZeroShotHead(parts["projection"], given[0] if given else parts["head"], parts["logit_scale"])
+        head: Head = LinearHead(*_of_width(given, base, task))
+    else:
+        parts = base_parts(base, task, class_names)
+        head = ZeroShotHead(parts["projection"], given[0] if given else parts["head"], parts["logit_scale"])
+    if given and (same := _equal_rows(torch.cat([given[0], given[1][:, None]], dim=1))):
+        one, other = (class_names[row] for row in same)
+        raise TaskError(f"{task.head}: the rows of {one!r} and {other!r} are the same")
+    return head
 
 
 def check_head(base: ModelSource, task: Task) -> None:
     """Refuse what cannot work before anything is downloaded.
 
     Raises:
-        StatisticsError: there is nothing to classify with: a text tower, its projection, or the task's own head.
+        StatisticsError: there is nothing to classify with: a text tower, its projection and tokenizer, or the task's
+            own head.
     """
-    if not can_classify(base, task):
-        zero_shot = base.architecture.zero_shot
+    zero_shot = base.architecture.zero_shot
+    if not base.has_text_tower and (task.head is None or zero_shot is not None):
         remedy = (
             f"name a full model ({zero_shot.model_class}) with --base"
             if zero_shot
@@ -75,11 +84,19 @@ def check_head(base: ModelSource, task: Task) -> None:
         raise StatisticsError(
             f"{base}: it has no text tower and no projection to classify {task.name!r} with: {remedy}"
         )
+    if not can_classify(base, task):
+        raise StatisticsError(
+            f"{base}: it has no tokenizer to read the classes of {task.name!r} with: save the files of the one that it "
+            "was trained with beside it (CLIPProcessor.from_pretrained(...).save_pretrained(folder)), or name another "
+            "base"
+        )
 
 
 def can_classify(base: ModelSource, task: Task) -> bool:
     """Whether images of a task can be classified behind this base: it makes heads, or takes the task's own."""
-    return base.has_text_tower or (task.head is not None and base.architecture.zero_shot is None)
+    if task.head is None:
+        return base.has_text_tower and base.has_tokenizer
+    return base.has_text_tower or base.architecture.zero_shot is None
 
 
 # --- from texts -----------------------------------------------------------------------------------------------------
@@ -93,9 +110,11 @@ def base_parts(base: ModelSource, task: Task, class_names: Sequence[str]) -> dic
     """
     path = _cached(base, task, class_names)
     try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        pass  # not there yet, or damaged: it is made again
+        parts = load_file(path)
+        _check_parts(parts, base, task, class_names)
+        return parts
+    except (OSError, SafetensorError, CheckpointError):
+        pass  # not there yet, damaged, or kept by a release that did not look: it is made again
     folder = base.folder_with_tokenizer()
     model, zero_shot = load_full(folder)
     parts = {
@@ -103,9 +122,12 @@ def base_parts(base: ModelSource, task: Task, class_names: Sequence[str]) -> dic
         "logit_scale": model.get_parameter(zero_shot.logit_scale).detach(),
     }
     if not task.head:
-        from transformers import AutoTokenizer
-
-        parts["head"] = text_head(model, zero_shot, AutoTokenizer.from_pretrained(folder), class_names, task.templates)
+        tokenizer = _load_tokenizer(base, folder, zero_shot)
+        try:
+            parts["head"] = text_head(model, zero_shot, tokenizer, class_names, task.templates)
+        except IndexError as error:
+            raise CheckpointError(f"{base}: its tokenizer gives tokens that its text tower does not have") from error
+    _check_parts(parts, base, task, class_names)
 
     def write(path: Path) -> None:
         with atomic_file(path) as unfinished:
@@ -113,6 +135,52 @@ def base_parts(base: ModelSource, task: Task, class_names: Sequence[str]) -> dic
 
     keep(path, write)
     return parts
+
+
+def _check_parts(parts: Mapping[str, Tensor], base: ModelSource, task: Task, class_names: Sequence[str]) -> None:
+    """Refuse what no class could be told apart with.
+
+    Raises:
+        CheckpointError: something is missing, NaN or Inf, or two classes have the same row.
+    """
+    for name in ("projection", "logit_scale", *([] if task.head else ["head"])):
+        if name not in parts:
+            raise CheckpointError(f"{base}: no {name}")
+        check_weights(parts[name], str(base), name)
+    if not task.head and (same := _equal_rows(parts["head"])):
+        one, other = (class_names[row] for row in same)
+        raise CheckpointError(
+            f"{base}: its tokenizer and text tower make no difference between {one!r} and {other!r} of task "
+            f"{task.name!r}: the tokenizer is another model's, or both names are read alike (case does not count)"
+        )
+
+
+def _equal_rows(head: Tensor) -> tuple[int, int] | None:
+    """Two rows of a head that are the same; None if all are different."""
+    _, group = torch.unique(head, dim=0, return_inverse=True)
+    first: dict[int, int] = {}
+    for row, number in enumerate(group.tolist()):
+        if number in first:
+            return first[number], row
+        first[number] = row
+    return None
+
+
+def _load_tokenizer(base: ModelSource, folder: Path, zero_shot: ZeroShot) -> Any:
+    """The tokenizer of a base, known to be of a kind that its text tower was trained with."""
+    from transformers import AutoTokenizer
+
+    settings = folder / "tokenizer_config.json"
+    kind = read_json(settings, str(base)).get("tokenizer_class") if settings.is_file() else None
+    if kind is not None and kind not in zero_shot.tokenizer_classes:
+        raise CheckpointError(
+            f"{base}: {settings.name} says that its tokenizer is a {kind}, and a {zero_shot.model_class} reads the "
+            f"tokens of a {zero_shot.tokenizer_classes[0]}: name a base with its own tokenizer"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise CheckpointError(f"{base}: its tokenizer cannot be read: {one_line(error)}") from error
 
 
 def _cached(base: ModelSource, task: Task, class_names: Sequence[str]) -> Path:
@@ -140,9 +208,11 @@ def text_head(
 
 def _read_head(task: Task, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """The head that a task names: weight [classes, d] and bias [classes], zero where the file has none."""
+    path = Path(str(task.head))
     try:
-        tensors = load_file(str(task.head))
-    except (OSError, SafetensorError) as error:
+        check_whole(path, f"task {task.name!r}")
+        tensors = load_file(path)
+    except (OSError, SafetensorError, CheckpointError) as error:
         raise TaskError(f"{task.head}: cannot be read as the head of a task: {error}") from error
     if "weight" not in tensors or tensors["weight"].ndim != 2:
         raise TaskError(f"{task.head}: a head is a tensor 'weight' [classes, projection_dim]; found {sorted(tensors)}")
@@ -152,6 +222,9 @@ def _read_head(task: Task, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
     bias = tensors.get("bias", weight.new_zeros(len(weight))).float()
     if bias.shape != weight.shape[:1]:
         raise TaskError(f"{task.head}: 'bias' has shape {list(bias.shape)}, not [{len(weight)}]")
+    for name, values in (("weight", weight), ("bias", bias)):
+        if not is_finite(values):
+            raise TaskError(f"{task.head}: NaN or Inf in {name}")
     return weight, bias
 
 

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from hf_epimer.checkpoints.reader import StateDict, read_json
 from hf_epimer.errors import CheckpointError
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.words import one_line
 from hf_epimer.lora import is_adapter, read_adapter
+from hf_epimer.merging.finite import check_weights
 from hf_epimer.models import find_architecture
 from hf_epimer.models.architecture import Architecture, ZeroShot
-from hf_epimer.models.source import ModelSource, resolve_model
+from hf_epimer.models.source import (
+    LARGEST_PROCESSOR,
+    PROCESSOR_FILES,
+    ModelSource,
+    check_not_quantised,
+    resolve_model,
+)
 from hf_epimer.models.weights import parameter_names, parameters_of, put_weights
 
 if TYPE_CHECKING:
@@ -39,13 +47,15 @@ def load_tower(folder: str | Path, base: ModelSource | None = None) -> nn.Module
         return _load_adapted(Path(folder), base.folder_with_tokenizer())
     source = resolve_model(ModelRef(str(Path(folder).absolute())))
     weights = source.open(source.architecture.shapes(source.vision_config))
-    tower = _empty_tower(source.architecture, folder)
+    tower = _empty_tower(source)
     names = parameter_names(tower, source.architecture)
     values = {
         # what is no part of the family's parameters (a pooler) is in no checkpoint for sure, and read by nobody
         name: weights.tensor(names[name]).float() if names.get(name) in weights.shapes else torch.zeros(parameter.shape)
         for name, parameter in tower.named_parameters()
     }
+    for name, value in values.items():
+        check_weights(value, str(folder), names.get(name, name))
     tower.load_state_dict(values, strict=False, assign=True)  # buffers stay as they were made
     return tower.eval()
 
@@ -56,15 +66,44 @@ def load_full(folder: str | Path) -> tuple[nn.Module, ZeroShot]:
     Raises:
         CheckpointError: as in `load_tower`, or its family has no text tower.
     """
-    architecture = _architecture_in(folder)
-    if architecture.zero_shot is None:
+    _, architecture = _described(Path(folder))
+    zero_shot = architecture.zero_shot
+    if zero_shot is None:
         raise CheckpointError(f"{folder}: a {architecture.name} has no text tower")
-    return _load(architecture, architecture.zero_shot.model_class, folder), architecture.zero_shot
+    model = _load(architecture, zero_shot.model_class, folder)
+    for name, parameter in model.named_parameters():
+        check_weights(parameter.detach(), str(folder), name)
+    return model, zero_shot
 
 
 def load_processor(folder: str | Path) -> Any:
-    """A base's image preprocessing, without torchvision."""
-    return processor_class(_architecture_in(folder)).from_pretrained(folder)
+    """A base's image preprocessing, without torchvision.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or makes pictures of another size than the tower takes.
+    """
+    from PIL import Image
+
+    folder = Path(folder)
+    config, architecture = _described(folder)
+    found = next((name for name in PROCESSOR_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: there is no {PROCESSOR_FILES[0]}, which says how its pictures are prepared: save the image "
+            "processor of the model that it comes from beside it, or name another base"
+        )
+    read_json(folder / found, str(folder), LARGEST_PROCESSOR)
+    size = architecture.vision_config(config, str(folder)).get("image_size")
+    try:
+        processor = processor_class(architecture).from_pretrained(folder)
+        made = list(preprocess(processor, [Image.new("RGB", (64, 48))]).shape[-2:])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {found} describes no image processor: {one_line(error)}") from error
+    if size is not None and made != [size, size]:
+        raise CheckpointError(
+            f"{folder}: {found} makes pictures of {made[0]} x {made[1]}, and the vision tower takes {size} x {size}"
+        )
+    return processor
 
 
 def processor_class(architecture: Architecture) -> Any:
@@ -82,20 +121,23 @@ def preprocess(processor: Any, images: Sequence[Image]) -> Tensor:
     return pixels
 
 
-def _architecture_in(folder: str | Path) -> Architecture:
-    return find_architecture(read_json(Path(folder) / "config.json", str(folder)), str(folder))
+def _described(folder: Path) -> tuple[dict[str, Any], Architecture]:
+    """A full model's config.json, and its family."""
+    config = read_json(folder / "config.json", str(folder))
+    check_not_quantised(config, str(folder))
+    return config, find_architecture(config, str(folder))
 
 
 def _load_adapted(adapter_folder: Path, folder_of_base: Path) -> nn.Module:
     """The vision tower of a base with an adapter folded into it."""
-    tower, architecture = load_tower(folder_of_base), _architecture_in(folder_of_base)
+    tower, (_, architecture) = load_tower(folder_of_base), _described(folder_of_base)
     parameters = parameters_of(tower, architecture)
     adapter = read_adapter(adapter_folder, StateDict("base", parameters), architecture.canonical, quiet=True)
     put_weights({name: parameters[name] for name in adapter.changed}, adapter)
     return tower
 
 
-def _empty_tower(architecture: Architecture, folder: str | Path) -> nn.Module:
+def _empty_tower(source: ModelSource) -> nn.Module:
     """The tower that a checkpoint's config.json describes, without weights.
 
     `from_pretrained` finds the tensors of every layout in the newest transformers only; in older ones it would leave
@@ -103,17 +145,20 @@ def _empty_tower(architecture: Architecture, folder: str | Path) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    kind = getattr(import_module(architecture.library), architecture.output_class)
+    kind = getattr(import_module(source.architecture.library), source.architecture.output_class)
     with init_empty_weights(include_buffers=False):
-        tower: nn.Module = kind(kind.config_class.from_pretrained(folder))
+        tower: nn.Module = kind(kind.config_class.from_dict(source.architecture.section(source.config, str(source))))
     return tower
 
 
 def _load(architecture: Architecture, class_name: str, folder: str | Path) -> Any:
     """Load fp32 weights from safetensors and refuse a model of which a tensor is missing."""
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    with _quiet():
-        loaded: Any = getattr(import_module(architecture.library), class_name).from_pretrained(folder, **options)
+    try:
+        with _quiet():
+            loaded: Any = getattr(import_module(architecture.library), class_name).from_pretrained(folder, **options)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {one_line(error)}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:

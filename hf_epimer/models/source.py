@@ -22,10 +22,13 @@ from hf_epimer.lora import adapter as adapters
 from hf_epimer.merging.inputs import check_shapes
 from hf_epimer.models import find_architecture
 from hf_epimer.models.architecture import Architecture
+from hf_epimer.outside import leads_elsewhere
 from hf_epimer.types import Shape
 
 CONFIG = "config.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+LARGEST_PROCESSOR = 2**20
+"""Bytes of an image processor's settings."""
 
 
 def resolve_model(ref: ModelRef) -> ModelSource:
@@ -74,6 +77,8 @@ class ModelSource(Source):
         config = read_json(self.fetch(name), str(self))
         if self.is_adapter:
             adapters.check_config(config, str(self))
+        else:
+            check_not_quantised(config, str(self))
         return config
 
     @cached_property
@@ -126,6 +131,32 @@ class ModelSource(Source):
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether all files of a tokenizer are there."""
+        zero_shot = self.architecture.zero_shot
+        return zero_shot is not None and any(needed <= self.files for needed in zero_shot.tokenizers)
+
+    def processor_config(self) -> dict[str, Any] | None:
+        """The settings of its image processor; None without one.
+
+        Raises:
+            CheckpointError: they are no JSON object, too large, or a link to a file elsewhere.
+        """
+        for name in PROCESSOR_FILES:
+            if name not in self.files:
+                continue
+            path = self.fetch(name)
+            if self.ref.is_local and leads_elsewhere(path):
+                raise CheckpointError(
+                    f"{self}: {name} is a link out of the folder, to {path.resolve()}: put the file there"
+                )
+            found = read_json(path, str(self), LARGEST_PROCESSOR)
+            found = found.get("image_processor", {}) if name != PROCESSOR_FILES[0] else found
+            if isinstance(found, dict) and found:
+                return found
+        return None
+
     def folder(self) -> Path:
         """A folder with its config and weights, fetched."""
         paths = [self.fetch(name) for name in self.weight_files]
@@ -156,11 +187,25 @@ class ModelSource(Source):
         """
         paths = [self.fetch(name) for name in self.weight_files]
         checkpoint = Checkpoint(self.label, paths, self.architecture.canonical)
-        check_shapes(shapes, checkpoint, "the checkpoint")
         strange = {dtype for name, dtype in checkpoint.dtypes.items() if name in shapes} - set(FORMATS.values())
-        if strange:
+        if strange:  # looked at first: quantised weights have other shapes, and tensors beside them
             raise CheckpointError(
-                f"{self.label}: its weights are stored as {', '.join(sorted(strange))}; only float32, float16 and "
-                "bfloat16 can be merged (dequantise it first)"
+                f"{self.label}: its weights are stored as {', '.join(sorted(strange))}, quantised or no real numbers; "
+                "only float32, float16 and bfloat16 can be merged (dequantise it first)"
             )
+        check_shapes(shapes, checkpoint, "the checkpoint")
         return checkpoint
+
+
+def check_not_quantised(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a model that says in its config that its weights are quantised.
+
+    Raises:
+        CheckpointError: naming the way in which they are.
+    """
+    if how := config.get("quantization_config"):
+        method = str(how.get("quant_method") or "")[:40] if isinstance(how, dict) else ""
+        raise CheckpointError(
+            f"{where}: its weights are quantised{f' ({method})' if method else ''}; merge "
+            "the checkpoint from before, or dequantise it (model.dequantize(), model.save_pretrained(folder))"
+        )

@@ -182,6 +182,8 @@ def _no_way(needs: StatisticKind, asked_by: str, base: ModelSource, lacking: Seq
     if zero_shot and not base.has_text_tower:
         full = zero_shot.model_class
         ways.append(f"name a full model ({full}) with --base so that it can be estimated (this one has no text tower)")
+    elif zero_shot and not base.has_tokenizer:
+        ways.append("name a base with its tokenizer so that it can be estimated (there is none beside this one)")
     else:
         with_head = "" if zero_shot else " with a head"
         ways.append(

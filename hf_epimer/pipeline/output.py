@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from hf_epimer.checkpoints.reader import TensorSource, read_json
+from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.checkpoints.writer import write_json, write_tensors
-from hf_epimer.hub.source import Source
 from hf_epimer.lora import Adapter, MergedUpdate, fold_updates, merge_adapters, works_in_core, write_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import LayerReport
@@ -136,9 +135,13 @@ def _write_adapter(folder: Path, plan: Plan, ingredients: Ingredients, updates: 
 
 def _write_checkpoint(folder: Path, plan: Plan, dtype: torch.dtype, layers: Iterable[MergedLayer]) -> None:
     """Safetensors, config.json and the image processor of the base."""
+    settings = plan.base.processor_config()  # what is wrong with them is said before the first layer is merged
+    if settings is None:
+        logger.warning("%s has no %s; the merged model has none either", plan.base, PROCESSOR)
+    else:
+        write_json(folder / PROCESSOR, settings)  # anew, for it may be published
     write_tensors(folder, plan.shapes, dtype, ((layer.name, layer.tensor) for layer in layers))
     write_json(folder / "config.json", _config(plan, dtype))
-    _copy_processor(plan.base, folder)
 
 
 def _config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
@@ -147,18 +150,7 @@ def _config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
         "architectures": [plan.architecture.output_class],
         "model_type": plan.architecture.output_type,
         **plan.base.vision_config,
-        **{field: base[field] for field in plan.architecture.carried if field in base},
+        **{field: base[field] for field in plan.architecture.carried if isinstance(base.get(field), int)},
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 5
     }
-
-
-def _copy_processor(base: Source, folder: Path) -> None:
-    if PROCESSOR in base.files:
-        (folder / PROCESSOR).write_bytes(base.fetch(PROCESSOR).read_bytes())
-    elif "processor_config.json" in base.files:
-        nested = read_json(base.fetch("processor_config.json"), str(base)).get("image_processor")
-        if nested:
-            write_json(folder / PROCESSOR, nested)
-    if not (folder / PROCESSOR).exists():
-        logger.warning("%s has no %s; the merged model has none either", base, PROCESSOR)

@@ -27,6 +27,7 @@ from hf_epimer.merging.inputs import normalized_weights
 from hf_epimer.methods import Method, find_method
 from hf_epimer.methods.statistic import GRADIENT_GRAM, POSITIONS
 from hf_epimer.models.base import check_same_architecture, find_base
+from hf_epimer.models.head import check_head
 from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.outside import expanded
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
@@ -166,8 +167,12 @@ def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Seque
         UsageError: an option that adapters, full checkpoints or this method do not have.
         MismatchError: two architectures, or a model that is its own base.
         CheckpointError: the base has no weights that may be read.
+        StatisticsError: accuracy is to be measured, and there is nothing to classify with.
     """
     full = [model.source for model in models if not model.source.is_adapter]
+    for model in models:
+        if recipe.evaluate and model.task:
+            check_head(base, model.task)
     if recipe.out_rank is not None and full:
         raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
     check_same_architecture(base, full)

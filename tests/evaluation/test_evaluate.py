@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from helpers.classifiers import load_classifier, zero_shot_rows
 from helpers.command import Run
 from helpers.data import CLASSES, write_benchmark
+from helpers.docs_hub import write_base
 from helpers.hub_server import StandInHub
 from hf_epimer import ModelRef, evaluate
 from hf_epimer.evaluation.accuracy import TopOne, evaluate_folder
@@ -232,7 +233,7 @@ def test_all_eight_benchmarks_come_from_the_hub(clip_zoo: Path, tmp_path: Path) 
     """Small parquet repos of the same schema, in a process of its own: ids, configs, splits, columns, class counts."""
     tasks = benchmark_tasks()
     with StandInHub() as stand_in:
-        stand_in.add_repo("org/base", clip_zoo / "base")
+        stand_in.add_repo("org/base", write_base(tmp_path / "src" / "base"))
         stand_in.add_repo("org/tuned", clip_zoo / "a")
         for name, task in tasks.items():
             stand_in.add_repo(task.dataset, write_benchmark(tmp_path / "src" / name, task), repo_type="dataset")
