@@ -229,7 +229,9 @@ def _readable(label: str, file: Path) -> Iterator[None]:
         ) from error
 
 
-def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], str], elsewhere: str = "") -> list[str]:
+def choose_weights(
+    names: Iterable[str], label: str, read_index: Callable[[], str], elsewhere: str = "", listing: str = ""
+) -> list[str]:
     """Which files of a checkpoint hold its weights.
 
     Args:
@@ -237,6 +239,7 @@ def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], st
         label: how messages name it.
         read_index: gives the text of the index of a sharded checkpoint.
         elsewhere: where safetensors may be found if there are pickled weights only, for the message.
+        listing: what there is instead of weights, for the message.
 
     Raises:
         CheckpointError: there are only pickled weights, none at all, or a shard that the index names is missing.
@@ -261,7 +264,8 @@ def choose_weights(names: Iterable[str], label: str, read_index: Callable[[], st
             "CLIPModel.from_pretrained(...).save_pretrained(folder) and CLIPProcessor.from_pretrained(...)"
             ".save_pretrained(folder); CLIPVisionModel for a vision tower alone"
         )
-    raise CheckpointError(f"{label}: no {WEIGHTS} (or {WEIGHTS_INDEX}) among its files")
+    found = f"; {listing}" if listing else ""
+    raise CheckpointError(f"{label}: no {WEIGHTS} (or {WEIGHTS_INDEX}) among its files{found}")
 
 
 def read_json(file: Path, label: str, largest: int = LARGEST) -> dict[str, Any]:

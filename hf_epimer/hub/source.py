@@ -149,8 +149,9 @@ class Source:
             return {}
         try:
             return card_metadata(read_text(self.fetch(CARD)))
-        except Unreadable as error:
-            logger.warning("%s: its %s has no readable metadata (%s)", self, CARD, str(error)[:200])
+        except (Unreadable, PermissionError) as error:
+            reason = "permission denied" if isinstance(error, PermissionError) else str(error)[:200]
+            logger.warning("%s: its %s has no readable metadata (%s)", self, CARD, reason)
             return {}
 
     def __str__(self) -> str:

@@ -45,12 +45,14 @@ class LayerReport:
     Attributes:
         merged_norm: ||W - W_0||.
         task_vector_norms: ||D_t||; None where the task vectors were never formed.
+        base_norm: ||W_0||, of the same layers; it is not in the JSON.
     """
 
     name: str
     shape: Shape
     merged_norm: float
     task_vector_norms: tuple[float, ...] | None = None
+    base_norm: float | None = None
     adapter: AdapterReport | None = None
     rank: RankReport | None = None
     solve: SolveReport | None = None
@@ -94,6 +96,16 @@ def totals_of(layers: Sequence[LayerReport]) -> dict[str, Any]:
     if note := _far_apart(layers):
         totals["note"] = note
     return totals
+
+
+def further_than_their_base(layers: Sequence[LayerReport]) -> list[int]:
+    """Which models differ from the base by more than its own norm, over all layers: it is hardly theirs."""
+    known = [(layer.task_vector_norms, layer.base_norm) for layer in layers if layer.task_vector_norms]
+    if not known:
+        return []
+    base = math.fsum((norm or 0.0) ** 2 for _, norm in known)
+    squares = [math.fsum(norm**2 for norm in norms) for norms in zip(*(norms for norms, _ in known))]
+    return [number for number, square in enumerate(squares) if square >= base > 0]
 
 
 def _far_apart(layers: Sequence[LayerReport]) -> str | None:

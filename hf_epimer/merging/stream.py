@@ -171,6 +171,7 @@ def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any, dtype: 
         tuple(layer.base.shape),
         merged_norm=float(torch.linalg.vector_norm(merged.task_vector)),
         task_vector_norms=tuple(_norms(layer.task_vectors).tolist()),
+        base_norm=float(torch.linalg.vector_norm(layer.base)),
         rank=merged.rank,
         solve=merged.solve,
     )

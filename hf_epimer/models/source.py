@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_epimer.checkpoints.reader import FORMATS, WEIGHTS_INDEX, Checkpoint, choose_weights, read_json
+from hf_epimer.checkpoints.reader import FORMATS, WEIGHTS, WEIGHTS_INDEX, Checkpoint, choose_weights, read_json
 from hf_epimer.errors import CheckpointError
 from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
@@ -73,7 +73,7 @@ class ModelSource(Source):
         """
         name = adapters.ADAPTER_CONFIG if self.is_adapter else CONFIG
         if name not in self.files:
-            raise CheckpointError(f"{self}: there is no {name}")
+            raise CheckpointError(f"{self}: there is no {name}; {self._listing}")
         config = read_json(self.fetch(name), str(self))
         if self.is_adapter:
             adapters.check_config(config, str(self))
@@ -90,8 +90,25 @@ class ModelSource(Source):
         """
         if self.is_adapter:
             return adapters.ADAPTER_CONFIG, adapters.adapter_weights(self.files, str(self))
-        names = choose_weights(self.files, str(self), lambda: self.read_text(WEIGHTS_INDEX), self.elsewhere)
-        return tuple(names)
+        elsewhere = (self.elsewhere, self._listing)
+        return tuple(choose_weights(self.files, str(self), lambda: self.read_text(WEIGHTS_INDEX), *elsewhere))
+
+    @property
+    def _listing(self) -> str:
+        """What is there instead of what was looked for, and what to do about it."""
+        names = sorted(self.files)
+        if self.ref.is_local:
+            names += sorted(f"{path.name}/" for path in Path(self.ref.location).iterdir() if path.is_dir())
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        if any("open_clip" in name for name in names):
+            remedy = "; open_clip's layout is not read: convert it to a CLIPModel of transformers"
+        elif any(name.endswith(".safetensors") for name in names):
+            remedy = f"; weights are read under the name {WEIGHTS}: rename the variant that is to be merged"
+        elif any(name.endswith("/") or "/" in name for name in names):
+            remedy = "; if the checkpoint lies in a subfolder, name that folder"
+        else:
+            remedy = ""
+        return f"there is {shown or 'nothing'}{remedy}"
 
     @property
     def weight_bytes(self) -> int:

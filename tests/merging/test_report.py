@@ -11,7 +11,7 @@ from helpers.checkpoints import StateDict, tiny_state
 from helpers.statistics import statistics
 from hf_epimer.checkpoints.reader import StateDict as InMemory
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.merging.report import AdapterReport, CalibrationReport, LayerReport, totals_of
+from hf_epimer.merging.report import AdapterReport, CalibrationReport, LayerReport, further_than_their_base, totals_of
 from hf_epimer.merging.stream import merge_layers
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.report import RankReport, SolveReport
@@ -75,3 +75,12 @@ def _reports(method: str, base: StateDict) -> list[LayerReport]:
     measured = [InMemory(f"{index}", tensors) for index, tensors in enumerate(given)] if given else None
     ingredients = Ingredients(InMemory("base", base), tuned, [0.5, 0.5], measured)
     return [layer.report for layer in merge_layers(ingredients, chosen, chosen.config())]
+
+
+def test_a_model_further_from_the_base_than_zero_is_named() -> None:
+    layers = [
+        LayerReport("a", (2,), 1.0, (0.1, 3.0), base_norm=2.0),
+        LayerReport("b", (2,), 1.0, (0.1, 0.0), base_norm=1.0),
+    ]
+    assert further_than_their_base(layers) == [1]
+    assert further_than_their_base([LayerReport("a", (2,), 1.0)]) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,21 @@ def test_a_config_that_makes_no_sense(entry: dict[str, object], tiny_zoo: Path, 
 def test_an_overflow_in_the_written_dtype_is_an_error(tiny_zoo: Path, run: Run) -> None:
     rewrite(tiny_zoo / "a", lambda s: s[NAME].view(-1)[0].fill_(1e6))
     refuse(tiny_zoo, run, rf"{NAME}.*float16", "--method", "mean", "--dtype", "float16")
+
+
+def test_what_is_there_instead_of_weights_is_listed(tiny_zoo: Path, run: Run) -> None:
+    (tiny_zoo / "a" / "model.safetensors").rename(tiny_zoo / "a" / "model.fp16.safetensors")
+    refuse(tiny_zoo, run, r"no model\.safetensors .*there is .*model\.fp16\.safetensors.*rename the variant")
+    (tiny_zoo / "sub").mkdir()
+    (tiny_zoo / "b").rename(tiny_zoo / "sub" / "image_encoder")
+    refuse(tiny_zoo, run, r"no config\.json; there is image_encoder/; .*name that folder", models=("sub",))
+    (tiny_zoo / "sub" / "open_clip_config.json").write_text("{}")
+    refuse(tiny_zoo, run, r"open_clip_config\.json.*convert it to a CLIPModel", models=("sub",))
+
+
+def test_a_base_of_others_is_a_warning(tiny_zoo: Path, run: Run) -> None:
+    rewrite(tiny_zoo / "b", lambda s: s.update({name: value + 9 for name, value in s.items()}))
+    words = ("merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--method", "mean")
+    code, _, complaint = run(*words, "--out", tiny_zoo / "out")
+    assert code == 0
+    assert re.search(r"^warning: b.* differs from the base base.* by more than its norm", complaint)
