@@ -149,9 +149,10 @@ class Source:
             return {}
         try:
             return card_metadata(read_text(self.fetch(CARD)))
-        except (Unreadable, PermissionError) as error:
-            reason = "permission denied" if isinstance(error, PermissionError) else str(error)[:200]
-            logger.warning("%s: its %s has no readable metadata (%s)", self, CARD, reason)
+        except PermissionError as error:
+            raise CheckpointError(f"{self}: its {CARD} may not be read (permission denied)") from error
+        except Unreadable as error:
+            logger.warning("%s: its %s has no readable metadata (%s)", self, CARD, str(error)[:200])
             return {}
 
     def __str__(self) -> str:
