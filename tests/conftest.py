@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import string
 import tempfile
 import threading
 
@@ -83,10 +84,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 @pytest.fixture(scope="session")
 def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full CLIP that knows the classes of `helpers.data`. Read only."""
+    """A full CLIP that reads every letter, and `ab` as one word, so that no two classes are alike to it. Read only."""
     folder = tmp_path_factory.mktemp("base")
-    tokens = ["a", "b", ".", "a</w>", "b</w>", ".</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
-    return write_clip(folder, tokens, [("a", "b</w>")], 8)
+    letters = string.ascii_letters + string.digits + string.punctuation
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ab</w>", "<|startoftext|>", "<|endoftext|>"]
+    return write_clip(folder, tokens, [("a", "b</w>")], 64)
 
 
 @pytest.fixture(scope="session")
