@@ -24,9 +24,10 @@ from hf_epimer.curvature.estimate import estimate_files
 from hf_epimer.curvature.files import Compression, StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest, Gradients
 from hf_epimer.errors import OutputError, UsageError
-from hf_epimer.hub import push as pushing
 from hf_epimer.hub.conversion import pickled_weights
+from hf_epimer.hub.push_beside import push_beside
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.rights import check_push_access
 from hf_epimer.methods.statistic import FISHER_FILE, STATISTICS_FILES, StatisticsFile
 from hf_epimer.models.base import base_of
 from hf_epimer.models.head import check_head
@@ -114,7 +115,7 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     targets = {file: _target(recipe.out, file.name) for file in recipe.files if recipe.out}
     task = find_task(recipe.task)
     if recipe.push:
-        pushing.check_push_access(recipe.model.location)
+        check_push_access(recipe.model.location)
     model = resolve_model(recipe.model)
     if recipe.push and recipe.model.revision == model.ref.revision:
         raise UsageError(f"--push needs a branch to add to, and {recipe.model.revision} is a commit")
@@ -192,7 +193,7 @@ def _published(path: Path, file: StatisticsFile, compress: Compression | None) -
 def _push(paths: Mapping[StatisticsFile, Path], ref: ModelRef, measured: ModelSource) -> str:
     """Add the files and a section of the card each in one commit, to the weights that were measured and no others."""
     names = pickled_weights(measured.files) if measured.conversion else measured.weight_files
-    return pushing.push_beside(
+    return push_beside(
         ref.location,
         ref.revision,
         {file.name: path for file, path in paths.items()},

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: references, the files behind them, and pushing. The only room that talks to it."""
+"""The Hugging Face Hub: references, the files behind them, rights and pushes. The only room that talks to it."""

@@ -1,23 +1,19 @@
-"""Pushing to the Hugging Face Hub: rights are checked before the work, and a push is one commit or one pull request."""
+"""Pushing a merged folder to the Hub: one commit, or one pull request, whatever is lost on the way."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalTokenNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from hf_epimer.errors import AccessError, EpimerError, HubError, NotFoundError, PushError, UsageError
-from hf_epimer.hub.refs import ModelRef, check_new_repo_id
+from hf_epimer.errors import EpimerError, PushError
 from hf_epimer.hub.retry import persist
-from hf_epimer.hub.source import CARD, source_at
+from hf_epimer.hub.rights import existing_repo
 from hf_epimer.hub.words import one_line
 
 if TYPE_CHECKING:
@@ -25,55 +21,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 Content = Path | bytes
-CommitOperation: TypeAlias = "CommitOperationAdd | CommitOperationDelete"
-
-
-def check_push_access(repo_id: str, *, create_pr: bool = False, private: bool = False) -> str:
-    """Find out before any work whether the token may push to `repo_id`.
-
-    Returns:
-        What the Hub itself calls that repo, where it is there already; `repo_id` otherwise.
-
-    Raises:
-        UsageError: no repo can have that name, or it is to be private and is public already.
-        AccessError: no token, an invalid or read-only one, or a namespace it may not write to.
-    """
-    check_new_repo_id(repo_id)
-    where = f"pushing to {repo_id}"
-    if constants.HF_HUB_OFFLINE:
-        raise HubError(f"{where}: HF_HUB_OFFLINE is set")
-    api = huggingface_hub.HfApi()
-    try:
-        user = persist(api.whoami, where, "whose token this is")
-    except LocalTokenNotFoundError as error:
-        raise AccessError(f"{where}: there is no token; run `hf auth login` or set HF_TOKEN") from error
-    info = _existing(api, repo_id, where)
-    if info:
-        persist(lambda: _check_rights(info.id, write=not create_pr), where, "write access")
-        if private and not create_pr and not info.private:
-            raise UsageError(f"{where}: the repo exists and is public; push without --private, or to another repo")
-    token = user.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read":
-        raise AccessError(f"{where}: the token of {user['name']} is read-only; create one with write access")
-    if create_pr and not info:
-        raise AccessError(f"{where}: a pull request needs a repo that exists")
-    if not info and not _may_create(user, repo_id.split("/")[0]):
-        raise AccessError(f"{where}: {user['name']} may not create a repo under {repo_id.split('/')[0]}")
-    return info.id if info else repo_id
-
-
-def check_not_an_input(repo_id: str, inputs: Iterable[str]) -> None:
-    """Refuse to push over what the merge is made of.
-
-    Args:
-        repo_id: as `check_push_access` returns it.
-        inputs: the repos of the checkpoints and of their base, as the Hub calls them; its names ignore case.
-
-    Raises:
-        UsageError: it is one of them.
-    """
-    if repo_id.lower() in {name.lower() for name in inputs}:
-        raise UsageError(f"--push-to {repo_id} is one of the checkpoints to merge, or their base: push to another repo")
 
 
 def push_folder(
@@ -108,7 +55,7 @@ def push_folder(
     retry = f"; the merged folder is complete, push it again with: {again}"
     try:
         contents = {name: published(folder / name) for name in sorted(files)}
-        info = _existing(api, repo_id, repo_id)
+        info = existing_repo(repo_id, repo_id)
         if create_pr:
             return _open_pull_request(api, info.id if info else repo_id, contents, title, outdated)
         if info is None:
@@ -127,69 +74,6 @@ def push_folder(
         raise PushError(f"{repo_id}: interrupted{retry}") from error
     except (OSError, ValueError) as error:
         raise PushError(f"{repo_id}: {one_line(error)}{retry}") from error
-
-
-def push_beside(
-    repo_id: str,
-    branch: str | None,
-    files: dict[str, Path],
-    *,
-    expected: dict[str, str | None],
-    sections: Sequence[str],
-    title: str,
-) -> str:
-    """Add files and sections of the model card to a repo that is there already, in one commit.
-
-    Args:
-        branch: None for main.
-        files: name in the repo -> file.
-        expected: weight file -> the sha256 it must still have, as far as it is known.
-        sections: Markdown that begins with a heading of the second level each; one replaces the section of that name.
-        title: of the commit.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        PushError: the weights have changed meanwhile, or the push failed; the files are kept.
-    """
-    api = huggingface_hub.HfApi()
-    kept = "; what was measured is kept in the cache, run the same command again"
-
-    def commit() -> str:
-        present = source_at(ModelRef(repo_id), api.model_info(repo_id, revision=branch, files_metadata=True))
-        moved = [name for name, sha256 in expected.items() if sha256 and present.sha256.get(name) != sha256]
-        if moved:
-            raise PushError(f"{repo_id}: {moved[0]} was changed while it was measured{kept}")
-        card = present.read_text(CARD) if CARD in present.files else ""
-        for section in sections:
-            card = with_section(card, section)
-        added: dict[str, Content] = {**files, CARD: card.encode()}
-        return str(
-            api.create_commit(
-                repo_id, _operations(added), commit_message=title, revision=branch, parent_commit=present.ref.revision
-            ).commit_url
-        )
-
-    try:
-        return persist(commit, repo_id, "the commit")
-    except PushError:
-        raise
-    except EpimerError as error:
-        raise PushError(f"{error}{kept}") from error
-    except OSError as error:
-        raise PushError(f"{repo_id}: {one_line(error)}{kept}") from error
-
-
-def with_section(card: str, section: str) -> str:
-    """A model card with a section added, or replaced where one has the same heading."""
-    heading = section.splitlines()[0]
-    lines = card.rstrip().splitlines()
-    if heading in lines:
-        start = lines.index(heading)
-        end = next((i for i in range(start + 1, len(lines)) if lines[i].startswith(("# ", "## "))), len(lines))
-        return "\n".join([*lines[:start], section.rstrip(), "", *lines[end:]]).rstrip() + "\n"
-    return "\n".join([*lines, "", section.rstrip()]).lstrip("\n") + "\n"
 
 
 def published(file: Path) -> Content:
@@ -216,35 +100,6 @@ def _without_paths(content: Any) -> Any:
 
 def _is_path(text: str) -> bool:
     return text.startswith(("/", "~", "./", "../")) or PureWindowsPath(text).is_absolute()
-
-
-def _existing(api: HfApi, repo_id: str, where: str) -> ModelInfo | None:
-    try:
-        return persist(lambda: api.model_info(repo_id), where, "whether the repo exists")
-    except NotFoundError:
-        return None
-
-
-def _check_rights(repo_id: str, *, write: bool) -> None:
-    """As `HfApi.auth_check(repo_id, write=...)`, which older releases do not have."""
-    path = f"{constants.ENDPOINT}/api/models/{repo_id}/auth-check{'/write' if write else ''}"
-    hf_raise_for_status(get_session().get(path, headers=build_hf_headers()))
-
-
-def _may_create(user: dict[str, Any], namespace: str) -> bool:
-    token = user.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "fineGrained":
-        scopes = token.get("fineGrained", {}).get("scoped", [])
-        return any(
-            scope.get("entity", {}).get("name") == namespace and "repo.write" in scope.get("permissions", ())
-            for scope in scopes
-        )
-    if namespace == user.get("name"):
-        return True
-    return any(
-        org.get("name") == namespace and org.get("roleInOrg", "write") in ("admin", "write", "contributor")
-        for org in user.get("orgs", ())
-    )
 
 
 def _open_pull_request(
@@ -288,10 +143,10 @@ def _digest(contents: Mapping[str, Content]) -> str:
 
 
 def _operations(
-    contents: Mapping[str, Content], info: ModelInfo | None = None, outdated: Collection[str] = ()
-) -> list[CommitOperation]:
+    contents: Mapping[str, Content], info: ModelInfo, outdated: Collection[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
     """All files to add; and of those that the repo has, the ones to delete that would speak of other weights."""
-    present = [entry.rfilename for entry in (info.siblings if info else None) or []]
+    present = [entry.rfilename for entry in info.siblings or []]
     stale = [name for name in present if name not in contents and (_is_ours(name) or name in outdated)]
     return [
         *(

@@ -15,8 +15,8 @@ from typing import Any
 
 from hf_epimer.checkpoints.reader import FORMATS, WEIGHTS, WEIGHTS_INDEX, Checkpoint, choose_weights, read_json
 from hf_epimer.errors import CheckpointError
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.resolve import resolve
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import adapter as adapters
 from hf_epimer.merging.inputs import check_shapes
@@ -32,12 +32,12 @@ LARGEST_PROCESSOR = 2**20
 
 
 def resolve_model(ref: ModelRef) -> ModelSource:
-    """Look a reference to a model up, as `hf_epimer.hub.source.resolve` does. Nothing is downloaded.
+    """Look a reference to a model up, as `hf_epimer.hub.resolve.resolve` does. Nothing is downloaded.
 
     Raises:
         NotFoundError, AccessError, HubError: as there.
     """
-    return ModelSource(**vars(hub.resolve(ref)))
+    return ModelSource(**vars(resolve(ref)))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import DataError, HubError, NotFoundError, StatisticsError, UsageError
-from hf_epimer.hub import source as hub
 from hf_epimer.hub.refs import ModelRef
+from hf_epimer.hub.resolve import resolve
 from hf_epimer.hub.source import Source
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.statistic import StatisticKind
@@ -156,7 +156,7 @@ def _curvature_file(ref: ModelRef, needs: StatisticKind) -> CurvatureFile:
     if ref.is_local and path.is_file():
         source = Source(ref, str(ref.label), frozenset({path.name}), {path.name: path.stat().st_size})
         return CurvatureFile(source, path.name)
-    source = hub.resolve(ref)
+    source = resolve(ref)
     name = needs.file.name if needs.file else ""
     if name not in source.files:
         raise NotFoundError(f"--fisher {ref}: there is no {name}")

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from hf_epimer.checkpoints.manifest import publishable
 from hf_epimer.checkpoints.reader import read_json
 from hf_epimer.checkpoints.writer import write_json
-from hf_epimer.hub import push as hub
+from hf_epimer.hub.push import push_folder
 from hf_epimer.hub.refs import check_new_repo_id
+from hf_epimer.hub.rights import check_not_an_input, check_push_access
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
 from hf_epimer.methods.statistic import STATISTICS_FILES
 from hf_epimer.pipeline.card import merge_card
@@ -57,8 +58,8 @@ def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr:
     config = read_json(folder / CONFIG, str(folder))
     named = [str(text) for text in (config.get("base"), *config["models"])]
     inputs = [text.rpartition("=")[2].partition("@")[0] for text in named]
-    hub.check_not_an_input(repo_id, inputs)
-    hub.check_not_an_input(hub.check_push_access(repo_id, create_pr=create_pr, private=private), inputs)
+    check_not_an_input(repo_id, inputs)
+    check_not_an_input(check_push_access(repo_id, create_pr=create_pr, private=private), inputs)
     return push(folder, repo_id, private=private, create_pr=create_pr)
 
 
@@ -74,7 +75,7 @@ def push(folder: Path, repo_id: str, *, private: bool, create_pr: bool) -> str:
     kind = "adapters" if ADAPTER_CONFIG in files else "checkpoints"
     title = f"Merge {len(config['models'])} {kind} with {config['method']} (hf-epimer)"
     outdated = [file.name for file in STATISTICS_FILES]  # they are of the weights beside which they lie
-    return hub.push_folder(folder, files, repo_id, private=private, create_pr=create_pr, title=title, outdated=outdated)
+    return push_folder(folder, files, repo_id, private=private, create_pr=create_pr, title=title, outdated=outdated)
 
 
 def _conversions(plan: Plan) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from hf_epimer.checkpoints.reader import Checkpoint, StateDict, TensorSource
 from hf_epimer.curvature.files import open_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import MismatchError, UsageError
-from hf_epimer.hub import source as hub
-from hf_epimer.hub.source import Source
+from hf_epimer.hub.source import Source, fetch_all
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
@@ -43,7 +42,7 @@ def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
     remote = [(source, name) for source, name in files if not source.ref.is_local]
     size = sum(source.sizes.get(name, 0) for source, name in remote)
     progress("fetching", 0, size)
-    hub.fetch_all(remote, lambda done: progress("fetching", done, size))
+    fetch_all(remote, lambda done: progress("fetching", done, size))
 
 
 def open_inputs(plan: Plan, progress: Progress) -> Ingredients:

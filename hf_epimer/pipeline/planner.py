@@ -19,9 +19,9 @@ import torch
 from hf_epimer.checkpoints.folders import check_target
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError, HubError, MismatchError, StatisticsError, UsageError
-from hf_epimer.hub import push as pushing
 from hf_epimer.hub.card import names_in
 from hf_epimer.hub.refs import LONGEST_LABEL
+from hf_epimer.hub.rights import check_not_an_input, check_push_access
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
 from hf_epimer.methods import Method, find_method
@@ -100,8 +100,8 @@ def _check_targets(recipe: MergeRecipe) -> str | None:
     check_target(recipe.target, recipe.overwrite, local)
     if recipe.push_to is None:
         return None
-    pushing.check_not_an_input(recipe.push_to, [ref.location for ref in named if not ref.is_local])
-    return pushing.check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
+    check_not_an_input(recipe.push_to, [ref.location for ref in named if not ref.is_local])
+    return check_push_access(recipe.push_to, create_pr=recipe.create_pr, private=recipe.private)
 
 
 def _check_not_an_input(
@@ -112,7 +112,7 @@ def _check_not_an_input(
         check_target(recipe.target, recipe.overwrite, [Path(base.ref.location)])
     if push_to is not None:
         sources = [base, *(model.source for model in models)]
-        pushing.check_not_an_input(push_to, [source.title for source in sources if not source.ref.is_local])
+        check_not_an_input(push_to, [source.title for source in sources if not source.ref.is_local])
 
 
 # --- label ----------------------------------------------------------------------------------------------------------

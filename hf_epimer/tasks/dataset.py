@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from hf_epimer.errors import DataError
-from hf_epimer.hub import source as hub
+from hf_epimer.hub import datasets
 from hf_epimer.tasks.task import Task
 
 LARGE = 2 * 10**9
@@ -60,7 +60,7 @@ class TaskImages:
 
 def is_large(task: Task) -> bool:
     """Whether a task's data set is on the Hub and larger than `LARGE`: a few samples of it are better streamed."""
-    return not Path(task.dataset).is_absolute() and hub.dataset_bytes(task.dataset) > LARGE
+    return not Path(task.dataset).is_absolute() and datasets.dataset_bytes(task.dataset) > LARGE
 
 
 def data_revision(task: Task) -> str:
@@ -72,7 +72,7 @@ def data_revision(task: Task) -> str:
     """
     folder = Path(task.dataset)
     if not folder.is_absolute():
-        return hub.dataset_commit(task.dataset)
+        return datasets.dataset_commit(task.dataset)
     if not folder.exists():
         raise DataError(f"{folder}: the data set of task {task.name!r} is not there")
     digest = hashlib.sha256()
