@@ -14,7 +14,7 @@ test: check  ## the style, the types and every test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 test-fast: check  ## the style, the types and the tests that take about a minute together
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 check: .venv/ready  ## the style and the types
 	$(BIN)/ruff check .

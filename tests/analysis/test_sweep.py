@@ -144,6 +144,7 @@ def test_files_of_two_kinds_cannot_both_be_given(clip_zoo: Path, run: Run) -> No
     fails(run(*words(clip_zoo), *given, *fisher), "epimer and regmean need files of different kinds", 2)
 
 
+@pytest.mark.slow
 def test_a_projected_metric_is_measured_in_the_basis_of_every_rank(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
     grid = Grid(("epimer", "tsv-m"), (2, 4), (1.0,), {"metric": "projected"})
     found = sweep(recipe(clip_zoo), grid, test=True)
@@ -156,6 +157,7 @@ def test_a_projected_metric_is_measured_in_the_basis_of_every_rank(clip_zoo: Pat
         assert row.average == pytest.approx(expected.average)
 
 
+@pytest.mark.slow
 def test_what_a_sweep_finds_is_not_calibrated_and_its_command_says_so(clip_zoo: Path, run: Run, tmp_path: Path) -> None:
     """A sweep merges layer by layer, whatever the recipe or the method would do by themselves."""
     asked = recipe(clip_zoo, calibrate=True, tune_alpha=True)

@@ -44,6 +44,7 @@ def test_validation_rows_are_the_end_of_the_fisher_permutation(clip_zoo: Path) -
         assert (list(fewer.numbers), before) == (list(chosen.numbers[1:]), 37)
 
 
+@pytest.mark.slow
 def test_statistics_never_see_validation_samples(
     clip_zoo: Path, run: Run, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +143,7 @@ def test_best_by_average_and_by_worst_task() -> None:
     assert rows[0].error == pytest.approx((0.9 * 0.1 / 100 + 0.4 * 0.6 / 100) ** 0.5 / 2)
 
 
+@pytest.mark.slow
 def test_test_splits_have_no_say(clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two zoos that differ in their test labels alone choose the same settings, and report different test numbers."""
     shutil.copytree(clip_zoo, tmp_path / "zoo")

@@ -23,6 +23,7 @@ from hf_epimer.tasks.task import load_task_file
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+@pytest.mark.slow
 def test_diagnose_estimates_on_request_and_judges_metrics_by_the_exact_hessian(
     clip_zoo: Path, run: Run, tmp_path: Path, own_cache: Path
 ) -> None:
