@@ -9,26 +9,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import fmean
 
+from hf_epimer import METHODS
+
 Accuracies = Mapping[str, float]
 
-TITLES = {
-    "base": "Base",
-    "fine-tuned": "Fine-tuned",
-    "epimer": "EpiMer",
-    "tsv-m": "TSV-M",
-    "iso-c": "Iso-C",
-    "iso-cts": "Iso-CTS",
-    "mean": "Mean",
-    "task-arithmetic": "Task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "fisher": "Fisher averaging",
-    "regmean": "RegMean",
-    "gradient-matching": "Gradient matching",
-    "nan": "NAN",
-    "frechet-lora": "Fréchet mean of adapters",
-}
-"""How methods are called in tables; others by their names."""
+ROWS = {"base": "Base", "fine-tuned": "Fine-tuned"}
+"""Rows of tables that are no merges."""
 
 COLOURS = ("var(--ep-accent)", "var(--ep-second)", "var(--ep-third)", "var(--ep-fourth)", "var(--ep-fifth)")
 
@@ -36,7 +22,8 @@ COLOURS = ("var(--ep-accent)", "var(--ep-second)", "var(--ep-third)", "var(--ep-
 def title_of(name: str) -> str:
     """A row's or method's name for the page; of a calibrated merge, which is named after its method, too."""
     method, comma, more = name.partition(",")
-    return TITLES.get(method, method) + comma + more
+    title = METHODS[method].title if method in METHODS else ROWS.get(method)
+    return (title or method) + comma + more
 
 
 def notice(text: str, kind: str = "info", detail: str = "") -> str:

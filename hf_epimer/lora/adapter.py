@@ -198,8 +198,8 @@ class Adapter:
             return LowRank(nothing.new_zeros(rows, 0), nothing, nothing.new_zeros(columns, 0))
         difference = torch.empty(shape, dtype=torch.float32)
         self.task_vector_to(name, difference)
-        found = factorize(difference.view(rows, columns))
-        return LowRank(found.u.double(), found.s.double(), found.v.double())
+        thin = factorize(difference.view(rows, columns))
+        return LowRank(thin.u.double(), thin.s.double(), thin.v.double())
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         values = self._stored.tensor(self._keys[name]).to(dtype)
@@ -229,7 +229,7 @@ class Adapter:
         if not match:
             self._replaced[self._new(parameter, key)] = name
             return True
-        a, b = (name.removesuffix(part) + part.replace(f"_{found}", f"_{wanted}") for found, wanted in ("BA", "AB"))
+        a, b = (name.removesuffix(part) + part.replace(f"_{given}", f"_{wanted}") for given, wanted in ("BA", "AB"))
         if part == "lora_B.bias":
             a, b = name.removesuffix(part) + "lora_A.weight", name
         for needed in (a, b):
@@ -311,14 +311,14 @@ def plain_keys(stored: Iterable[str], label: str) -> dict[str, str]:
         listed = ", ".join(f"{name or 'one without a name'} ({key})" for name, key in adapters.items())
         raise CheckpointError(f"{label}: its file holds several adapters, {listed}: save one of them alone")
     saved = rf"\.modules_to_save\.(?:{next(iter(adapters), None) or 'default'}\.)?"
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for key, name in names.items():
         match = factors.get(key)
         plain = f"{match['before']}{match['after'] or ''}" if match else re.sub(saved, ".", name)
-        if plain in found:
-            raise CheckpointError(f"{label}: {found[plain]} and {key} are the same parameter")
-        found[plain] = key
-    return found
+        if plain in keys:
+            raise CheckpointError(f"{label}: {keys[plain]} and {key} are the same parameter")
+        keys[plain] = key
+    return keys
 
 
 _NAMED = re.compile(

@@ -33,9 +33,6 @@ from hf_epimer.numerics.lowrank import LowRank, UnionCore, factorize, union_core
 from hf_epimer.numerics.subspace import TaggedBasis
 from hf_epimer.types import Shape
 
-IN_THE_CORE = ("frechet-lora", "epimer", "tsv-m", "iso-c", "iso-cts", "mean", "task-arithmetic", "ties", "dare")
-"""Methods that can work on cores; the others work on whole layers."""
-
 
 @dataclass(frozen=True)
 class MergedUpdate:
@@ -96,12 +93,12 @@ def merge_adapters(
     through_core = works_in_core(method, config)
 
     def over_layers(work: Callable[[Layer], Any], stage: str = "survey") -> Iterable[Any]:
-        found: Iterator[Any]
+        results: Iterator[Any]
         if through_core:
-            found = (work(layer) for layer, _ in _core_layers(ingredients, adapters, needs is not None, seed))
+            results = (work(layer) for layer, _ in _core_layers(ingredients, adapters, needs is not None, seed))
         else:
-            found = stream_layers(ingredients, work, needs, seed=seed, exact=exact)
-        for result in found:
+            results = stream_layers(ingredients, work, needs, seed=seed, exact=exact)
+        for result in results:
             yield result
             on_layer(stage, 1)
 
@@ -118,7 +115,7 @@ def merge_adapters(
 
 def works_in_core(method: Method, config: Any) -> bool:
     """Whether adapters are merged in the core that they span; if not, their whole layers are."""
-    return method.name in IN_THE_CORE and method.statistic(config) in (None, KRONECKER)
+    return method.works_in_core and method.statistic(config) in (None, KRONECKER)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -184,7 +181,7 @@ def _padded(core: UnionCore, points: Sequence[LowRank]) -> UnionCore:
 def _curvature(statistics: Sequence[TensorSource], name: str, core: UnionCore) -> dict[str, Tensor]:
     """Kronecker factors in core coordinates: V_ref^T A_t V_ref and U_ref^T S_t U_ref."""
     sides = {"input": core.right, "output": core.left}
-    found: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     for part in KRONECKER.parts:
         basis, stored = sides[part.name], name + part.suffix
         present = [source for source in statistics if stored in source.shapes]
@@ -193,7 +190,7 @@ def _curvature(statistics: Sequence[TensorSource], name: str, core: UnionCore) -
         if len(present) < len(statistics):
             lacking = next(source for source in statistics if source not in present)
             raise StatisticsError(f"{lacking.label}: no statistics for {stored}")
-        factors = []
+        projected = []
         for source in statistics:
             if source.shapes[stored] != (len(basis), len(basis)):
                 raise StatisticsError(
@@ -201,9 +198,9 @@ def _curvature(statistics: Sequence[TensorSource], name: str, core: UnionCore) -
                 )
             values = source.tensor(stored).double()
             check_statistics(values, source.label, stored)
-            factors.append(basis.mT @ values @ basis)
-        found[part.name] = torch.stack(factors)
-    return found
+            projected.append(basis.mT @ values @ basis)
+        factors[part.name] = torch.stack(projected)
+    return factors
 
 
 # --- results --------------------------------------------------------------------------------------------------------

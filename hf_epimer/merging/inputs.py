@@ -88,7 +88,7 @@ def check_shapes(reference: Mapping[str, Shape], source: TensorSource, what: str
 
 
 def _fits(shape: Shape, reference: Shape) -> bool:
-    return len(shape) == len(reference) and all(own in (length, -1) for own, length in zip(reference, shape))
+    return len(shape) == len(reference) and all(expected in (length, -1) for expected, length in zip(reference, shape))
 
 
 def _some(names: list[str], shown: int = 3) -> str:

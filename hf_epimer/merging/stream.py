@@ -106,12 +106,12 @@ def stream_layers(
     names = list(ingredients.base.shapes)
     make_reader = partial(_LayerReader, ingredients, needs, seed=seed, exact=exact, device=device)
     workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
-    own = threading.local()
+    of_thread = threading.local()
 
     def one(name: str) -> Result:
-        if not hasattr(own, "reader"):
-            own.reader = make_reader()
-        return work(own.reader.read(name))
+        if not hasattr(of_thread, "reader"):
+            of_thread.reader = make_reader()
+        return work(of_thread.reader.read(name))
 
     with _pool(workers) as pool:
         pending: deque[Future[Result]] = deque()
@@ -134,8 +134,8 @@ def tagged_bases(ingredients: Ingredients, rank: int, *, seed: int = 0, exact: b
     def basis_of(layer: Layer) -> tuple[str, TaggedBasis | None]:
         return layer.name, layer_basis(layer, rank)[0]
 
-    found = stream_layers(ingredients, basis_of, seed=seed, exact=exact)
-    return {name: basis for name, basis in found if basis is not None}
+    bases = stream_layers(ingredients, basis_of, seed=seed, exact=exact)
+    return {name: basis for name, basis in bases if basis is not None}
 
 
 MEMORY_FOR_BUFFERS = 10**9

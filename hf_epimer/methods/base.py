@@ -176,6 +176,9 @@ class Method:
             each, in order, computed side by side.
         does_without: whether it merges, if less well, where some or all tasks have no such statistic.
         calibrates: whether a merge by it is calibrated unless it is asked not to be, or there are no images.
+        title: for the page and for people; the name itself where it is empty.
+        works_in_core: whether adapters can be merged in the low-dimensional core that they span: it commutes with
+            rotations of both sides of a layer, or gives something of use where it does not.
     """
 
     name: str
@@ -189,6 +192,8 @@ class Method:
     needs_with: Callable[[Any], StatisticKind | None] | None = None
     does_without: bool = False
     calibrates: bool = False
+    title: str = ""
+    works_in_core: bool = False
 
     @property
     def options(self) -> dict[str, Option]:

@@ -71,4 +71,6 @@ DARE = Method(
     ),
     DAREConfig,
     merge_dare,
+    title="DARE",
+    works_in_core=True,
 )

@@ -148,4 +148,6 @@ EPIMER = Method(
     merge_epimer,
     needs=FISHER_DIAGONAL,
     needs_with=lambda config: _STATISTICS[config.metric],
+    title="EpiMer",
+    works_in_core=True,
 )

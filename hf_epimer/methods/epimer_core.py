@@ -107,4 +107,5 @@ EPIMER_CORE = Method(
     needs_with=_statistic,
     does_without=True,
     calibrates=True,
+    title="EpiMer core",
 )

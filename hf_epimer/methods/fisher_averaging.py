@@ -100,6 +100,7 @@ FISHER = Method(
     FisherConfig,
     merge_fisher,
     needs=FISHER_DIAGONAL,
+    title="Fisher averaging",
 )
 
 GRADIENT_MATCHING = Method(
@@ -117,4 +118,5 @@ GRADIENT_MATCHING = Method(
     GradientMatchingConfig,
     merge_gradient_matching,
     needs=FISHER_DIAGONAL,
+    title="Gradient matching",
 )

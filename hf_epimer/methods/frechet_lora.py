@@ -112,4 +112,6 @@ FRECHET_LORA = Method(
     FrechetLoraConfig,
     merge_frechet_lora,
     needs_with=lambda config: KRONECKER if config.metric == "kronecker" else None,
+    title="Fréchet mean of adapters",
+    works_in_core=True,
 )

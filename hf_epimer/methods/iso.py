@@ -93,6 +93,8 @@ ISO_C = Method(
     _PAPER,
     IsoCConfig,
     merge_iso_c,
+    title="Iso-C",
+    works_in_core=True,
 )
 
 ISO_CTS = Method(
@@ -102,4 +104,6 @@ ISO_CTS = Method(
     _PAPER,
     IsoCTSConfig,
     merge_iso_cts,
+    title="Iso-CTS",
+    works_in_core=True,
 )

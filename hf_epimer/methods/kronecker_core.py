@@ -94,4 +94,5 @@ KRONECKER_CORE = Method(
     needs=KRONECKER,
     needs_with=lambda config: _STATISTICS[config.metric],
     calibrates=True,
+    title="Kronecker core",
 )

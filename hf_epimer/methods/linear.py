@@ -84,6 +84,8 @@ MEAN = Method(
     ),
     MeanConfig,
     merge_mean,
+    title="Mean",
+    works_in_core=True,
 )
 
 TASK_ARITHMETIC = Method(
@@ -100,6 +102,8 @@ TASK_ARITHMETIC = Method(
     ),
     TaskArithmeticConfig,
     merge_task_arithmetic,
+    title="Task arithmetic",
+    works_in_core=True,
 )
 
 NAN = Method(
@@ -117,4 +121,5 @@ NAN = Method(
     NANConfig,
     merge_nan,
     survey=survey_norms,
+    title="NAN",
 )

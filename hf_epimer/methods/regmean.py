@@ -57,4 +57,5 @@ REGMEAN = Method(
     RegMeanConfig,
     merge_regmean,
     needs=GRAM,
+    title="RegMean",
 )

@@ -68,4 +68,6 @@ TIES = Method(
     TIESConfig,
     merge_ties,
     survey=survey_thresholds,
+    title="TIES",
+    works_in_core=True,
 )

@@ -46,4 +46,6 @@ TSV_M = Method(
     ),
     TSVMConfig,
     merge_tsv,
+    title="TSV-M",
+    works_in_core=True,
 )

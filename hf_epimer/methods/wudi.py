@@ -60,4 +60,5 @@ WUDI = Method(
     ),
     WUDIConfig,
     merge_wudi,
+    title="WUDI",
 )

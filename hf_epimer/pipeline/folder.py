@@ -80,19 +80,19 @@ def push(folder: Path, repo_id: str, *, private: bool, create_pr: bool) -> str:
 
 def _conversions(plan: Plan) -> dict[str, Any]:
     """For the record: which commits are those of a bot's pull request, and what was asked for instead."""
-    found = {
+    conversions = {
         f"{source.title}@{source.ref.revision}": asdict(source.conversion)
         for source in (plan.base, *(model.source for model in plan.models))
         if source.conversion
     }
-    return {"conversions": found} if found else {}
+    return {"conversions": conversions} if conversions else {}
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("hf-epimer", "torch", "safetensors", "huggingface_hub", "transformers"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
