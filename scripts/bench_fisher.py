@@ -92,35 +92,35 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
             vmapped_batch()
 
     def vmapped_batch() -> None:
-        parameters = {own: model.get_parameter(own).detach() for own in subject.names}
+        parameters = {name: model.get_parameter(name).detach() for name in subject.names}
 
         def loss(values: Any, image: Any, label: Any) -> Any:
             logits = torch.func.functional_call(model, values, (image.unsqueeze(0),))
             return cross_entropy(logits, label.unsqueeze(0))
 
-        total = {own: torch.zeros_like(value) for own, value in parameters.items()}
+        total = {name: torch.zeros_like(value) for name, value in parameters.items()}
         per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
         for start in range(0, len(labels), 4):  # as many samples as fit: 4 copies of the model
             gradients = per_sample(parameters, pixels[start : start + 4], labels[start : start + 4])
-            for own, gradient in gradients.items():
-                total[own] += gradient.square().sum(0)
+            for name, gradient in gradients.items():
+                total[name] += gradient.square().sum(0)
 
     def bases() -> dict[str, TaggedBasis]:
-        found = {}
+        bases = {}
         for parameter, shape in CLIP.shapes(CLIP.fields).items():
             if len(shape) == 2:
                 p = TASKS * capped_rank(RANK, (shape[0], shape[1]), TASKS)
                 u, v = (torch.linalg.qr(torch.randn(side, p))[0] for side in shape)
-                found[parameter] = TaggedBasis(u, v, torch.ones(p), torch.zeros(p), RANK)
-        return found
+                bases[parameter] = TaggedBasis(u, v, torch.ones(p), torch.zeros(p), RANK)
+        return bases
 
     if name == "step":
         return step
     if name == "vmap(grad)":
         return vmapped
     if name == "projected":
-        own = bases()
-        return lambda: accumulate(subject, [batch] * BATCHES, ProjectedFisher(own))
+        tagged = bases()
+        return lambda: accumulate(subject, [batch] * BATCHES, ProjectedFisher(tagged))
     makers: dict[str, Any] = {"diagonal": FisherDiagonal, "kronecker": KroneckerFactors, "gram": GradientGram}
     wanted = [makers[part] for part in name.split(" + ")]
     return lambda: accumulate(subject, [batch] * BATCHES, Together([make(subject.shapes) for make in wanted]))

@@ -71,10 +71,10 @@ def family(root: int) -> list[int]:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # gone meanwhile
             continue
-    found = [root]
-    for member in found:
-        found += [child for child, parent in parents.items() if parent == member]
-    return found
+    members = [root]
+    for member in members:
+        members += [child for child, parent in parents.items() if parent == member]
+    return members
 
 
 def memory(process: int, field: str) -> int:

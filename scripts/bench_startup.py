@@ -89,13 +89,13 @@ def measure(rounds: int, folder: Path) -> dict[str, list[Seconds]]:
         "methods": ([*program, "methods"], 0),
         "methods --json": ([*program, "methods", "--json"], 0),
     }
-    found: dict[str, list[Seconds]] = {name: [] for name in commands}
+    seconds_of: dict[str, list[Seconds]] = {name: [] for name in commands}
     for number in range(rounds + 1):
         for name, (arguments, expected) in commands.items():
             seconds = run(arguments, folder, expected)
             if number:
-                found[name].append(seconds)
-    return found
+                seconds_of[name].append(seconds)
+    return seconds_of
 
 
 def main() -> None:
@@ -107,12 +107,12 @@ def main() -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options.rounds, Path(folder))
+        seconds_of = measure(options.rounds, Path(folder))
     table = Table(title=f"medians of {options.rounds} rounds on {os.cpu_count()} cores", title_justify="left")
     for column in ("", "seconds", "processor", "of the imports", "processor"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, rows in found.items():
-        pairs = list(zip(rows, found[IMPORTS], strict=True))
+    for name, rows in seconds_of.items():
+        pairs = list(zip(rows, seconds_of[IMPORTS], strict=True))
         table.add_row(
             name,
             f"{median(row.clock for row in rows):.2f}",
@@ -122,7 +122,7 @@ def main() -> None:
         )
     Console().print(table)
     if options.json:
-        content = {name: [vars(row) for row in rows] for name, rows in found.items()}
+        content = {name: [vars(row) for row in rows] for name, rows in seconds_of.items()}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -39,9 +39,9 @@ def main() -> None:
         fisher = [read(model / "fisher.safetensors", name) for model in models]
         doubled = {name: base[name].double()}  # so that the reference is stored in float64 too
         for method, config in (("tsv-m", TSVMConfig(rank=32)), ("epimer", EpiMerConfig(preset="paper"))):
-            found = merge_state_dicts(base, tuned, method, config, fisher)[name].double()
+            merged = merge_state_dicts(base, tuned, method, config, fisher)[name].double()
             exact = merge_state_dicts(doubled, tuned, method, config, fisher, exact=True)[name]
-            error = float((found - exact).norm() / (exact - doubled[name]).norm())
+            error = float((merged - exact).norm() / (exact - doubled[name]).norm())
             Console(highlight=False).print(f"{layer:<22} {method:<8} {error:.1e}")
 
 

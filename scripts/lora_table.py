@@ -148,7 +148,7 @@ def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDi
     with torch.no_grad():
         for name, parameter in zoo.parameters.items():
             parameter.copy_(adapter.tensor(name))
-    found: dict[str, Tensor] = {}
+    grams: dict[str, Tensor] = {}
     hooks = []
     for path, module in zoo.tower.named_modules():
         name = f"{CLIP.canonical(path)}.weight"
@@ -157,7 +157,7 @@ def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDi
 
         def add(key: str, values: Tensor) -> None:
             rows = values.detach().flatten(0, -2)
-            found[key] = found.get(key, torch.zeros(())) + rows.mT @ rows / samples
+            grams[key] = grams.get(key, torch.zeros(())) + rows.mT @ rows / samples
 
         keys = [name + part.suffix for part in KRONECKER.parts]
         hooks.append(module.register_forward_hook(lambda m, x, y, key=keys[0]: add(key, x[0])))
@@ -169,7 +169,7 @@ def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDi
     for hook in hooks:
         hook.remove()
     zoo.tower.zero_grad()
-    return StateDict(f"curvature of {bench.name}", found)
+    return StateDict(f"curvature of {bench.name}", grams)
 
 
 # --- the merges -----------------------------------------------------------------------------------------------------
@@ -177,17 +177,17 @@ def curvature(zoo: Zoo, bench: Bench, adapter: Adapter, samples: int) -> StateDi
 
 def naive(adapters: Sequence[Adapter]) -> Update:
     """What one must not do: the average of B times the average of A."""
-    found = {}
+    updates = {}
     for name in adapters[0].changed:
         pairs = [adapter.factors(name) for adapter in adapters]
         b, a = (torch.stack(list(side)).mean(0) for side in zip(*pairs, strict=True))
-        found[name] = b @ a
-    return found
+        updates[name] = b @ a
+    return updates
 
 
 def knots(adapters: Sequence[Adapter], density: float = 0.2) -> Update:
     """KnOTS-TIES: [D_1 .. D_T] = U S [V_1 .. V_T]^T, TIES on S V_t^T, and U in front again."""
-    found = {}
+    updates = {}
     for name in adapters[0].changed:
         points = [adapter.low_rank(name) for adapter in adapters]
         q, r = torch.linalg.qr(torch.cat([x.u * x.s for x in points], dim=1))
@@ -196,8 +196,8 @@ def knots(adapters: Sequence[Adapter], density: float = 0.2) -> Update:
         weights = torch.full((len(points),), 1 / len(points), dtype=aligned.dtype)
         labels = tuple(adapter.label for adapter in adapters)
         layer = Layer(name, torch.zeros_like(aligned[0]), aligned, weights, is_matrix=True, labels=labels)
-        found[name] = u @ merge_ties(layer, TIESConfig(density=density, trim="layer"), None).task_vector
-    return found
+        updates[name] = u @ merge_ties(layer, TIESConfig(density=density, trim="layer"), None).task_vector
+    return updates
 
 
 def whole(method: str, adapters: Sequence[Adapter]) -> Update:
@@ -260,13 +260,13 @@ def table_of(zoo: Zoo, rank: int, options: argparse.Namespace) -> dict[str, dict
             console.print(f"{bench.name}, rank {rank}: trained in {time.monotonic() - began:.0f} s")
         adapters.append(read_adapter(folder, zoo.base, CLIP.canonical, bench.name))
     measured = [curvature(zoo, b, a, options.samples) for b, a in zip(zoo.benches, adapters, strict=True)]
-    own = [
+    specialists = [
         zoo.accuracy(bench, "test", core("mean", [adapter]))
         for bench, adapter in zip(zoo.benches, adapters, strict=True)
     ]
     rows: dict[str, dict[str, Any]] = {
         "base, zero-shot": {"accuracy": zoo.accuracies("test", {})},
-        "each its own": {"accuracy": own},
+        "each its own": {"accuracy": specialists},
     }
     for row, merge in merges(adapters, rank, measured).items():
         update, spent = costed(merge)
@@ -274,10 +274,10 @@ def table_of(zoo: Zoo, rank: int, options: argparse.Namespace) -> dict[str, dict
         for alpha in ALPHAS:
             scores[alpha] = sum(zoo.accuracies("validation", {n: alpha * u for n, u in update.items()}))
         alpha = max(scores, key=lambda a: scores[a])
-        found = zoo.accuracies("test", {n: alpha * u for n, u in update.items()})
-        rows[row] = {"accuracy": found, "alpha": alpha, **spent}
+        accuracies = zoo.accuracies("test", {n: alpha * u for n, u in update.items()})
+        rows[row] = {"accuracy": accuracies, "alpha": alpha, **spent}
         shown = f"merged in {spent['cpu']:.1f} s of processor time and {spent['memory']:.0f} MiB"
-        console.print(f"{row}: {sum(found) / len(found):.3f} at alpha {alpha:g}, {shown}")
+        console.print(f"{row}: {sum(accuracies) / len(accuracies):.3f} at alpha {alpha:g}, {shown}")
     return rows
 
 
@@ -295,11 +295,11 @@ def show(names: Sequence[str], rank: int, rows: dict[str, dict[str, Any]]) -> No
     table = Table(title=f"{len(names)} adapters of rank {rank}", title_justify="left")
     for column in ("merge", *names, "average", "worst", "alpha", "CPU seconds", "MiB"):
         table.add_column(column, justify="left" if column == "merge" else "right")
-    for row, found in rows.items():
-        values = found["accuracy"]
+    for row, row_values in rows.items():
+        values = row_values["accuracy"]
         tail = [""] * 3
-        if "alpha" in found:
-            tail = [f"{found['alpha']:g}", f"{found['cpu']:.1f}", f"{found['memory']:.0f}"]
+        if "alpha" in row_values:
+            tail = [f"{row_values['alpha']:g}", f"{row_values['cpu']:.1f}", f"{row_values['memory']:.0f}"]
         mean, worst = sum(values) / len(values), min(values)
         table.add_row(row, *(f"{v:.3f}" for v in values), f"{mean:.3f}", f"{worst:.3f}", *tail)
     Console(width=160).print(table)
@@ -325,13 +325,15 @@ def shapes_only() -> StateDict:
 def write_random(folder: Path, rank: int, seed: int, spread: float) -> None:
     """Factors that are `spread` of their own and the rest common: 1 is as far apart as independent training gets."""
     folder.mkdir(parents=True)
-    common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    common, separate = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes_only().shapes.items():
         if len(shape) == 2 and ".layers." in name:
             module = ROOT + CLIP.module_name(name).removesuffix(".weight")
             for part, size in (("lora_A", (rank, shape[1])), ("lora_B", (shape[0], rank))):
-                values = torch.randn(size, generator=common) * (1 - spread) + torch.randn(size, generator=own) * spread
+                values = (
+                    torch.randn(size, generator=common) * (1 - spread) + torch.randn(size, generator=separate) * spread
+                )
                 tensors[f"{module}.{part}.weight"] = values * 0.02
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": MODULES}
@@ -363,7 +365,7 @@ def measure(folder: Path, row: str) -> None:
         updates = noted(merge_adapters(adapters, METHODS[method], config))
         model_class = (CLIP.output_class, CLIP.library)
         write_adapter(Path(out), updates, base, module_name=CLIP.module_name, model_class=model_class)
-    found = {
+    costs = {
         "seconds": time.monotonic() - began,
         "cpu": time.process_time() - used,
         "peak": memory("VmHWM"),
@@ -373,7 +375,7 @@ def measure(folder: Path, row: str) -> None:
         "steps": sum(report.solve.steps or 0 for report in reports if report.solve) / len(reports),
         "residual": max((report.solve.residual or 0.0 for report in reports if report.solve), default=0.0),
     }
-    print(json.dumps(found))
+    print(json.dumps(costs))
 
 
 def cost(rank: int) -> None:
@@ -396,15 +398,15 @@ def cost(rank: int) -> None:
                 write_random(Path(folder) / f"a{seed}", rank, seed + 1, spread)
             for row in [*rows, "tsv-m", "iso-c", "ties"]:
                 command = [sys.executable, __file__, "--measure", folder, row]
-                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                costs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 cells = (
-                    f"{found['seconds']:.1f}",
-                    f"{found['cpu']:.1f}",
-                    f"{found['peak']:.2f}",
-                    f"{found['before']:.2f}",
+                    f"{costs['seconds']:.1f}",
+                    f"{costs['cpu']:.1f}",
+                    f"{costs['peak']:.2f}",
+                    f"{costs['before']:.2f}",
                 )
-                unique = f"{found['unique']}/{found['layers']}" if row.startswith("frechet") else ""
-                table.add_row(row, f"{spread:g}", *cells, f"{found['steps']:.0f}", unique)
+                unique = f"{costs['unique']}/{costs['layers']}" if row.startswith("frechet") else ""
+                table.add_row(row, f"{spread:g}", *cells, f"{costs['steps']:.0f}", unique)
     Console(width=120).print(table)
 
 

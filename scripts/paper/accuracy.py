@@ -55,12 +55,12 @@ def theirs(benchmark: Benchmark, row: str) -> Numbers:
     eight = {task: value for task, value in values.items() if task != "average"}
     if not benchmark.has_paper_tasks:
         return [None] * len(benchmark.names) + [values["average"], min(eight.values())]
-    own = [eight.get(name) for name in benchmark.names]
-    known = [value for value in own if value is not None]
-    if len(known) < len(own):
-        return [*own, None, None]
+    reported = [eight.get(name) for name in benchmark.names]
+    known = [value for value in reported if value is not None]
+    if len(known) < len(reported):
+        return [*reported, None, None]
     average = values["average"] if set(benchmark.names) == set(eight) else sum(known) / len(known)
-    return [*own, average, min(known)]
+    return [*reported, average, min(known)]
 
 
 def with_totals(values: Sequence[float]) -> list[float]:

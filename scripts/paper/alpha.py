@@ -34,9 +34,9 @@ def theirs(benchmark: Benchmark, method: str, rank: int, alphas: Sequence[float]
 
 def alpha_parser(text: str) -> argparse.ArgumentParser:
     """The flags of scripts that look at several ranks and alphas."""
-    found = parser(text, ranks=(4, 16, 32))
-    found.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS), metavar="A")
-    return found
+    arguments = parser(text, ranks=(4, 16, 32))
+    arguments.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS), metavar="A")
+    return arguments
 
 
 def main() -> None:

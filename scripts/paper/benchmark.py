@@ -186,8 +186,8 @@ class Benchmark:
 
     def _measure(self, folder: Path, tasks: Sequence[Task] | None = None) -> list[float]:
         tasks = tasks or self.tasks
-        found = evaluate_folder(folder, self.base_folder, tasks, name="", limit=self.limit)
-        return [found.tasks[task.name].accuracy for task in tasks]
+        results = evaluate_folder(folder, self.base_folder, tasks, name="", limit=self.limit)
+        return [results.tasks[task.name].accuracy for task in tasks]
 
     def _fisher_files(self, sampling: Sampling, gradients: Gradients, compress: Compression | None) -> list[ModelRef]:
         files = []
@@ -205,24 +205,28 @@ def parser(text: str, *, ranks: Sequence[int] = (32,)) -> argparse.ArgumentParse
         text: the script's docstring.
         ranks: the default of --rank, which takes several values where there are several.
     """
-    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    place = found.add_mutually_exclusive_group(required=True)
+    arguments = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    place = arguments.add_mutually_exclusive_group(required=True)
     place.add_argument(
         "--zoo", type=Path, metavar="DIR", help="a folder with base/, tasks/NAME and task_files/NAME.yaml"
     )
     place.add_argument("--hub", choices=list(HUB), help="FusionBench's checkpoints of this backbone, from the Hub")
-    found.add_argument("--family", default="zoo", help="what the checkpoints of --zoo are; Ilharco: the paper's own")
-    found.add_argument("--backbone", choices=list(HUB), default="ViT-B/32", help="the paper's numbers beside a --zoo")
-    found.add_argument("--tasks", nargs="+", metavar="NAME", help="default: all")
+    arguments.add_argument(
+        "--family", default="zoo", help="what the checkpoints of --zoo are; Ilharco: the paper's own"
+    )
+    arguments.add_argument(
+        "--backbone", choices=list(HUB), default="ViT-B/32", help="the paper's numbers beside a --zoo"
+    )
+    arguments.add_argument("--tasks", nargs="+", metavar="NAME", help="default: all")
     if len(ranks) > 1:
-        found.add_argument("--rank", nargs="+", type=int, default=list(ranks), metavar="K")
+        arguments.add_argument("--rank", nargs="+", type=int, default=list(ranks), metavar="K")
     else:
-        found.add_argument("--rank", type=int, default=ranks[0], metavar="K")
-    found.add_argument("--samples", type=int, default=256, help="a task, for the Fisher information")
-    found.add_argument("--limit", type=int, help="test images a task; default all")
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--out", type=Path, default=Path("paper-results"))
-    return found
+        arguments.add_argument("--rank", type=int, default=ranks[0], metavar="K")
+    arguments.add_argument("--samples", type=int, default=256, help="a task, for the Fisher information")
+    arguments.add_argument("--limit", type=int, help="test images a task; default all")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--out", type=Path, default=Path("paper-results"))
+    return arguments
 
 
 def benchmark_of(options: argparse.Namespace) -> Benchmark:

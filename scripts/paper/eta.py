@@ -22,9 +22,10 @@ def main() -> None:
     benchmark = benchmark_of(options)
     ranks = sorted(options.rank)
     recipe = benchmark.recipe("epimer", {}, str(benchmark.out / "merged"))
-    found = diagnose(recipe, ranks, str(benchmark.out / "diagnosis"), estimate=True)
-    known = [total.curvature for total in found.totals if total.curvature]  # all: it is estimated where it is missing
-    eta, share = [own.eta_trace for own in known], [own.share_trace for own in known]
+    diagnosis = diagnose(recipe, ranks, str(benchmark.out / "diagnosis"), estimate=True)
+    # all of them: it is estimated where it is missing
+    known = [total.curvature for total in diagnosis.totals if total.curvature]
+    eta, share = [curvature.eta_trace for curvature in known], [curvature.share_trace for curvature in known]
     part = benchmark.has_paper_tasks and len(benchmark.names) < 8
     printed = published()["figures"]["2"]
     margins = {} if part else printed["values"][benchmark.backbone]
@@ -39,7 +40,7 @@ def main() -> None:
     ours = [100 * (epimer - flat) for epimer, flat in zip(best["epimer"], best["tsv-m"])]
     theirs = [margins.get(str(rank)) for rank in ranks]
     table.add("EpiMer - TSV-M (points)", ours, theirs)
-    table.finish(ranks=ranks, alphas=options.alphas, best=best, verdict=list(found.verdict))
+    table.finish(ranks=ranks, alphas=options.alphas, best=best, verdict=list(diagnosis.verdict))
     drawn: dict[str, Numbers] = {table.ours: ours}
     if any(value is not None for value in theirs):
         drawn[f"{table.paper}, {benchmark.backbone}, its eight tasks"] = theirs

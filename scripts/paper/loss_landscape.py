@@ -24,25 +24,25 @@ def main() -> None:
     benchmark = benchmark_of(options)
     merged = []
     for method in options.merges:
-        own = {"rank": options.rank} if "rank" in METHODS[method].options else {}
-        folder = merge(benchmark.recipe(method, own, str(benchmark.out / f"merged-{method}"))).out
+        changed = {"rank": options.rank} if "rank" in METHODS[method].options else {}
+        folder = merge(benchmark.recipe(method, changed, str(benchmark.out / f"merged-{method}"))).out
         merged.append(ModelRef.parse(f"{method}={folder}"))
     recipe, samples = benchmark.recipe("mean", {}, "landscape"), options.limit or 256
-    found = landscape(recipe, merged, str(benchmark.out / "landscape"), steps=options.steps, samples=samples)
-    columns = [*found.losses, "mean", "from the plane"]
+    measured = landscape(recipe, merged, str(benchmark.out / "landscape"), steps=options.steps, samples=samples)
+    columns = [*measured.losses, "mean", "from the plane"]
     source = published()["figures"]["4"]["source"]
     title = f"loss (nats) of every model itself, rank {options.rank}"
     table = Comparison("Figure 4", title, source, columns, benchmark)
-    for name, losses in found.models.items():
-        values = [losses[task] for task in found.losses]
-        table.add(name, [*values, sum(values) / len(values), found.plane.outside[name]])
-    rows = zip(*found.losses.values())
+    for name, losses in measured.models.items():
+        values = [losses[task] for task in measured.losses]
+        table.add(name, [*values, sum(values) / len(values), measured.plane.outside[name]])
+    rows = zip(*measured.losses.values())
     lowest = min(sum(cell) / len(cell) for row in rows for cell in zip(*row))
     table.note = (
-        f"The plane has {found.plane.explained:.0%} of the models' spread; lowest mean loss on it {lowest:.3f}."
+        f"The plane has {measured.plane.explained:.0%} of the models' spread; lowest mean loss on it {lowest:.3f}."
     )
-    pictures = [f"landscape/{name}" for name in found.pictures]
-    table.finish(rank=options.rank, explained=found.plane.explained, lowest=lowest, pictures=pictures)
+    pictures = [f"landscape/{name}" for name in measured.pictures]
+    table.finish(rank=options.rank, explained=measured.plane.explained, lowest=lowest, pictures=pictures)
     if not pictures:
         say_missing()
 

@@ -48,8 +48,8 @@ def main() -> None:
             )
             for seed in seeds
         ]
-        found = averages[way] = [sum(row) / len(row) for row in rows]
-        ours = [sum(found) / len(rows), sum(map(min, rows)) / len(rows), min(found), max(found)]
+        means = averages[way] = [sum(row) / len(row) for row in rows]
+        ours = [sum(means) / len(rows), sum(map(min, rows)) / len(rows), min(means), max(means)]
         table.add(way, ours, [*theirs(benchmark, "epimer")[-2:], None, None] if fraction == 1 else ())
         everything[way] = dict(zip(map(str, seeds), rows))
     table.finish(rank=options.rank, accuracies=everything)

@@ -30,8 +30,8 @@ def main() -> None:
     printed = published()["tables"]["10"]
     runs = {}
     for method in ROWS:
-        own = {"rank": options.rank} if "rank" in METHODS[method].options else {}
-        recipe = benchmark.recipe(method, own, str(benchmark.out / "merged"))
+        changed = {"rank": options.rank} if "rank" in METHODS[method].options else {}
+        recipe = benchmark.recipe(method, changed, str(benchmark.out / "merged"))
         runs[method] = [merge(recipe).seconds["merging"] for _ in range(options.runs + 1)][1:]
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     title = f"seconds of a merge of {len(benchmark.names)}, rank {options.rank}, {machine}"

@@ -97,25 +97,25 @@ class Bench:
     @cached_property
     def validation(self) -> list[list[Batch]]:
         """The last pictures of every task."""
-        found = []
+        all_batches = []
         for model, everything in zip(self.models, self.samples, strict=True):
             rows = range(len(everything) - self.limit, len(everything))
             part = replace(everything, rows=everything.rows.select(rows), numbers=everything.numbers[rows.start :])
-            found.append(list(ImageBatches(part, model.pixels, 50)))
-        return found
+            all_batches.append(list(ImageBatches(part, model.pixels, 50)))
+        return all_batches
 
     def statistics(self, statistic: StatisticKind, look: Look = USUAL) -> list[Tensors]:
         """One mapping per task, named as in files."""
         if look.at is None and (statistic.file, look) in self._statistics:
             return self._statistics[statistic.file, look]
-        found = []
+        statistics = []
         for number in range(len(self.names)):
             assert statistic.file is not None
             made = ACCUMULATORS[statistic.file, "per-sample"]
-            found.append(self.swept(number, made(self._subject(number, look).shapes), look))
+            statistics.append(self.swept(number, made(self._subject(number, look).shapes), look))
         if look.at is None:
-            self._statistics[statistic.file, look] = found
-        return found
+            self._statistics[statistic.file, look] = statistics
+        return statistics
 
     def swept(self, number: int, accumulator: Accumulator, look: Look = USUAL) -> Tensors:
         """Per-sample gradients of one task's loss, in an accumulator."""
@@ -141,8 +141,8 @@ class Bench:
         self.put(merged)
         share = 1 / len(self.names)
         tasks = [
-            CalibrationTask(StateDict(name, tuned), share, StateDict(name, own), self.looked_at(number, look))
-            for number, (name, tuned, own) in enumerate(zip(self.names, self.tuned, curvature, strict=True))
+            CalibrationTask(StateDict(name, tuned), share, StateDict(name, factors), self.looked_at(number, look))
+            for number, (name, tuned, factors) in enumerate(zip(self.names, self.tuned, curvature, strict=True))
         ]
         with tempfile.TemporaryDirectory() as folder:
             calibrate(self.tower, StateDict("base", self.base), tasks, CLIP, Path(folder), **options)
@@ -155,11 +155,11 @@ class Bench:
     def measure(self, merged: Tensors) -> Hits:
         """Picture by picture."""
         self.put(merged)
-        found = {}
+        hits = {}
         with torch.inference_mode():
             for name, model, batches in zip(self.names, self.models, self.validation, strict=True):
-                found[name] = torch.cat([model.top1(batch.inputs) == batch.labels for batch in batches])
-        return found
+                hits[name] = torch.cat([model.top1(batch.inputs) == batch.labels for batch in batches])
+        return hits
 
     def losses(self, merged: Tensors) -> tuple[float, float]:
         """What can be known of a merge without validation: means over tasks on 128 calibration pictures each, in nats.
@@ -184,32 +184,32 @@ class Bench:
     @cached_property
     def predictions(self) -> list[Tensor]:
         """Log-probabilities of these by each task's own model."""
-        found = []
+        predictions = []
         for model, tuned, batches in zip(self.models, self.tuned, self.first, strict=True):
             self.put(tuned)
-            found.append(_log_probabilities(model, batches))
-        return found
+            predictions.append(_log_probabilities(model, batches))
+        return predictions
 
     def put(self, weights: Tensors) -> None:
         """Into the tower of all classifiers."""
         put_weights(parameters_of(self.tower, CLIP), StateDict("weights", weights))
 
 
-def average(found: Hits) -> float:
+def average(hits: Hits) -> float:
     """Mean accuracy over tasks."""
-    return sum(float(right.float().mean()) for right in found.values()) / len(found)
+    return sum(float(right.float().mean()) for right in hits.values()) / len(hits)
 
 
-def worst(found: Hits) -> float:
+def worst(hits: Hits) -> float:
     """Accuracy on the worst task."""
-    return min(float(right.float().mean()) for right in found.values())
+    return min(float(right.float().mean()) for right in hits.values())
 
 
 def difference(one: Hits, two: Hits) -> tuple[float, float]:
     """Mean over tasks of accuracy(one) - accuracy(two) on the same pictures, and its standard error."""
     apart = [one[task].float() - two[task].float() for task in one]
-    mean = sum(float(own.mean()) for own in apart) / len(apart)
-    variance = sum(float(own.var()) / len(own) for own in apart) / len(apart) ** 2
+    mean = sum(float(pairs.mean()) for pairs in apart) / len(apart)
+    variance = sum(float(pairs.var()) / len(pairs) for pairs in apart) / len(apart) ** 2
     return mean, math.sqrt(variance)
 
 

@@ -140,11 +140,11 @@ def run(zoo: Path, tasks: list[str], groups: list[str], limit: int) -> None:
         lines = []
         for alpha in missing:
             scaled = bench.scaled(merged, alpha)
-            found, (apart, loss) = bench.measure(scaled), bench.losses(scaled)
-            right = {task: "".join("01"[int(hit)] for hit in own) for task, own in found.items()}
+            hits, (apart, loss) = bench.measure(scaled), bench.losses(scaled)
+            right = {task: "".join("01"[int(hit)] for hit in of_task) for task, of_task in hits.items()}
             line = {"zoo": zoo.name, "tasks": tasks, "row": name, "alpha": alpha, "apart": apart, "loss": loss}
             lines.append(line | {"right": right})
-            console.print(f"{' '.join(tasks)}: {name}, alpha {alpha:g}: {average(found):.3f} ({worst(found):.3f})")
+            console.print(f"{' '.join(tasks)}: {name}, alpha {alpha:g}: {average(hits):.3f} ({worst(hits):.3f})")
         with LOG.open("a", encoding="utf-8") as log:
             log.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -161,60 +161,60 @@ Measured = dict[str, dict[str, dict[float, tuple[Hits, float]]]]
 
 def measured() -> Measured:
     """The log, by set."""
-    found: Measured = {}
+    by_set: Measured = {}
     for entry in entries():
-        hits = {task: torch.tensor([hit == "1" for hit in own]) for task, own in entry["right"].items()}
-        rows = found.setdefault(f"{entry['zoo']}: {' '.join(entry['tasks'])}", {})
+        hits = {task: torch.tensor([mark == "1" for mark in marks]) for task, marks in entry["right"].items()}
+        rows = by_set.setdefault(f"{entry['zoo']}: {' '.join(entry['tasks'])}", {})
         rows.setdefault(entry["row"], {})[entry["alpha"]] = hits, entry["apart"]
-    return found
+    return by_set
 
 
 def report() -> None:
     """Markdown: every group of rows at their own best alphas, against another row; then what predictions choose."""
-    found = measured()
+    by_set = measured()
     console = Console(soft_wrap=True, highlight=False)
     against = {"baselines": "tsv-m", "calibrated": "tsv-m", "core": "core, rho 1"}
     for group, rows in ROWS.items():
         names = [against.get(group, "calibrated core"), *(name for name, *_ in rows)]
-        if any(name in own for own in found.values() for name in names[1:]):
-            console.print(_table(found, list(dict.fromkeys(names))), "", sep="\n", markup=False)
-    console.print(_chosen_table(found), markup=False)
+        if any(name in rows for rows in by_set.values() for name in names[1:]):
+            console.print(_table(by_set, list(dict.fromkeys(names))), "", sep="\n", markup=False)
+    console.print(_chosen_table(by_set), markup=False)
 
 
-def _table(found: Measured, names: list[str]) -> str:
+def _table(by_set: Measured, names: list[str]) -> str:
     """Rows x sets: average (worst), alpha, and the difference to the first row on the same pictures."""
-    sets = [where for where, rows in found.items() if any(name in rows for name in names[1:])]
+    sets = [where for where, rows in by_set.items() if any(name in rows for name in names[1:])]
     lines = [f"| | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
-    for name in (name for name in names if any(name in found[where] for where in sets)):
+    for name in (name for name in names if any(name in by_set[where] for where in sets)):
         cells = []
         for where in sets:
-            rows = found[where]
+            rows = by_set[where]
             if name not in rows:
                 cells.append("")
                 continue
-            alpha, own = _best(rows[name])
-            cells.append(f"{average(own):.3f} ({worst(own):.3f})" + (f" at {alpha:g}" if len(rows[name]) > 1 else ""))
+            alpha, best = _best(rows[name])
+            cells.append(f"{average(best):.3f} ({worst(best):.3f})" + (f" at {alpha:g}" if len(rows[name]) > 1 else ""))
             if name != names[0] and names[0] in rows:
-                apart, error = difference(own, _best(rows[names[0]])[1])
+                apart, error = difference(best, _best(rows[names[0]])[1])
                 cells[-1] += f", {apart:+.3f} ± {error:.3f}"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _chosen_table(found: Measured) -> str:
+def _chosen_table(by_set: Measured) -> str:
     """Methods x sets: alpha by predictions, and the difference to the alpha that is best on these very pictures."""
-    names = dict.fromkeys(name for rows in found.values() for name, own in rows.items() if len(own) > 2)
-    lines = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    names = dict.fromkeys(name for rows in by_set.values() for name, by_alpha in rows.items() if len(by_alpha) > 2)
+    lines = [f"| | {' | '.join(by_set)} |", "|---" * (len(by_set) + 1) + "|"]
     for name in names:
         cells = []
-        for rows in found.values():
-            own = rows.get(name, {})
-            if len(own) < 3:
+        for rows in by_set.values():
+            by_alpha = rows.get(name, {})
+            if len(by_alpha) < 3:
                 cells.append("")
                 continue
-            chosen = min(own, key=lambda alpha: own[alpha][1])
-            alpha, best = _best(own)
-            apart, error = difference(own[chosen][0], best)
+            chosen = min(by_alpha, key=lambda alpha: by_alpha[alpha][1])
+            alpha, best = _best(by_alpha)
+            apart, error = difference(by_alpha[chosen][0], best)
             cells.append(f"{chosen:g}" if chosen == alpha else f"{chosen:g} for {alpha:g}, {apart:+.3f} ± {error:.3f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -29,12 +29,12 @@ def task_vectors(bench: Bench, name: str) -> Tensor:
 
 def with_layers(start: Tensors, bench: Bench, change: Callable[[str, Tensor], Tensor | None]) -> Tensors:
     """A merge with the task vectors of its matrices put through `change` (None: as it was)."""
-    found = dict(start)
+    weights = dict(start)
     for name, value in start.items():
         if value.ndim == 2:
             changed = change(name, value - bench.base[name])
-            found[name] = value if changed is None else bench.base[name] + changed
-    return found
+            weights[name] = value if changed is None else bench.base[name] + changed
+    return weights
 
 
 def plain_bases(bench: Bench, rho: float = 1.0) -> Tensors:
@@ -46,16 +46,19 @@ def plain_bases(bench: Bench, rho: float = 1.0) -> Tensors:
             return None
         d = task_vectors(bench, name)
         triples = task_triples(d, capped_rank(RANK, (d.shape[1], d.shape[2]), len(d)))
-        u, v = torch.cat([own.u for own in triples], 1).double(), torch.cat([own.v for own in triples], 1).double()
+        u, v = (
+            torch.cat([triple.u for triple in triples], 1).double(),
+            torch.cat([triple.v for triple in triples], 1).double(),
+        )
         lefts, rights, sides = [], [], []
-        for own, statistics in zip(d.double(), measured, strict=True):
+        for task_vector, statistics in zip(d.double(), measured, strict=True):
             s, a = statistics[f"{name}{OUTPUT}"].double(), statistics[f"{name}{INPUT}"].double()
             left, right = u.mT @ s @ u, v.mT @ a @ v
             gain = 1 / (len(d) * left.diagonal().mean() * right.diagonal().mean())
             lefts.append(gain * left)
             rights.append(right)
-            sides.append(gain * (u.mT @ s @ own @ a @ v))
-        start = torch.diag(torch.cat([own.s for own in triples]).double())
+            sides.append(gain * (u.mT @ s @ task_vector @ a @ v))
+        start = torch.diag(torch.cat([triple.s for triple in triples]).double())
         left, right = torch.stack(lefts), torch.stack(rights)
         residual = torch.stack(sides).sum(0) - (left @ start @ right).sum(0)
         return (u @ solve_sylvester(left, right, rho, start, residual, tolerance=1e-6).x @ v.mT).float()
@@ -66,8 +69,8 @@ def plain_bases(bench: Bench, rho: float = 1.0) -> Tensors:
 class OnTheCore:
     """z_n = vec(U^T G_n V) and <G_n, D_t> of every sample: what the exact Fisher information says of a full core."""
 
-    def __init__(self, bases: Mapping[str, TaggedBasis], own: Mapping[str, Tensor]) -> None:
-        self.bases, self.own = bases, own
+    def __init__(self, bases: Mapping[str, TaggedBasis], task_vectors: Mapping[str, Tensor]) -> None:
+        self.bases, self.task_vectors = bases, task_vectors
         self.sums: Tensors = {}
 
     def add(self, name: str, gradient: Gradient) -> None:
@@ -75,7 +78,7 @@ class OnTheCore:
             return
         basis = self.bases[name]
         z = torch.einsum("ntp,ntq->npq", gradient.left @ basis.u, gradient.right @ basis.v).flatten(1)
-        along = (gradient.left * (gradient.right @ self.own[name].mT)).sum((1, 2))
+        along = (gradient.left * (gradient.right @ self.task_vectors[name].mT)).sum((1, 2))
         rows = torch.cat([z, along.unsqueeze(1)], dim=1)
         self.sums[name] = torch.cat([self.sums[name], rows]) if name in self.sums else rows
 
@@ -96,19 +99,19 @@ def exact_core(bench: Bench, rho: float = 1.0) -> Tensors:
             basis = tagged_basis(d, capped_rank(RANK, (value.shape[0], value.shape[1]), len(d)))
             if basis is not None:
                 bases[name] = basis
-    found = []
+    projected = []
     for number, tuned in enumerate(bench.tuned):
-        own = {name: tuned[name] - bench.base[name] for name in bases}
-        found.append(bench.swept(number, OnTheCore(bases, own)))
+        differences = {name: tuned[name] - bench.base[name] for name in bases}
+        projected.append(bench.swept(number, OnTheCore(bases, differences)))
 
     def change(name: str, _: Tensor) -> Tensor | None:
         if name not in bases:
             return None
         basis, rows, sides = bases[name], [], []
         anchor = torch.diag(basis.s).double().flatten()
-        for measured in found:
+        for measured in projected:
             z, along = measured[name][:, :-1].double(), measured[name][:, -1].double()
-            gain = z.shape[1] / (len(found) * z.square().sum())
+            gain = z.shape[1] / (len(projected) * z.square().sum())
             rows.append(z * gain.sqrt())
             sides.append(along * gain.sqrt())
         z, along = torch.cat(rows), torch.cat(sides)
@@ -151,13 +154,13 @@ def calibrated_spectrum(bench: Bench, start: Tensors) -> Tensors:
 def vectors_by_curvature(bench: Bench, start: Tensors) -> Tensors:
     """Biases and layer norms averaged by their own Fisher information, every task's of mean 1."""
     measured = bench.statistics(FISHER_DIAGONAL)
-    found = dict(start)
+    merged = dict(start)
     for name, value in start.items():
         if value.ndim == 1:
             d = task_vectors(bench, name)
-            weights = torch.stack([own[name] / own[name].mean().clamp_min(1e-30) for own in measured])
-            found[name] = bench.base[name] + (weights * d).sum(0) / weights.sum(0).clamp_min(1e-30)
-    return found
+            weights = torch.stack([fisher[name] / fisher[name].mean().clamp_min(1e-30) for fisher in measured])
+            merged[name] = bench.base[name] + (weights * d).sum(0) / weights.sum(0).clamp_min(1e-30)
+    return merged
 
 
 @torch.no_grad()
@@ -183,7 +186,7 @@ def last_norm(bench: Bench, start: Tensors, look: Look = USUAL, rho: float = 0.1
     hook.remove()
     ridge = rho * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(2, dtype=torch.float64)
     step = torch.linalg.solve(gram + ridge, cross.unsqueeze(-1)).squeeze(-1).float()
-    found = dict(start)
-    found["vision_model.post_layernorm.weight"] = (ours + step)[:, 0]
-    found["vision_model.post_layernorm.bias"] = (ours + step)[:, 1]
-    return found
+    weights = dict(start)
+    weights["vision_model.post_layernorm.weight"] = (ours + step)[:, 0]
+    weights["vision_model.post_layernorm.bias"] = (ours + step)[:, 1]
+    return weights
