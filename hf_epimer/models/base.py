@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_epimer.checkpoints.reader import read_json
 from hf_epimer.errors import MismatchError, UsageError
-from hf_epimer.hub.refs import ModelRef, is_repo_id
+from hf_epimer.hub.refs import ModelRef, is_repo_id, same_repo
 from hf_epimer.hub.source import Source
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
 from hf_epimer.models.source import ModelSource, resolve_model
 
 logger = logging.getLogger(__name__)
+
+MERGE_RECIPE = "merge_config.json"
 
 
 def find_base(given: ModelRef | None, models: Sequence[ModelSource]) -> ModelSource:
@@ -41,15 +44,35 @@ def find_base(given: ModelRef | None, models: Sequence[ModelSource]) -> ModelSou
             f"{why} and {full} is not shaped like a well-known {full.architecture.name}: name the base with --base"
         )
     logger.info("base %s, by the shape of %s", known, full)
+    for model in models:
+        origin = None if model.is_adapter else model.config.get("_name_or_path")
+        is_other = isinstance(origin, str) and is_repo_id(origin) and not same_repo(origin, model.ref.location)
+        if is_other and not same_repo(str(origin), known):
+            logger.warning(
+                "%s: the base is taken to be %s, by its shape, but its config.json says that it comes from %s; if that "
+                "is right, name it with --base", model, known, origin,
+            )  # fmt: skip
     return resolve_model(ModelRef(known))
 
 
 def _what_it_says(model: ModelSource) -> dict[str, Any]:
-    """`base_model`, and a `revision` where an adapter names one, from an adapter's config or else from the card."""
+    """`base_model`, and a `revision` where one is known, from an adapter's config, a merge's recipe or the card."""
     base = model.config.get("base_model_name_or_path") if model.is_adapter else None
-    if not base:
-        return model.card
-    return {"base_model": base, "revision": model.config.get("revision"), "said_in": ADAPTER_CONFIG}
+    if base:
+        return {"base_model": base, "revision": model.config.get("revision"), "said_in": ADAPTER_CONFIG}
+    if model.card.get("base_model_relation") == "merge":  # what its card calls base models was merged
+        return _base_of_merge(model)
+    return model.card
+
+
+def _base_of_merge(model: ModelSource) -> dict[str, Any]:
+    """What a merge says of its base in its own recipe; nothing where that is no Hub id and no folder that is there."""
+    if MERGE_RECIPE not in model.files:
+        return {}
+    name, _, revision = str(read_json(model.fetch(MERGE_RECIPE), str(model)).get("base")).partition("@")
+    if not is_repo_id(name) and not (model.ref.is_local and Path(name).is_dir()):
+        return {}
+    return {"base_model": name, "revision": revision or None, "said_in": MERGE_RECIPE}
 
 
 def check_same_architecture(base: ModelSource, models: Sequence[ModelSource]) -> None:

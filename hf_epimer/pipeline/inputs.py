@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_epimer.checkpoints.reader import Checkpoint, StateDict, TensorSource
 from hf_epimer.curvature.files import open_statistics
+from hf_epimer.curvature.origin import other_origin
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub.source import Source, fetch_all
@@ -23,7 +24,7 @@ from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods.statistic import POSITIONS, PROJECTED_FISHER, StatisticKind, StatisticsFile
-from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.plan import CurvatureFile, Plan
 from hf_epimer.types import Progress
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,13 @@ def _open_curvature(plan: Plan, kind: StatisticKind) -> list[TensorSource]:
             continue
         path = entry.cached(kind.file) if isinstance(entry, CurvatureRequest) else entry.fetch()
         label = f"{kind.title} of {model.label} ({path.name})"
-        opened.append(open_statistics(path, label, kind, plan.shapes, plan.architecture.canonical))
+        source = open_statistics(path, label, kind, plan.shapes, plan.architecture.canonical)
+        if isinstance(entry, CurvatureFile) and (other := other_origin(path, model.source, model.task)):
+            used_for = f"{model.source}, task {model.task.name}" if model.task else str(model.source)
+            logger.warning("%s: it was measured on %s, and is used for %s", label, other, used_for)
+        if not any(bool(source.tensor(name).any()) for name in source.shapes):
+            logger.warning("%s: zero everywhere, so that it says nothing about the model", label)
+        opened.append(source)
     return opened
 
 

@@ -6,6 +6,7 @@ wrong here, before a weight is read.
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -141,7 +142,10 @@ def _label(recipe: MergeRecipe, sources: Sequence[ModelSource]) -> tuple[Planned
 
 
 def _task_of(source: ModelSource, known: Mapping[str, Task], *, needed: bool) -> Task | None:
-    task = infer_task(source.ref.label, names_in(source.card.get("datasets")), source.ref.name, known)
+    by_others = infer_task(None, names_in(source.card.get("datasets")), source.ref.name, known)
+    task = infer_task(source.ref.label, tasks=known) if source.ref.label else by_others
+    if task and by_others and task != by_others:
+        logger.warning("%s is labelled %s, but its card or name speaks of %s", source, task.name, by_others.name)
     if task is None and needed:
         raise UsageError(
             f"{source}: to measure accuracy its task must be known: label it (mnist={source.ref.location}) or add "
@@ -195,7 +199,24 @@ def _check_distinct(base: ModelSource, models: Sequence[PlannedModel]) -> None:
             raise MismatchError(f"{model} is its own base: it has nothing to merge; name its real base with --base")
         if identity in seen:
             logger.warning("%s is merged twice (as %s and %s)", model.source.title, seen[identity].label, model.label)
+        elif twin := next((other for other in seen.values() if _same_weights(other.source, model.source)), None):
+            logger.warning("%s and %s have the same weights under two names", twin, model)
         seen[identity] = model
+
+
+def _same_weights(one: ModelSource, other: ModelSource) -> bool:
+    """Whether two models have the same weight files, as far as that is known without reading all of them."""
+    pairs = list(zip(_weights(one), _weights(other)))
+    if not pairs or len(_weights(one)) != len(_weights(other)):
+        return False
+    if one.ref.is_local and other.ref.is_local:  # other weights differ in the first few kilobytes
+        return all(filecmp.cmp(one.fetch(name), other.fetch(twin), shallow=False) for name, twin in pairs)
+    known = [(one.sha256.get(name), other.sha256.get(twin)) for name, twin in pairs]
+    return all(sha256 is not None and sha256 == twin for sha256, twin in known)
+
+
+def _weights(source: ModelSource) -> list[str]:
+    return [name for name in source.weight_files if name.endswith(".safetensors")]
 
 
 def _writes_adapter(recipe: MergeRecipe, models: Sequence[PlannedModel]) -> bool:
