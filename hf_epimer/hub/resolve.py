@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub  # its names are loaded when they are used, which a merge of local folders never does
 from huggingface_hub import constants
 
-from hf_epimer.errors import HubError, NotFoundError
+from hf_epimer.errors import AccessError, HubError, NotFoundError
 from hf_epimer.hub.conversion import BOT, Conversion, find_conversion, is_convertible
 from hf_epimer.hub.notes import cached_commit, read_note, write_note
 from hf_epimer.hub.refs import ModelRef, is_repo_id
@@ -42,7 +42,10 @@ def resolve(ref: ModelRef) -> Source:
         folder = Path(ref.location)
         if not folder.is_dir():
             raise NotFoundError(f"{ref}: {folder} is not a folder")
-        paths = [path for path in folder.iterdir() if path.is_file()]
+        try:
+            paths = [path for path in folder.iterdir() if path.is_file()]
+        except PermissionError as error:
+            raise AccessError(f"{ref}: the folder may not be read (permission denied)") from error
         return Source(ref, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
     if constants.HF_HUB_OFFLINE:
         return _resolve_offline(ref, label)

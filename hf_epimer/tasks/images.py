@@ -288,13 +288,21 @@ def _load(task: Task, split: str, revision: str | None, streaming: bool) -> Any:
 @contextmanager
 def _explained(task: Task, split: str) -> Iterator[None]:
     """What `datasets` raises as one line that names the data set, the split and the task."""
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub import constants
 
     try:
         yield
     except (DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        if isinstance(error, (DatasetNotFoundError, ConnectionError)) and not Path(task.dataset).is_absolute():
+            found = "there is no such data set on the Hub that the token in use may read"
+            if isinstance(error, ConnectionError):
+                found = "it is not in the local cache, and " + (
+                    "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+                )
+            reason = f"{found}; nor is there such a folder beside the task file"
         if "scripts are no longer supported" in reason:
             reason = (
                 "it is a loading script, which `datasets` no longer runs; convert it to parquet, or name a copy "

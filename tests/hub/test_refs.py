@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hf_epimer.errors import EpimerError, UsageError
+from hf_epimer.errors import AccessError, EpimerError, UsageError
 from hf_epimer.hub.refs import LONGEST_LABEL, ModelRef
+from hf_epimer.hub.resolve import resolve
 
 
 def test_a_folder_and_a_label_may_have_letters_of_any_alphabet(tmp_path: Path) -> None:
@@ -59,3 +62,13 @@ def test_the_home_folder_behind_a_label(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a").mkdir()
     assert ModelRef.parse("dtd=~/a").location == str(tmp_path / "a")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+def test_a_folder_that_may_not_be_read_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)  # root may read everything
+    with pytest.raises(AccessError, match="the folder may not be read"):
+        resolve(ModelRef(str(tmp_path)))

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from helpers.data import CLASSES, write_data
+from helpers.hub_server import StandInHub
 from hf_epimer.errors import DataError
 from hf_epimer.tasks import images
 from hf_epimer.tasks.dataset import data_revision
@@ -271,3 +272,11 @@ def test_a_folders_revision_follows_its_files(tmp_path: Path) -> None:
     assert data_revision(task(folder)) == before
     write_data(tmp_path, rows=5)
     assert data_revision(task(folder)) != before
+
+
+def test_a_misspelt_data_set_is_neither_on_the_hub_nor_a_folder(
+    empty_hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    with pytest.raises(DataError, match=r"daat/a, split 'train' of task 'q': .*nor is there such a folder beside"):
+        read_samples(Task("q", "daat/a", templates=("a {}",)), "train")
