@@ -83,7 +83,7 @@ def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> Lay
     basis, rank = layer_basis(layer, config.rank)
     if basis is None:
         if config.vectors == "fisher" and not layer.is_matrix:
-            fisher = merge_fisher(layer, FisherConfig(damping=config.damping))
+            fisher = merge_fisher(layer, FisherConfig(config.normalize, config.damping))
             return LayerMerge(fisher.task_vector * config.alpha, rank)
         return LayerMerge(layer.mean() * config.alpha, rank)
     metrics = layer_metrics(layer, basis, config)

@@ -15,6 +15,7 @@ from helpers.statistics import statistics
 from hf_epimer import EpiMerConfig, merge_state_dicts
 from hf_epimer.errors import StatisticsError, UsageError
 from hf_epimer.methods import METHODS
+from hf_epimer.methods.fisher_averaging import FisherConfig
 from hf_epimer.methods.statistic import FISHER_DIAGONAL, PROJECTED_FISHER
 from hf_epimer.methods.tsv import TSVMConfig
 from hf_epimer.numerics.subspace import tagged_basis
@@ -160,6 +161,17 @@ def test_epimers_kronecker_metric_of_a_rank_one_fisher_is_the_diagonal_one(base_
     assert distance(one, two, only) < 1e-3
     with pytest.raises(StatisticsError, match="there are no statistics for this parameter"):
         merge_state_dicts(only, tuned, config=EpiMerConfig(metric="kronecker"), statistics=[{}, {}, {}])
+
+
+@pytest.mark.parametrize("normalize", ["none", "trace"])
+def test_vectors_by_their_fisher_are_the_fisher_average_on_the_same_scale(
+    base_state: StateDict, normalize: Any
+) -> None:
+    tuned, measured = models(base_state), statistics("epimer", 3)
+    config = EpiMerConfig(vectors="fisher", normalize=normalize, damping=0.01)
+    ours = merged("epimer", base_state, tuned, config=config, statistics=measured)
+    fisher = merged("fisher", base_state, tuned, config=FisherConfig(normalize, 0.01), statistics=measured)
+    assert torch.equal(ours[VECTOR], fisher[VECTOR])
 
 
 def test_options_that_belong_to_another_metric_are_refused() -> None:
