@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download, utils
 
 pytest.register_assert_rewrite("helpers")
 
@@ -148,7 +148,10 @@ def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand
         stand_in.add_user(WRITER, "ann", orgs=["org"])
         template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        forget = "close_session" if hasattr(utils, "close_session") else "reset_sessions"  # before huggingface_hub 1.0
+        getattr(utils, forget)()  # a session that was opened offline would stay so
+        for module in (constants, file_download):  # older releases of huggingface_hub copy it there
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setattr(retry, "BACKOFF", (0.01, 0.02))

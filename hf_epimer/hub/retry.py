@@ -150,7 +150,9 @@ def _connection(error: BaseException) -> str:
     where = f"the Hub at {constants.ENDPOINT}"
     if _is_time_out(error):
         return f"{where} does not answer"
-    cannot = any(base.__name__ in ("ConnectError", "ConnectionError", "ProxyError") for base in type(error).__mro__)
+    # requests, under releases of huggingface_hub before 1.0, has one error for both, with the cause inside
+    names = {base.__name__ for cause in (error, *error.args) for base in type(cause).__mro__}
+    cannot = names & {"ConnectError", "ConnectionError", "ProxyError"} and "ProtocolError" not in names
     return f"{where} cannot be reached" if cannot else f"the connection to {where} broke"
 
 

@@ -99,7 +99,8 @@ class Source:
         commit = self.conversion.asked if self.conversion and is_kept else self.ref.revision
 
         def download() -> Path:
-            return Path(huggingface_hub.hf_hub_download(self.ref.location, name, revision=commit, force_download=force))
+            options: dict[str, Any] = {"force_download": force, "local_files_only": constants.HF_HUB_OFFLINE}
+            return Path(huggingface_hub.hf_hub_download(self.ref.location, name, revision=commit, **options))
 
         try:
             return persist(download, str(self), name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from helpers.clip import inside
 from helpers.command import Run
 from hf_epimer import ModelRef
 from hf_epimer.curvature import estimate as estimation
@@ -59,7 +60,7 @@ def test_agreement_is_that_of_the_dense_matrices(clip_zoo: Path) -> None:
     exact = projected_hessian(subject, batches, {name: basis})[name]
     (batch,) = batches
     atoms = torch.stack([torch.outer(u, v) for u, v in zip(basis.u.mT, basis.v.mT, strict=True)])
-    weight = subject.model.get_parameter("tower.encoder.layers.1.mlp.fc2.weight")
+    weight = inside(subject.model.tower).get_parameter("encoder.layers.1.mlp.fc2.weight")
     z, squares = [], torch.zeros_like(weight)
     for pixels, label in zip(batch.inputs, batch.labels, strict=True):
         loss = torch.nn.functional.cross_entropy(subject.model(pixels.unsqueeze(0)), label.unsqueeze(0))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from helpers.checkpoints import TINY
+from helpers.clip import inside
 from hf_epimer import estimate_fisher
 from hf_epimer.curvature import accumulators
 from hf_epimer.curvature.accumulators import (
@@ -156,7 +157,7 @@ def test_kronecker_factors_are_the_second_moments(model: Classifier, samples: tu
     """From the layer's own input and output gradient, caught by plain hooks, one sample at a time."""
     subject = Subject(model, model.tower_names())
     found, _ = accumulate(subject, numbered(samples, 2, 2, 3), KroneckerFactors(subject.shapes))
-    layer = model.tower.get_submodule("encoder.layers.0.mlp.fc1")
+    layer = inside(model.tower).get_submodule("encoder.layers.0.mlp.fc1")
     caught: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda m, i, o: caught.update(x=i[0])),
@@ -196,7 +197,7 @@ def test_gradient_grams_are_parts_of_the_per_sample_fisher(
     assert found.keys() == {f"{name}{part}" for name in matrices for part in (".gradient_gram", ".positions")}
     for name in matrices:  # the weights of the positions are those of the sum
         assert float(found[f"{name}.positions"].sum()) > 0
-    layer = model.tower.get_submodule("encoder.layers.0.mlp.fc1")
+    layer = inside(model.tower).get_submodule("encoder.layers.0.mlp.fc1")
     caught: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda m, i, o: caught.update(x=i[0])),

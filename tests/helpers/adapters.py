@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.checkpoints import StateDict
+from helpers.versions import needs_transformers
 from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.lora import Adapter, merge_adapters, read_adapter
 from hf_epimer.methods import METHODS
@@ -56,8 +57,15 @@ def make(base_folder: Path, name: str, seed: int, **settings: Any) -> Path:
     return folder
 
 
+def key_of(folder: Path, parameter: str) -> str:
+    """What PEFT calls a parameter's A; releases of transformers before 5.6 have a prefix in it."""
+    end = f".{CLIP.module_name(parameter).removesuffix('.weight')}.lora_A.weight"
+    return next(key for key in load_file(folder / "adapter_model.safetensors") if key.endswith(end))
+
+
 def folded(folder: Path, base_folder: Path) -> StateDict:
     """What PEFT makes of an adapter: base + B A under canonical names. Any warning means that keys did not fit."""
+    needs_transformers(CLIP.since, "adapters as they are merged")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*adapter keys.*")
         model = peft.PeftModel.from_pretrained(vision(base_folder), folder).merge_and_unload()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from hf_epimer.demo.captions import clip_tokenizer
@@ -43,3 +45,8 @@ def write_tuned(folder: Path, base: Path, seed: int) -> Path:
     tower.config.save_pretrained(folder)
     save_file(tuned, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def inside(tower: nn.Module) -> Any:
+    """The module whose names are those of `CLIP.module_name`; in releases of transformers before 5.6 one level down."""
+    return getattr(tower, "vision_model", tower)

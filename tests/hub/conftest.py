@@ -7,10 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import utils
 
 from helpers.checkpoints import StateDict, tiny_fisher, tiny_state, write_checkpoint
 from helpers.hub_server import READER, STRANGER, StandInHub
 from hf_epimer.hub import retry
+
+# releases of huggingface_hub before 1.0 have another HTTP library, with no sessions to close and no time-outs to set
+collect_ignore = [] if hasattr(utils, "close_session") else ["test_fault_campaign.py", "test_trouble.py"]
 
 
 @pytest.fixture

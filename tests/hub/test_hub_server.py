@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -21,6 +20,8 @@ from huggingface_hub.errors import (
 )
 
 from helpers.hub_server import Fault, StandInHub
+
+httpx2 = pytest.importorskip("httpx2")
 
 WEIGHTS = os.urandom(300_000)
 FILES = {"config.json": b'{"a": 1}', "sub/model.safetensors": WEIGHTS, "README.md": b"---\nlicense: mit\n---\n# x\n"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def test_layouts_of_other_programs_are_called_that(key: str, base_folder: Path, 
 def test_an_adapter_of_which_half_fits_nothing_is_refused(base_folder: Path, base: Checkpoint) -> None:
     folder = make(base_folder, "a", 1, target_modules=["q_proj"])
     tensors = load_file(folder / "adapter_model.safetensors")
-    other = {key.replace("encoder.layers", "language_model.blocks"): value + 0 for key, value in tensors.items()}
+    names = {key: re.sub(r"(vision_model\.)?encoder\.layers", "language_model.blocks", key) for key in tensors}
+    other = {names[key]: value + 0 for key, value in tensors.items()}
     few = dict(list(other.items())[:-1])
     rewrite_weights(folder, lambda s: s.update(few))
     assert read(folder, base).foreign == sorted(few)

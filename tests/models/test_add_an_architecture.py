@@ -17,6 +17,7 @@ from transformers import ViTMSNConfig, ViTMSNModel
 from helpers.classifiers import load_classifier
 from helpers.command import Run
 from helpers.data import CLASSES, write_data
+from helpers.versions import needs_transformers
 from hf_epimer import models
 from hf_epimer.errors import StatisticsError, TaskError
 from hf_epimer.models.architecture import Architecture
@@ -43,6 +44,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Architecture:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+    needs_transformers(module.VIT_MSN.since, "the page's family")
     monkeypatch.setattr(models, "ARCHITECTURES", (*models.ARCHITECTURES, module.VIT_MSN))
     return module.VIT_MSN
 

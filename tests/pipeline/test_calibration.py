@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from helpers.clip import inside
 from helpers.command import Run
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError
@@ -68,7 +69,7 @@ def parameters(tower: nn.Module) -> dict[str, Tensor]:
 
 
 def tuned_tower(base: Path, seed: int) -> nn.Module:
-    tower = load_tower(base)
+    tower = inside(load_tower(base))
     generator = torch.Generator().manual_seed(seed)
     for value in tower.parameters():
         value.data += 0.05 * torch.randn(value.shape, generator=generator)
@@ -124,7 +125,7 @@ def test_a_model_calibrated_on_itself_stays_as_it_is(clip_base: Path, tmp_path: 
     tower = tuned_tower(clip_base, 1)
     found, report = calibrated(tower, [task_of(tower, 1), task_of(tower, 2)], tmp_path / "w")
     for name, value in tower.named_parameters():
-        assert torch.allclose(found.get_parameter(name), value, atol=1e-6), name
+        assert torch.allclose(found.get_parameter(name), value, atol=3e-6), name
     assert len(report) == len(LAYERS) and all(size < 1e-5 for size in report.values())
 
 
@@ -133,12 +134,14 @@ def test_one_task_without_a_pull_gets_its_own_features_back(
     unbiased: tuple[str, ...], clip_base: Path, tmp_path: Path
 ) -> None:
     """With T = 1 the base can be brought to give what the tuned model gives, on the very same images."""
-    start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
+    start, tuned = inside(load_tower(clip_base)), tuned_tower(clip_base, 1)
     for name, layer in [*start.named_modules(), *tuned.named_modules()]:
         if name.endswith(unbiased):
             layer.bias = None
     for own in (tuned, start):  # all that calibration does not touch is equal here
-        own.load_state_dict({k: v for k, v in load_tower(clip_base).state_dict().items() if "proj" not in k}, False)
+        own.load_state_dict(
+            {k: v for k, v in inside(load_tower(clip_base)).state_dict().items() if "proj" not in k}, False
+        )
     task = task_of(tuned, 1, count=200)
     found, _ = calibrated(start, [task], tmp_path / "w", rho=1e-4)
     pixels = torch.cat([batch.inputs for batch in task.images])
@@ -150,7 +153,7 @@ def test_one_task_without_a_pull_gets_its_own_features_back(
 
 
 def test_a_strong_pull_leaves_the_merge_as_it_is(clip_base: Path, tmp_path: Path) -> None:
-    start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
+    start, tuned = inside(load_tower(clip_base)), tuned_tower(clip_base, 1)
     held, _ = calibrated(start, [task_of(tuned, 1)], tmp_path / "a", rho=1e8)
     free, _ = calibrated(start, [task_of(tuned, 1)], tmp_path / "b")
     name = "encoder.layers.1.mlp.fc2.weight"
@@ -159,10 +162,10 @@ def test_a_strong_pull_leaves_the_merge_as_it_is(clip_base: Path, tmp_path: Path
 
 
 def test_the_order_of_tasks_and_the_batches_do_not_matter(clip_base: Path, tmp_path: Path) -> None:
-    start = load_tower(clip_base)
+    start = inside(load_tower(clip_base))
     towers = {seed: tuned_tower(clip_base, seed) for seed in (1, 2, 3)}
     weights = {1: 0.5, 2: 0.3, 3: 0.2}
-    base = StateDict("base", parameters(load_tower(clip_base)))
+    base = StateDict("base", parameters(inside(load_tower(clip_base))))
     options: dict[str, Any] = {"base": base, "prior_weight": 1.0}
     forward, _ = calibrated(start, [task_of(towers[s], s, weights[s]) for s in (1, 2, 3)], tmp_path / "a", **options)
     tasks = [task_of(towers[s], s, weights[s], batch=7) for s in (3, 1, 2)]
@@ -174,8 +177,8 @@ def test_the_order_of_tasks_and_the_batches_do_not_matter(clip_base: Path, tmp_p
 
 def test_the_first_layers_are_the_regressions_that_they_claim_to_be(clip_base: Path, tmp_path: Path) -> None:
     """Queries of the first block, and its output projection with the stream's own error, from plain forward passes."""
-    start, tuned = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
-    base = load_tower(clip_base)
+    start, tuned = inside(load_tower(clip_base)), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    base = inside(load_tower(clip_base))
     tasks = [task_of(tower, seed) for seed, tower in enumerate(tuned, 1)]
     found, _ = calibrated(start, tasks, tmp_path / "w", rho=0.1, prior_weight=0.7)
     half = copy.deepcopy(start)  # as the tower is when the output projection is solved
@@ -264,7 +267,7 @@ def test_a_picture_has_the_same_crop_in_every_batch_and_another_one_in_every_vie
 
 def test_views_are_images_more(clip_base: Path, tmp_path: Path) -> None:
     """Two views of every image are the images and their crops, each seen once."""
-    start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
+    start, tuned = inside(load_tower(clip_base)), tuned_tower(clip_base, 1)
     task = task_of(tuned, 1)
     twice, _ = calibrated(start, [task], tmp_path / "a", views=2)
     more = [Batch(crops(batch.inputs, batch.indices, 1), batch.labels, batch.indices) for batch in task.images]
@@ -276,7 +279,7 @@ def test_views_are_images_more(clip_base: Path, tmp_path: Path) -> None:
 
 
 def test_positions_that_nobody_hears_do_not_count(clip_base: Path, tmp_path: Path) -> None:
-    start, tuned = load_tower(clip_base), tuned_tower(clip_base, 1)
+    start, tuned = inside(load_tower(clip_base)), tuned_tower(clip_base, 1)
     first = torch.zeros(POSITIONS)
     first[0] = 1.0
     found, _ = calibrated(start, [task_of(tuned, 1, heard=first, count=64)], tmp_path / "a", views=1, rho=1e-3)
@@ -294,7 +297,7 @@ def test_a_task_without_images_is_an_error(clip_base: Path, tmp_path: Path) -> N
 
 
 def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(clip_base: Path, tmp_path: Path) -> None:
-    start, towers = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    start, towers = inside(load_tower(clip_base)), [tuned_tower(clip_base, seed) for seed in (1, 2)]
     tasks = [task_of(tower, seed) for seed, tower in enumerate(towers, 1)]
     whole, sizes = calibrated(start, tasks, tmp_path / "whole", prior_weight=1.0)
 
@@ -348,7 +351,7 @@ def test_calibrate_from_the_command(words: tuple[object, ...], run: Run, tmp_pat
     assert report["totals"]["calibrated"] == 12
     base, merged = (load_file(folder / "model.safetensors") for folder in (clip_zoo / "a", tmp_path / "m"))
     entry = next(layer for layer in report["layers"] if layer["name"].endswith("layers.0.mlp.fc1.weight"))
-    original = parameters(load_tower(clip_zoo / "base"))[entry["name"]]
+    original = parameters(inside(load_tower(clip_zoo / "base")))[entry["name"]]
     assert entry["merged_norm"] == pytest.approx(float((merged[entry["name"]] - original).norm()), rel=1e-4)
     assert merged.keys() == base.keys()
     card = (tmp_path / "m" / "README.md").read_text()
