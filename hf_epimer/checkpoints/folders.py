@@ -69,6 +69,11 @@ def atomic_folder(target: Path, record: str, overwrite: bool = False) -> Iterato
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target, lambda path: _put_back_or_remove(path, target))
+        if not overwrite and _is_filled(target):
+            raise OutputError(
+                f"{target} exists and is not empty (a run was killed while it replaced it, and it is back now): choose "
+                "another folder or add --overwrite"
+            )
         with unfinished_sibling(target, Path.mkdir) as partial:
             try:
                 yield partial
@@ -88,7 +93,7 @@ def _check_target(folder: Path, shown: str, overwrite: bool, inputs: Iterable[Pa
     _refuse_protected(folder, shown)
     if exists(folder) and not folder.is_dir():
         raise OutputError(f"{shown} is a file, not a folder")
-    is_filled = exists(folder) and any(folder.iterdir())
+    is_filled = _is_filled(folder)
     for kept in (Path.cwd(), *inputs):
         if is_filled and Path(os.path.realpath(kept)).is_relative_to(folder):
             raise OutputError(f"{shown} holds {kept}, which would be lost: choose another folder")
@@ -133,7 +138,7 @@ def _refuse_foreign(folder: Path, shown: str) -> None:
 
 def _install(partial: Path, target: Path, overwrite: bool) -> None:
     """Give `partial` the name of `target`."""
-    if not exists(target) or (target.is_dir() and not any(target.iterdir())):
+    if not exists(target) or (target.is_dir() and not _is_filled(target)):
         os.replace(partial, target)  # fails where something has been put there in this moment
         return
     if not overwrite:
@@ -154,6 +159,10 @@ def _install(partial: Path, target: Path, overwrite: bool) -> None:
         kept = target.with_name(f"{target.name}-replaced-{secrets.token_hex(3)}")
         os.replace(replaced, kept)
         logger.warning("%s: not all of what it held could be taken away; the rest is in %s", target, kept)
+
+
+def _is_filled(folder: Path) -> bool:
+    return exists(folder) and any(folder.iterdir())
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -97,18 +97,25 @@ def seal(folder: Path, record: str) -> None:
     (folder / record).write_text(_as_text(content), encoding="utf-8")
 
 
-def enter(file: Path) -> None:
-    """Enter a file that this program has written into a folder later, or changed; where there is no record, nothing.
+@contextmanager
+def entering(file: Path) -> Iterator[None]:
+    """Enter a file that the block writes into a folder which has been sealed before; where there is no record, nothing.
+
+    One that somebody else had written, or changed, stays theirs.
 
     Raises:
         OutputError: the record cannot be written.
     """
     manifest = read_manifest(file.parent)
     if manifest is None or manifest.files is None or file.name == manifest.record:
+        yield
         return
-    content = _read_record(file.parent, manifest.record)
-    content[FILES][file.name] = _entry(file)
-    write_text(file.parent / manifest.record, _as_text(content))
+    is_ours = not exists(file) or manifest.why_foreign(file.parent, file.name) is None
+    yield
+    if is_ours:
+        content = _read_record(file.parent, manifest.record)
+        content[FILES][file.name] = _entry(file)
+        write_text(file.parent / manifest.record, _as_text(content))
 
 
 def read_manifest(folder: Path) -> Manifest | None:

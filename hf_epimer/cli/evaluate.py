@@ -64,18 +64,18 @@ def _run(namespace: argparse.Namespace) -> None:
 
 def _deliver(results: Results, namespace: argparse.Namespace, folder: str) -> None:
     from hf_epimer.checkpoints.atomic import write_text
-    from hf_epimer.checkpoints.manifest import enter
+    from hf_epimer.checkpoints.manifest import entering
     from hf_epimer.pipeline.card import with_results
 
     content = results.to_json(namespace.per_class)
     if namespace.out:
-        write_text(namespace.out, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        enter(namespace.out)
+        with entering(namespace.out):
+            write_text(namespace.out, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if namespace.update_card:
         card = Path(folder) / "README.md"
         old = card.read_text(encoding="utf-8") if card.is_file() else ""
-        write_text(card, with_results(old, results, Path(folder).name))
-        enter(card)
+        with entering(card):
+            write_text(card, with_results(old, results, Path(folder).name))
     if namespace.confusion:
         from hf_epimer.analysis import plots
 

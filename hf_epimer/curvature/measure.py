@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.checkpoints.cache import keep
-from hf_epimer.checkpoints.manifest import enter
+from hf_epimer.checkpoints.manifest import entering
 from hf_epimer.curvature.card import statistics_section
 from hf_epimer.curvature.estimate import estimate_files
 from hf_epimer.curvature.files import Compression, StatisticsMetadata, save_statistics
@@ -140,9 +140,8 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     if accelerator.is_main_process:
         paths = {file: _published(path, file, recipe.compress) for file, path in cached.items()}
         for file, out in targets.items():
-            with atomic_file(out) as unfinished:
+            with entering(out), atomic_file(out) as unfinished:
                 shutil.copyfile(paths[file], unfinished)
-            enter(out)
         if recipe.push:
             progress("pushing", 0, 0)
             url = _push(paths, recipe.model, model)

@@ -411,6 +411,14 @@ def test_a_run_killed_at_any_step_of_an_overwrite_loses_nothing(step: str, can_e
     assert find_foreign(out) is None
 
 
+def test_an_old_result_that_comes_back_is_found_before_the_work(tmp_path: Path) -> None:
+    result(tmp_path / "out", "old").rename(tmp_path / f".out.partial-{2**22 + 1}.aaaaaa.old")
+    check_target(tmp_path / "out", overwrite=False)
+    with pytest.raises(OutputError, match="it is back now"), atomic_folder(tmp_path / "out", RECORD):
+        pytest.fail("the work has begun")
+    assert (tmp_path / "out" / "README.md").read_text() == "old"
+
+
 def test_this_system_exchanges_in_one_step(tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("renameat2 is Linux'")

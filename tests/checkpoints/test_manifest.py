@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_epimer.checkpoints.folders import atomic_folder
-from hf_epimer.checkpoints.manifest import FILES, enter, find_foreign, publishable, read_manifest
+from hf_epimer.checkpoints.manifest import FILES, entering, find_foreign, publishable, read_manifest
 from hf_epimer.errors import OutputError
 
 RECORD = "merge_config.json"
@@ -135,17 +135,28 @@ def test_a_missing_shard_is_found_without_a_manifest(merged: Path) -> None:
 
 
 def test_a_file_that_the_program_adds_later_is_its_own(merged: Path) -> None:
-    (merged / "results.json").write_text("{}")
-    assert find_foreign(merged) == "results.json was not written by hf-epimer"
-    enter(merged / "results.json")
-    assert find_foreign(merged) is None
+    for text in ("{}", '{"a": 1}'):
+        with entering(merged / "results.json"):
+            (merged / "results.json").write_text(text)
+        assert find_foreign(merged) is None
     assert "results.json" in publishable(merged)
-    (merged / "results.json").write_text('{"a": 1}')
+    (merged / "results.json").write_text("[]")
     assert find_foreign(merged) == "results.json was changed after hf-epimer wrote it"
+
+
+def test_what_somebody_else_wrote_or_edited_stays_theirs(merged: Path) -> None:
+    for name in ("README.md", "results.json"):
+        (merged / name).write_text("by hand")
+        with entering(merged / name):
+            (merged / name).write_text("by hand, and some accuracies")
+        assert find_foreign(merged) is not None
+        (merged / name).unlink()
+    assert find_foreign(merged) is None
 
 
 def test_beside_no_record_nothing_is_entered(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
-    enter(tmp_path / "results.json")
+    with entering(tmp_path / "results.json"):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert read_manifest(tmp_path) is None
