@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help demo test test-fast test-lowest check lint bench clean
+.PHONY: help demo test test-fast test-lowest check lint bench dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,13 @@ lint: .venv/ready  ## put the style right where that can be done by a program
 bench: .venv/ready  ## time the merge on ViT-B/32-sized checkpoints (6 GB in the temporary folder)
 	$(BIN)/python scripts/bench_merge.py
 
+dist: .venv/ready  ## build what PyPI gets into dist/, and check it
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:  ## remove the environment and everything the tools left
-	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-lowest dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
