@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from hf_epimer.analysis import RANKS
-from hf_epimer.cli.arguments import add_output_arguments, recipe_of
+from hf_epimer.cli.arguments import OF_A_SUITE, add_output_arguments, add_suite_argument, recipe_of
 from hf_epimer.cli.terminal import Command, progress_bar, without_layers
 from hf_epimer.errors import OutputError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = " ".join(map(str, RANKS))
     parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help="checkpoints: folders or org/name[@revision]")
+    add_suite_argument(parser, OF_A_SUITE)
     parser.add_argument("--base", metavar="REF", help="the common base; default: from the cards")
     parser.add_argument("--rank", nargs="+", type=int, default=RANKS, metavar="K", help=f"ranks; default {ranks}")
     parser.add_argument("--fisher", nargs="+", default=(), metavar="[LABEL=]REF", help="Fisher information")

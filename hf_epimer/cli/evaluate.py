@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.cli.arguments import add_output_arguments, path
+from hf_epimer.cli.arguments import add_output_arguments, add_suite_argument, path
 from hf_epimer.cli.terminal import Command, progress_bar
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.outside import Unreadable, exists, parse_json, read_text
-from hf_epimer.tasks.task import find_task
+from hf_epimer.tasks.task import benchmark_tasks, find_task
 
 if TYPE_CHECKING:
     from hf_epimer.evaluation.results import Results
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="REF", help="the checkpoint: a folder or org/name[@revision]")
-    parser.add_argument("--task", nargs="+", action="extend", required=True, metavar="NAME|FILE", help="on which tasks")
+    parser.add_argument("--task", nargs="+", action="extend", default=[], metavar="NAME|FILE", help="on which tasks")
+    add_suite_argument(parser, "on a set of benchmarks")
     parser.add_argument("--base", metavar="REF", help="the base; default: from the card, or by the shape")
     parser.add_argument("--split", metavar="S", help="of the data sets; default: each task's test split")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples a task")
@@ -37,6 +38,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(namespace: argparse.Namespace) -> None:
     model = ModelRef.parse(namespace.model)
+    if not namespace.task and not namespace.suite:
+        raise UsageError("on which tasks? Give --task NAME|FILE, or --suite 8, 14 or 20")
+    namespace.task = [*namespace.task, *(benchmark_tasks(namespace.suite) if namespace.suite else ())]
     if namespace.update_card and not model.is_local:
         raise UsageError(f"--update-card writes into a local folder, and {model} is on the Hub")
     _check_written(namespace)

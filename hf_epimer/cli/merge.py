@@ -7,7 +7,16 @@ import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.cli.arguments import add_method_arguments, add_output_arguments, check_options, given_options, path
+from hf_epimer.cli.arguments import (
+    OF_A_SUITE,
+    add_method_arguments,
+    add_output_arguments,
+    add_suite_argument,
+    check_options,
+    given_options,
+    models_of,
+    path,
+)
 from hf_epimer.cli.terminal import Command, progress_bar, without_layers
 from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef
@@ -22,6 +31,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     absent = argparse.SUPPRESS
     what = "checkpoints or LoRA adapters: folders or org/name[@revision]"
     parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help=what)
+    add_suite_argument(parser, OF_A_SUITE)
     parser.add_argument("--base", default=absent, metavar="REF", help="the common base; default: from the cards")
     parser.add_argument("--method", default=absent, help="see `hf-epimer methods`; default epimer-core")
     parser.add_argument("--weights", nargs="+", type=float, default=absent, metavar="W", help="one per checkpoint")
@@ -63,12 +73,8 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     arguments: dict[str, Any] = recipe_from_json(namespace.config) if namespace.config else {}
     if namespace.config and namespace.models:
         raise UsageError("--config names its checkpoints itself: give no others")
-    if namespace.models:
-        arguments["models"] = tuple(map(ModelRef.parse, namespace.models))
-    if "models" not in arguments:
-        raise UsageError(
-            "give the checkpoints to merge, before flags that take several values: hf-epimer merge REF REF"
-        )
+    if namespace.models or not namespace.config:
+        arguments["models"] = models_of(namespace, "merge")
     if "tune_alpha" in given and "alpha" in given:
         raise UsageError("--alpha and --tune-alpha: give one of them")
     method = find_method(given.get("method", arguments.get("method", DEFAULT_METHOD)))

@@ -7,7 +7,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from hf_epimer.analysis.sweep.grid import ALPHAS, RANKS, Grid
-from hf_epimer.cli.arguments import add_method_arguments, add_output_arguments, given_options, recipe_of
+from hf_epimer.cli.arguments import (
+    OF_A_SUITE,
+    add_method_arguments,
+    add_output_arguments,
+    add_suite_argument,
+    given_options,
+    recipe_of,
+)
 from hf_epimer.cli.terminal import Command, progress_bar
 from hf_epimer.errors import OutputError
 
@@ -23,6 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     absent = argparse.SUPPRESS
     ranks, alphas = " ".join(map(str, RANKS)), " ".join(f"{alpha:g}" for alpha in ALPHAS)
     parser.add_argument("models", nargs="*", metavar="[LABEL=]REF", help="checkpoints: folders or org/name[@revision]")
+    add_suite_argument(parser, OF_A_SUITE)
     parser.add_argument("--base", metavar="REF", help="the common base; default: from the cards")
     parser.add_argument("--method", nargs="+", default=("epimer",), metavar="NAME", help="methods; default epimer")
     parser.add_argument("--rank", nargs="+", type=_rank, default=RANKS, metavar="K", help=f"or max; default {ranks}")

@@ -7,7 +7,7 @@ import json
 
 from hf_epimer.cli.arguments import add_output_arguments
 from hf_epimer.cli.terminal import Command
-from hf_epimer.tasks.task import benchmark_tasks
+from hf_epimer.tasks.task import SUITES, benchmark_tasks
 
 
 def _run(namespace: argparse.Namespace) -> None:
@@ -19,11 +19,11 @@ def _run(namespace: argparse.Namespace) -> None:
     from rich.table import Table
 
     table = Table(title="built-in tasks", title_justify="left")
-    for column in ("task", "data set", "config", "classes", "templates"):
-        table.add_column(column)
-    for name, task in tasks.items():
-        classes = len(task.class_names or ())
-        table.add_row(f"[bold]{name}", task.dataset, task.config or "", str(classes), str(len(task.templates)))
+    for column in ("task", "data set", "config", "classes", "templates", "suite"):
+        table.add_column(column, overflow="fold")
+    for number, (name, task) in enumerate(tasks.items(), start=1):
+        counts = len(task.class_names or ()), len(task.templates), min(size for size in SUITES if number <= size)
+        table.add_row(f"[bold]{name}", task.dataset, task.config or "", *map(str, counts))
     Console().print(table)
 
 

@@ -21,8 +21,10 @@ from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.methods.statistic import StatisticsFile
+from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.zero_shot_check import warn_if_below_zero_shot
 from hf_epimer.numerics.subspace import TaggedBasis
 from hf_epimer.tasks.images import ImageBatches, read_images
 
@@ -93,6 +95,8 @@ def _measure(
     subject, batches = load_subject(request, batch_size, accelerator)
     if probe:
         probe_determinism(subject, batches, accelerator)
+    if accelerator.is_main_process and isinstance(subject.model, Classifier):
+        warn_if_below_zero_shot(subject.model, request.model.title, request.base, batches)
     found, count = accumulate(
         subject,
         batches,

@@ -28,6 +28,7 @@ from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.head import check_head, classifier_for
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.source import ModelSource, resolve_model
+from hf_epimer.models.zero_shot_check import BELIEVED, ENOUGH, warn_if_below_zero_shot
 from hf_epimer.tasks.dataset import is_large
 from hf_epimer.tasks.images import ImageBatches, Samples, read_samples
 from hf_epimer.tasks.task import Task, find_task
@@ -188,6 +189,9 @@ def _evaluate(
             progress(stage, count * accelerator.num_processes, total)
 
         rows[task.name] = classify(model, samples, batch_size, step)
+        if rows[task.name].accuracy < BELIEVED and accelerator.is_main_process:
+            mixed = read_samples(task, split or task.test_split, limit=ENOUGH, seed=0, streaming=few)
+            warn_if_below_zero_shot(model, name, base, ImageBatches(mixed, model.pixels, batch_size))
         progress("tasks", 1, len(tasks))
     measured_on = {
         task.name: Split(

@@ -266,7 +266,7 @@ def _checked_label(label: Any, samples: Samples, index: int) -> int:
         raise DataError(f"{where}; column {task.label_column!r} of task {task.name!r} must hold class numbers")
     if not 0 <= label < classes:
         raise DataError(f"{where}, but task {task.name!r} has {classes} classes")
-    return label
+    return int(label)  # some data sets of two classes say no and yes
 
 
 def _undecoded(task: Task, data: Any) -> Any:

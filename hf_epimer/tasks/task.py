@@ -1,7 +1,7 @@
 """What a classification task is, where its description comes from, and which task a checkpoint belongs to.
 
 A task names a data set (a Hub id or a local folder), its splits and columns, the class names in the order of the
-labels, and the prompt templates ("a photo of a {}.") from which the zero-shot head is made. Eight benchmarks come
+labels, and the prompt templates ("a photo of a {}.") from which the zero-shot head is made. Twenty benchmarks come
 with the package; any other task is a small YAML or JSON file with the fields of `Task` as keys.
 
 A checkpoint's task is guessed from, in this order: its label, the data sets of its model card, the name of its repo.
@@ -63,11 +63,16 @@ _LISTS = {"class_names", "templates"}
 _OPTIONAL = {"config", "class_names", "head"}
 
 
-def benchmark_tasks() -> dict[str, Task]:
-    """The eight benchmarks of the CLIP merging literature, by name."""
+SUITES = (8, 14, 20)
+"""How many tasks the sets of benchmarks have: each is the beginning of the next (Wang et al., ICML 2024)."""
+
+
+def benchmark_tasks(suite: int = SUITES[-1]) -> dict[str, Task]:
+    """The benchmarks of the CLIP merging literature, by name: the set of 8, 14 or all 20 tasks."""
     file = resources.files("hf_epimer.tasks") / "benchmarks.json"
     described = json.loads(file.read_text(encoding="utf-8"))
-    return {name: _task({"name": name, **values}, "benchmarks.json") for name, values in described.items()}
+    chosen = list(described.items())[:suite]
+    return {name: _task({"name": name, **values}, "benchmarks.json") for name, values in chosen}
 
 
 def find_task(name_or_file: str | Path) -> Task:

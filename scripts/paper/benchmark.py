@@ -30,7 +30,7 @@ from hf_epimer.curvature.request import Gradients
 from hf_epimer.evaluation.accuracy import evaluate_folder
 from hf_epimer.models.source import resolve_model
 from hf_epimer.tasks.dataset import Sampling
-from hf_epimer.tasks.task import find_task
+from hf_epimer.tasks.task import SUITES, benchmark_tasks, find_task
 
 HUB = {
     "ViT-B/32": "clip-vit-base-patch32",
@@ -38,6 +38,9 @@ HUB = {
     "ViT-L/14": "clip-vit-large-patch14",
 }
 """The paper's backbones: openai/NAME is the base, tanganke/NAME_TASK are FusionBench's checkpoints."""
+
+CHECKPOINTS = {"stanford_cars": "stanford-cars"}
+"""FusionBench's names of tasks, where they are others."""
 
 TASKS = ("stanford_cars", "dtd", "eurosat", "gtsrb", "mnist", "resisc45", "sun397", "svhn")
 """The paper's tasks in the paper's order."""
@@ -217,7 +220,9 @@ def parser(text: str, *, ranks: Sequence[int] = (32,)) -> argparse.ArgumentParse
     arguments.add_argument(
         "--backbone", choices=list(HUB), default="ViT-B/32", help="the paper's numbers beside a --zoo"
     )
-    arguments.add_argument("--tasks", nargs="+", metavar="NAME", help="default: all")
+    tasks = arguments.add_mutually_exclusive_group()
+    tasks.add_argument("--tasks", nargs="+", metavar="NAME", help="default: all of a zoo, the paper's eight of the Hub")
+    tasks.add_argument("--suite", type=int, choices=SUITES, help="the set of 8, 14 or 20 benchmarks")
     if len(ranks) > 1:
         arguments.add_argument("--rank", nargs="+", type=int, default=list(ranks), metavar="K")
     else:
@@ -231,14 +236,15 @@ def parser(text: str, *, ranks: Sequence[int] = (32,)) -> argparse.ArgumentParse
 
 def benchmark_of(options: argparse.Namespace) -> Benchmark:
     """The checkpoints that the flags name."""
+    chosen = list(benchmark_tasks(options.suite)) if options.suite else options.tasks
     if options.hub:
         name = HUB[options.hub]
-        names = options.tasks or list(TASKS)
+        names = chosen or list(TASKS)
         base = f"openai/{name}"
-        models = [f"{task}=tanganke/{name}_{task.replace('_', '-')}" for task in names]
+        models = [f"{task}=tanganke/{name}_{CHECKPOINTS.get(task, task)}" for task in names]
         files = names
     else:
-        names = options.tasks or sorted(file.stem for file in (options.zoo / "task_files").glob("*.yaml"))
+        names = chosen or sorted(file.stem for file in (options.zoo / "task_files").glob("*.yaml"))
         base = str(options.zoo / "base")
         models = [f"{task}={options.zoo / 'tasks' / task}" for task in names]
         files = [str((options.zoo / "task_files" / f"{task}.yaml").absolute()) for task in names]

@@ -13,6 +13,9 @@ from hf_epimer.tasks.task import Task
 
 CLASSES = ("a", "b", "ab")
 
+PLAIN_LABELS = {"pcam": "bool", "fer2013": "int64"}
+"""Benchmarks whose labels are stored without names."""
+
 
 def write_data(folder: Path, rows: int = 40, seed: int = 0, names: tuple[str, ...] = CLASSES) -> Path:
     """A data set in parquet as on the Hub: noise whose brightness gives the class away, `train` and `test`."""
@@ -40,6 +43,8 @@ def write_benchmark(folder: Path, task: Task, rows: int = 12) -> Path:
         file = folder / "data" / f"{written}-00000-of-00001.parquet"
         data = datasets.Dataset.from_parquet(str(file), cache_dir=str(folder / ".cache"))
         columns = {"image": task.image_column, "label": task.label_column}
+        if task.name in PLAIN_LABELS:
+            data = data.cast_column("label", datasets.Value(PLAIN_LABELS[task.name]))
         data = data.rename_columns({old: new for old, new in columns.items() if old != new})
         file.unlink()
         data.to_parquet(folder / where / f"{split}-00000-of-00001.parquet")

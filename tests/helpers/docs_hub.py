@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import string
 from pathlib import Path
+
+from tokenizers.pre_tokenizers import ByteLevel
 
 from helpers.adapters import make, rewrite_config
 from helpers.clip import write_clip, write_tuned
@@ -36,6 +37,6 @@ def fill(hub: StandInHub, folder: Path) -> None:
 
 def write_base(folder: Path) -> Path:
     """A random CLIP whose tokenizer knows every letter, so that no two classes have the same embedding."""
-    letters = string.ascii_letters + string.digits + string.punctuation
+    letters = sorted(ByteLevel.alphabet())  # of any script, byte by byte
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return write_clip(folder, words, [], 77)

@@ -21,6 +21,8 @@ import benchmark  # noqa: E402
 import pictures  # noqa: E402
 from benchmark import HUB, TASKS, Comparison, benchmark_of, parser, published  # noqa: E402
 
+from hf_epimer.tasks.task import benchmark_tasks  # noqa: E402
+
 TABLES = published()["tables"]
 
 
@@ -68,6 +70,9 @@ def test_the_hub_ids_are_those_of_fusionbench() -> None:
     assert [task.name for task in found.tasks] == list(TASKS)
     assert found.family == "FusionBench"
     assert not found.comparable
+    of_suite = benchmark_of(flags("--hub", "ViT-B/32", "--suite", "14"))
+    assert list(of_suite.task_files) == list(benchmark_tasks(14))
+    assert str(of_suite.models[8]) == "oxford_flowers102=tanganke/clip-vit-base-patch32_oxford_flowers102"
     assert found.recipe("mean", {}, "out").tasks == ()
 
 

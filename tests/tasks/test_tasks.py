@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hf_epimer.errors import TaskError
-from hf_epimer.tasks.task import Task, benchmark_tasks, find_task, infer_task, load_task_file
+from hf_epimer.tasks.task import SUITES, Task, benchmark_tasks, find_task, infer_task, load_task_file
 
 GOOD = {"name": "pets", "dataset": "org/pets", "class_names": ["cat", "dog"], "templates": ["a photo of a {}."]}
 
@@ -21,12 +21,16 @@ def write(path: Path, values: object) -> Path:
     return path
 
 
-def test_eight_benchmarks_with_their_class_counts() -> None:
+def test_twenty_benchmarks_with_their_class_counts() -> None:
     counts = {name: len(task.class_names or ()) for name, task in benchmark_tasks().items()}
     assert counts == {
         "sun397": 397, "stanford_cars": 196, "resisc45": 45, "eurosat": 10,
         "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47,
+        "oxford_flowers102": 102, "pcam": 2, "fer2013": 7, "oxford-iiit-pet": 37, "stl10": 10, "cifar100": 100,
+        "cifar10": 10, "food101": 101, "fashion_mnist": 10, "emnist_letters": 26, "kmnist": 10, "rendered-sst2": 2,
     }  # fmt: skip
+    assert [len(benchmark_tasks(size)) for size in SUITES] == [8, 14, 20]
+    assert list(benchmark_tasks(8))[-1] == "dtd" and list(benchmark_tasks(14))[-1] == "cifar100"
     svhn = find_task("svhn")
     assert (svhn.dataset, svhn.config, svhn.templates) == (
         "ufldl-stanford/svhn", "cropped_digits", ('a photo of the number: "{}".',),
