@@ -29,6 +29,7 @@ from hf_epimer.errors import StatisticsError, UsageError
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import stream_layers, tagged_bases
 from hf_epimer.methods import Layer
+from hf_epimer.methods.epimer_core import EpiMerCoreConfig
 from hf_epimer.methods.statistic import FISHER_DIAGONAL
 from hf_epimer.numerics.diagnostics import (
     CurvatureDiagnosis,
@@ -39,6 +40,7 @@ from hf_epimer.numerics.diagnostics import (
     task_gram,
 )
 from hf_epimer.numerics.linalg import SVD
+from hf_epimer.numerics.spikes import without_spikes
 from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, task_triples, whitened_basis
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.plan import Plan
@@ -77,6 +79,7 @@ class LayerDiagnosis:
 
     Attributes:
         gram: <D_s, D_t>, T x T.
+        spikes: share of |D_t|^2 that stands out among the tasks (`numerics.spikes`); empty for an unchanged layer.
         at: requested rank -> what it gives; empty for parameters that take the mean of their task vectors.
         mean: Theorem 2 for those; None without Fisher information.
     """
@@ -84,6 +87,7 @@ class LayerDiagnosis:
     name: str
     shape: tuple[int, ...]
     gram: Tensor
+    spikes: tuple[float, ...]
     at: dict[int, LayerAtRank]
     mean: CurvatureDiagnosis | None
 
@@ -104,6 +108,7 @@ class Diagnosis:
         layers: every parameter, in the order of the model.
         totals: one entry per rank.
         gram: <D_s, D_t> of the whole model.
+        spikes: share of every task vector's matrices that stands out among the tasks.
         verdict: findings in words, each with the numbers that led to it.
         note: why nothing is said about curvature and how to change that; None when something is.
         exact: label -> metric -> how well it agrees with the exact Hessian; empty unless asked for.
@@ -119,6 +124,7 @@ class Diagnosis:
     layers: tuple[LayerDiagnosis, ...]
     totals: tuple[RankTotals, ...]
     gram: Tensor
+    spikes: tuple[float, ...]
     verdict: tuple[str, ...]
     note: str | None
     out: Path
@@ -144,6 +150,7 @@ class Diagnosis:
             "totals": {
                 "task_vector_norms": [float(value) for value in self.gram.diagonal().sqrt()],
                 "cosine": _matrix(cosines(self.gram)),
+                "spikes": list(self.spikes),
                 "ranks": [
                     {
                         "rank": total.rank,
@@ -263,9 +270,15 @@ def diagnose_layer(layer: Layer, ranks: Sequence[int]) -> LayerDiagnosis:
         name=layer.name,
         shape=shape,
         gram=task_gram(layer.task_vectors).cpu(),
+        spikes=_spikes(layer) if changed else (),
         at={rank: distinct[capped_at] for rank, capped_at in capped.items()} if changed else {},
         mean=flat_diagnosis(layer.task_vectors, v, layer.weights) if v is not None and not changed else None,
     )
+
+
+def _spikes(layer: Layer) -> tuple[float, ...]:
+    _, gone = without_spikes(layer.task_vectors, EpiMerCoreConfig().cap, exact=layer.exact, seed=layer.seed)
+    return tuple(gone.tolist())
 
 
 def _at_rank(layer: Layer, triples: Sequence[SVD], rank: int, v: Tensor | None) -> LayerAtRank:
@@ -302,6 +315,15 @@ def rank_totals(layers: Sequence[LayerDiagnosis], rank: int) -> RankTotals:
     )
 
 
+def spike_totals(layers: Sequence[LayerDiagnosis]) -> tuple[float, ...]:
+    """The share of every task vector's matrices that stands out among the tasks."""
+    matrices = [layer for layer in layers if layer.spikes]
+    tasks = range(len(layers[0].gram))
+    squares = [[float(layer.gram[task, task]) for layer in matrices] for task in tasks]
+    parts = [math.fsum(x * layer.spikes[task] for x, layer in zip(squares[task], matrices)) for task in tasks]
+    return tuple(part / whole if whole > 0 else 0.0 for part, whole in zip(parts, map(math.fsum, squares)))
+
+
 def _shares(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, ...]:
     return tuple(part / whole if whole > 0 else math.nan for part, whole in zip(parts, wholes))
 
@@ -310,6 +332,7 @@ def _summary(plan: Plan, ranks: Sequence[int], layers: Sequence[LayerDiagnosis],
     labels = tuple(model.label for model in plan.models)
     totals = tuple(rank_totals(layers, rank) for rank in ranks)
     gram = torch.stack([layer.gram for layer in layers]).sum(0)
+    spikes = spike_totals(layers)
     return Diagnosis(
         base=str(plan.recipe.base),
         models=tuple(map(str, plan.recipe.models)),
@@ -319,7 +342,8 @@ def _summary(plan: Plan, ranks: Sequence[int], layers: Sequence[LayerDiagnosis],
         layers=tuple(layers),
         totals=totals,
         gram=gram,
-        verdict=verdict(labels, totals, gram),
+        spikes=spikes,
+        verdict=verdict(labels, totals, gram, spikes),
         note=None if plan.statistic else _NO_CURVATURE,
         out=out,
     )
@@ -341,6 +365,7 @@ def _layer(layer: LayerDiagnosis) -> dict[str, Any]:
         "shape": list(layer.shape),
         "task_vector_norms": layer.norms,
         "cosine": _matrix(cosines(layer.gram)),
+        "spikes": list(layer.spikes) or None,
         "ranks": [
             {
                 "rank": rank,

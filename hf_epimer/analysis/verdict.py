@@ -10,6 +10,7 @@ from itertools import combinations
 from torch import Tensor
 
 from hf_epimer.numerics.diagnostics import CurvatureDiagnosis, cosines
+from hf_epimer.pipeline.doubts import SPIKED, spiked
 
 HARDLY = 0.01
 """Share of the flat mean's spread below which eta counts as nothing; a convention, not a measured threshold."""
@@ -55,21 +56,33 @@ class RankTotals:
         return min(filter(math.isfinite, self.singular), default=math.nan)
 
 
-def verdict(labels: Sequence[str], totals: Sequence[RankTotals], gram: Tensor) -> tuple[str, ...]:
-    """Findings in words. The rule, with eta, V_S, R_S at the largest rank and summed over the model:
+def verdict(
+    labels: Sequence[str], totals: Sequence[RankTotals], gram: Tensor, spikes: Sequence[float] = ()
+) -> tuple[str, ...]:
+    """Findings in words, the last one which method to take. The rule, with eta, V_S, R_S at the largest rank and summed
+    over the model:
 
     1. eta below `HARDLY` of F(c_bar), the flat mean's spread: curvature hardly matters, whatever the metric does.
        Above it, but below once every H_t has the same trace: only the sizes of the tasks' curvatures act, as one weight
        per task and layer; mostly so where equal traces leave less than half. Else directions act too. eta is what the
-       Fréchet mean saves of the second-order loss, so it bounds what there is to win; it promises no accuracy. Where it
-       is little, what is lost is lost between layers, which eta does not see and calibration does.
-    2. A task whose curvature (l_t tr H_t) is more than `STEEPEST` times the average of the others pulls the merge.
+       Fréchet mean saves of the second-order loss, so it bounds what there is to win; it promises no accuracy.
+    2. A task whose curvature (l_t tr H_t) is more than `STEEPEST` times the average of the others pulls a merge that
+       takes curvature at its own size; one of which `SPIKED` or more stands out among the others spoils most methods.
     3. R_S above the matrices' V_S: what the basis leaves out costs more than what the tasks disagree about within it.
        Then the rank with the smallest R_S is named if it is smaller by a tenth than at the largest rank; else a higher
        rank is advised if R_S has fallen by a tenth or more on the way there.
     4. The smallest rank from which on every task keeps `HALF` of its matrices; where no rank does, but the task's own
        directions would, whitening them against the other tasks' is what costs.
     5. Pairs of task vectors with a cosine below `AGAINST`.
+    6. Which method: on every set that was measured (docs/results.md) calibration was best where there are images, and
+       task vectors alone were the best data-free merge or within a point of it, so these two are named; where a task
+       is spiked, published statistics are worth less than nothing without calibration, and that is said.
+
+    Args:
+        labels: of the models.
+        totals: one entry per rank, ascending.
+        gram: <D_s, D_t> of the whole model.
+        spikes: share of every task vector that stands out; none known where empty.
     """
     last = totals[-1]
     words = []
@@ -78,13 +91,16 @@ def verdict(labels: Sequence[str], totals: Sequence[RankTotals], gram: Tensor) -
         words += _steepest(labels, last.curvature)
         words += _outside(totals)
     words += _energy_kept(labels, totals)
-    return (*words, _directions(labels, gram))
+    standing_out = [f"{spiked(label, share)}." for label, share in zip(labels, spikes) if share >= SPIKED]
+    return (*words, _directions(labels, gram), *standing_out, _which_method(bool(standing_out)))
 
 
-_CALIBRATE = (
-    "With images of every task, merge with --method epimer-core, or add --calibrate to another: that mends what layers "
-    "do to each other, which no metric of one layer sees."
-)
+def _which_method(is_spiked: bool) -> str:
+    instead = ", and not from published statistics, which a task that stands out spoils" if is_spiked else ""
+    return (
+        "To merge: with images of every task the plain command, which also mends what layers do to each other; without "
+        f"images by the task vectors (--metric task-vectors{instead})."
+    )
 
 
 def _curvature_matters(last: RankTotals) -> str:
@@ -95,11 +111,10 @@ def _curvature_matters(last: RankTotals) -> str:
         return "Curvature has nothing to act on: no matrix was changed and has Fisher information that is not zero."
     isotropy = f"isotropy deviation {last.isotropy[0]:.2f} on average, {last.isotropy[1]:.2f} at most"
     if share < HARDLY:
-        advice = f"tsv-m needs no data and should do as well. {_CALIBRATE}"
-        return f"Curvature will hardly matter: {numbers}, {isotropy}. {advice}"
+        return f"EpiMer's curvature will hardly matter: {numbers}, {isotropy}. tsv-m should do as well as epimer."
     numbers += f", {equal:.1%} once every task's curvature has the same trace; {isotropy}."
     if equal < HARDLY:
-        return f"Curvature acts only as one weight per task and layer: {numbers} {_CALIBRATE}"
+        return f"Curvature acts only as one weight per task and layer: {numbers}"
     return f"Curvature can matter{', mostly as one weight per task and layer' if 2 * equal < share else ''}: {numbers}"
 
 
@@ -110,8 +125,8 @@ def _steepest(labels: Sequence[str], curvature: CurvatureDiagnosis) -> list[str]
     if steep * (len(labels) - 1) <= STEEPEST * (total - steep):
         return []
     return [
-        f"{labels[steepest]} has {steep / total:.0%} of all curvature, so the literal merge leans on it; "
-        "--normalize trace gives every task the same say."
+        f"{labels[steepest]} has {steep / total:.0%} of all curvature, so a merge to the paper's letter leans on it; "
+        "the default (--normalize trace) gives every task the same say."
     ]
 
 

@@ -39,6 +39,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=absent, help="samples per task where curvature must be estimated; default 256"
     )
+    what = "gigabytes beyond which a data set's samples are streamed, not all of it downloaded; default 2"
+    parser.add_argument("--max-data", type=float, default=absent, metavar="GB", help=what)
     what = "solve layers again in forward order, on --samples images of every task; epimer-core does unless told not to"
     parser.add_argument("--calibrate", action=argparse.BooleanOptionalAction, default=absent, help=what)
     what = "of a calibration: how often every image is seen, whole and as random crops; default 1"
@@ -143,7 +145,7 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
 
     table = Table(show_header=False, box=None)
     for name, value in summary.items():
-        if name == "bytes_to_read":
+        if name.endswith("bytes_to_read"):
             value = f"{value / 1e9:.2f} GB"
         elif isinstance(value, dict):
             value = "\n".join(f"{key}: {entry}" for key, entry in value.items())

@@ -4,9 +4,11 @@
 
 Methods that commute with rotations of both sides (EpiMer under Kronecker curvature, TSV-M, Iso-C, the means) give in
 the core what they give on the whole layer; TIES and DARE look at single entries, and there it is the core's entries
-they look at, as in KnOTS (Stoica et al., ICLR 2025). A method that needs the layer itself (a Fisher diagonal, Gram
-matrices) gets it, and its result is factorised. The core is padded with zeros to T max r_t, so that rank caps per task
-are those of the whole layer; Iso's mean singular value is over these directions, not over min(m, n).
+they look at, as in KnOTS (Stoica et al., ICLR 2025). Methods with a metric on a layer's inputs (`epimer-core`, RegMean)
+have a core on the side of the outputs, U_ref^T D_t, p x n, and give there what they give on the whole layer, too. One
+that needs the layer itself (a Fisher diagonal) gets it, and its result is factorised. The core is padded with zeros to
+T max r_t, so that rank caps per task are those of the whole layer; Iso's mean singular value is over these directions,
+not over min(m, n).
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from hf_epimer.merging.inputs import Ingredients, normalized_weights
 from hf_epimer.merging.report import AdapterReport, LayerReport
 from hf_epimer.merging.stream import stream_layers
 from hf_epimer.methods import Layer, LayerMerge, Method
-from hf_epimer.methods.statistic import KRONECKER
-from hf_epimer.numerics.lowrank import LowRank, UnionCore, factorize, union_core
+from hf_epimer.methods.statistic import KRONECKER, StatisticKind
+from hf_epimer.numerics.lowrank import LowRank, UnionCore, factorize, outputs_core, union_core
 from hf_epimer.numerics.subspace import TaggedBasis
 from hf_epimer.types import Shape
 
@@ -92,10 +94,15 @@ def merge_adapters(
     )
     through_core = works_in_core(method, config)
 
+    def core_layers() -> Iterator[tuple[Layer, UnionCore | None]]:
+        if method.core == "both":
+            return _core_layers(ingredients, adapters, union_core, needs, seed)
+        return _core_layers(ingredients, adapters, outputs_core, needs, seed, exact)
+
     def over_layers(work: Callable[[Layer], Any], stage: str = "survey") -> Iterable[Any]:
         results: Iterator[Any]
         if through_core:
-            results = (work(layer) for layer, _ in _core_layers(ingredients, adapters, needs is not None, seed))
+            results = (work(layer) for layer, _ in core_layers())
         else:
             results = stream_layers(ingredients, work, needs, seed=seed, exact=exact)
         for result in results:
@@ -108,55 +115,62 @@ def merge_adapters(
         whole = over_layers(lambda layer: _whole(layer, adapters, method, config, survey, out_rank), "merge")
         yield from (merged for merged in whole if merged.name in changed)
         return
-    for layer, core in _core_layers(ingredients, adapters, needs is not None, seed):
+    for layer, core in core_layers():
         yield _merged(layer, core, adapters, method, config, survey, out_rank)
         on_layer("merge", 1)
 
 
 def works_in_core(method: Method, config: Any) -> bool:
     """Whether adapters are merged in the core that they span; if not, their whole layers are."""
-    return method.works_in_core and method.statistic(config) in (None, KRONECKER)
+    if method.core == "both":
+        return method.statistic(config) in (None, KRONECKER)
+    return method.core == "outputs"
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
 def _core_layers(
-    ingredients: Ingredients, adapters: Sequence[Adapter], curved: bool, seed: int
+    ingredients: Ingredients,
+    adapters: Sequence[Adapter],
+    make_core: Callable[[Sequence[LowRank]], UnionCore],
+    needs: StatisticKind | None,
+    seed: int,
+    exact: bool = True,  # a core on both sides is small: decompose it fully
 ) -> Iterator[tuple[Layer, UnionCore | None]]:
     """Every changed parameter as a layer of its own: a matrix by its core, anything else by its task vectors."""
     changed = {name for adapter in adapters for name in adapter.changed}
-    weights = torch.tensor(ingredients.weights, dtype=torch.float64)
+    dtype = torch.float64 if exact else torch.float32
     common: dict[str, Any] = {
-        "weights": weights,
+        "weights": torch.tensor(ingredients.weights, dtype=dtype),
         "labels": tuple(adapter.label for adapter in adapters),
         "seed": seed,
-        "exact": True,  # cores are small: decompose them fully
+        "exact": exact,
     }
     for name, shape in ingredients.base.shapes.items():
         if name not in changed:
             continue
         if len(shape) < 2:
-            task_vectors = torch.empty(len(adapters), *shape, dtype=torch.float64)
+            task_vectors = torch.empty(len(adapters), *shape, dtype=dtype)
             for adapter, values in zip(adapters, task_vectors, strict=True):
                 adapter.task_vector_to(name, values)
-            base = ingredients.base.tensor(name).double()
+            base = ingredients.base.tensor(name).to(dtype)
             yield Layer(name, base, task_vectors, is_matrix=False, **common), None
             continue
         points = [adapter.low_rank(name) for adapter in adapters]
         if not any(point.rank for point in points):
             continue
-        core = _padded(union_core(points), points)
-        cores = core.cores()
-        statistics = _curvature(ingredients.statistics or (), name, core) if curved else {}
-        if curved and not statistics:
+        core = _padded(make_core(points), points)
+        cores = core.cores().to(dtype)
+        statistics = _curvature(ingredients.statistics or (), needs, name, core, dtype) if needs else {}
+        if needs is KRONECKER and not statistics:
             raise StatisticsError(f"{name}: there are no Kronecker factors for this weight, which adapters change")
         yield (
             Layer(
                 name,
                 torch.zeros_like(cores[0]),
                 cores,
-                is_matrix=True,
+                is_matrix=core.right is not None or len(shape) == 2,
                 statistics=statistics,
                 factors=core.points,
                 **common,
@@ -168,39 +182,47 @@ def _core_layers(
 def _padded(core: UnionCore, points: Sequence[LowRank]) -> UnionCore:
     """The core with coordinates of zeros up to T max r_t (as far as the matrices have so many rows and columns)."""
     wanted = len(points) * max(point.rank for point in points)
-    rows, columns = (min(wanted, size) for size in points[0].shape)
 
-    def grown(matrix: Tensor, size: int) -> Tensor:
-        return pad(matrix, (0, 0, 0, size - len(matrix)))
+    def grown(side: Tensor | None, inside: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        if side is None:
+            return None, list(inside)
+        more = min(wanted, len(side)) - side.shape[1]
+        return pad(side, (0, more)), [pad(matrix, (0, 0, 0, more)) for matrix in inside]
 
-    p, q = rows - core.left.shape[1], columns - core.right.shape[1]
-    inside = tuple(LowRank(grown(x.u, rows), x.s, grown(x.v, columns)) for x in core.points)
-    return UnionCore(pad(core.left, (0, p)), pad(core.right, (0, q)), inside)
+    left, us = grown(core.left, [x.u for x in core.points])
+    right, vs = grown(core.right, [x.v for x in core.points])
+    assert left is not None
+    return UnionCore(left, right, tuple(LowRank(u, x.s, v) for u, x, v in zip(us, core.points, vs)))
 
 
-def _curvature(statistics: Sequence[TensorSource], name: str, core: UnionCore) -> dict[str, Tensor]:
-    """Kronecker factors in core coordinates: V_ref^T A_t V_ref and U_ref^T S_t U_ref."""
-    sides = {"input": core.right, "output": core.left}
-    factors: dict[str, Tensor] = {}
-    for part in KRONECKER.parts:
-        basis, stored = sides[part.name], name + part.suffix
+def _curvature(
+    statistics: Sequence[TensorSource], needs: StatisticKind, name: str, core: UnionCore, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Second moments in core coordinates: V_ref^T A_t V_ref of inputs and U_ref^T S_t U_ref of outputs."""
+    moments: dict[str, Tensor] = {}
+    for part in needs.parts:
+        basis, stored = core.left if part.name == "output" else core.right, name + part.suffix
+        size = len(basis if basis is not None else core.points[0].v)
         present = [source for source in statistics if stored in source.shapes]
         if not present:
             return {}
-        if len(present) < len(statistics):
+        if len(present) < len(statistics) and not part.is_optional:
             lacking = next(source for source in statistics if source not in present)
             raise StatisticsError(f"{lacking.label}: no statistics for {stored}")
         projected = []
         for source in statistics:
-            if source.shapes[stored] != (len(basis), len(basis)):
+            if source not in present:
+                projected.append(torch.zeros(size, size, dtype=dtype))
+                continue
+            if source.shapes[stored] != (size, size):
                 raise StatisticsError(
-                    f"{source.label}: {stored} has shape {list(source.shapes[stored])}, not {[len(basis)] * 2}"
+                    f"{source.label}: {stored} has shape {list(source.shapes[stored])}, not {[size] * 2}"
                 )
-            values = source.tensor(stored).double()
+            values = source.tensor(stored).to(dtype)
             check_statistics(values, source.label, stored)
-            projected.append(basis.mT @ values @ basis)
-        factors[part.name] = torch.stack(projected)
-    return factors
+            projected.append(values if basis is None else basis.mT @ values @ basis)
+        moments[part.name] = torch.stack(projected)
+    return moments
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -219,7 +241,7 @@ def _merged(
     check_merged(merged.task_vector, layer.name, method.name)
     if core is None:
         return _unfactored(layer, merged)
-    return _cut(layer.name, adapters, core.expand(factorize(merged.task_vector)), merged, out_rank)
+    return _cut(layer.name, adapters, core.expand(factorize(merged.task_vector.double())), merged, out_rank)
 
 
 def _whole(

@@ -104,8 +104,33 @@ def further_than_their_base(layers: Sequence[LayerReport]) -> list[int]:
     if not known:
         return []
     base = math.fsum((norm or 0.0) ** 2 for _, norm in known)
-    squares = [math.fsum(norm**2 for norm in norms) for norms in zip(*(norms for norms, _ in known))]
+    squares = _sums([[norm**2 for norm in norms] for norms, _ in known])
     return [number for number, square in enumerate(squares) if square >= base > 0]
+
+
+def spiked_shares(layers: Sequence[LayerReport]) -> list[float]:
+    """How much of every model's task vector was cut because it stood out among the others, as a share of its square."""
+    cut = [
+        [share * norm**2 for share, norm in zip(layer.solve.spikes, layer.task_vector_norms)]
+        for layer in layers
+        if layer.solve and layer.solve.spikes and layer.task_vector_norms
+    ]
+    squares = [[norm**2 for norm in layer.task_vector_norms] for layer in layers if layer.task_vector_norms]
+    return [_ratio(part, whole) for part, whole in zip(_sums(cut), _sums(squares))]
+
+
+def curvature_shares(layers: Sequence[LayerReport]) -> list[float]:
+    """Every model's share of the summed curvature, where it was left at its own size; else nothing."""
+    sums = _sums([layer.solve.curvature for layer in layers if layer.solve and layer.solve.curvature])
+    return [_ratio(own, math.fsum(sums)) for own in sums]
+
+
+def _sums(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) for column in zip(*rows)]
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def _far_apart(layers: Sequence[LayerReport]) -> str | None:

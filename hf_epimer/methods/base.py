@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hf_epimer.errors import StatisticsError
 from hf_epimer.methods.options import Option, options_of
@@ -177,8 +177,8 @@ class Method:
         does_without: whether it merges, if less well, where some or all tasks have no such statistic.
         calibrates: whether a merge by it is calibrated unless it is asked not to be, or there are no images.
         title: for the page and for people; the name itself where it is empty.
-        works_in_core: whether adapters can be merged in the low-dimensional core that they span: it commutes with
-            rotations of both sides of a layer, or gives something of use where it does not.
+        core: which sides of a layer adapters may be merged on in the low-dimensional core that they span: it commutes
+            with rotations of those sides, or gives something of use where it does not.
     """
 
     name: str
@@ -193,7 +193,7 @@ class Method:
     does_without: bool = False
     calibrates: bool = False
     title: str = ""
-    works_in_core: bool = False
+    core: Literal["neither", "outputs", "both"] = "neither"
 
     @property
     def options(self) -> dict[str, Option]:

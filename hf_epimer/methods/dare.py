@@ -72,5 +72,5 @@ DARE = Method(
     DAREConfig,
     merge_dare,
     title="DARE",
-    works_in_core=True,
+    core="both",
 )

@@ -94,7 +94,9 @@ def merge_epimer(layer: Layer, config: EpiMerConfig, survey: None = None) -> Lay
         mean = frechet_mean(metrics, coordinates, layer.weights, exact=layer.exact)
         solution = mean.value
         eta = mean.eta * metrics.scale
-        solve = SolveReport(eta=eta, steps=mean.steps, residual=mean.residual, condition=mean.condition)
+        as_measured = config.normalize == "none"
+        curvature = tuple(metrics.scale * metrics.trace(t) for t in range(layer.tasks)) if as_measured else None
+        solve = SolveReport(eta, curvature, steps=mean.steps, residual=mean.residual, condition=mean.condition)
     scale = config.alpha * (layer.tasks if config.aggregator == "sum" else 1)
     return LayerMerge(basis.expand(solution * scale), rank, solve)
 
@@ -149,5 +151,5 @@ EPIMER = Method(
     needs=FISHER_DIAGONAL,
     needs_with=lambda config: _STATISTICS[config.metric],
     title="EpiMer",
-    works_in_core=True,
+    core="both",
 )

@@ -108,4 +108,5 @@ EPIMER_CORE = Method(
     does_without=True,
     calibrates=True,
     title="EpiMer core",
+    core="outputs",
 )

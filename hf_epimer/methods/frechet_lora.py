@@ -113,5 +113,5 @@ FRECHET_LORA = Method(
     merge_frechet_lora,
     needs_with=lambda config: KRONECKER if config.metric == "kronecker" else None,
     title="Fréchet mean of adapters",
-    works_in_core=True,
+    core="both",
 )

@@ -94,7 +94,7 @@ ISO_C = Method(
     IsoCConfig,
     merge_iso_c,
     title="Iso-C",
-    works_in_core=True,
+    core="both",
 )
 
 ISO_CTS = Method(
@@ -105,5 +105,5 @@ ISO_CTS = Method(
     IsoCTSConfig,
     merge_iso_cts,
     title="Iso-CTS",
-    works_in_core=True,
+    core="both",
 )

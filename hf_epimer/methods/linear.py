@@ -85,7 +85,7 @@ MEAN = Method(
     MeanConfig,
     merge_mean,
     title="Mean",
-    works_in_core=True,
+    core="both",
 )
 
 TASK_ARITHMETIC = Method(
@@ -103,7 +103,7 @@ TASK_ARITHMETIC = Method(
     TaskArithmeticConfig,
     merge_task_arithmetic,
     title="Task arithmetic",
-    works_in_core=True,
+    core="both",
 )
 
 NAN = Method(

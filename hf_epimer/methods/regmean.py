@@ -58,4 +58,5 @@ REGMEAN = Method(
     merge_regmean,
     needs=GRAM,
     title="RegMean",
+    core="outputs",
 )

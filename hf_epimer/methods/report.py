@@ -33,6 +33,7 @@ class SolveReport:
 
     Attributes:
         eta: curvature heterogeneity of the tasks.
+        curvature: l_t tr H_t of every task, where they were left at their own sizes.
         flat: whether no task has any curvature here, so that the plain mean was taken.
         singular: whether the system has no unique solution, so that the plain mean was taken.
         steps: of the iteration.
@@ -45,6 +46,7 @@ class SolveReport:
     """
 
     eta: float | None = None
+    curvature: tuple[float, ...] | None = None
     flat: bool | None = None
     singular: bool | None = None
     steps: int | None = None

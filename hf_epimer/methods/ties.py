@@ -69,5 +69,5 @@ TIES = Method(
     merge_ties,
     survey=survey_thresholds,
     title="TIES",
-    works_in_core=True,
+    core="both",
 )

@@ -47,5 +47,5 @@ TSV_M = Method(
     TSVMConfig,
     merge_tsv,
     title="TSV-M",
-    works_in_core=True,
+    core="both",
 )

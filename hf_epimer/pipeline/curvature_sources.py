@@ -20,7 +20,7 @@ from hf_epimer.models.head import can_classify, check_head
 from hf_epimer.models.source import ModelSource
 from hf_epimer.pipeline.plan import CurvatureFile, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
-from hf_epimer.tasks.dataset import Sampling, TaskImages, data_revision, is_large
+from hf_epimer.tasks.dataset import Sampling, TaskImages, data_bytes, data_revision
 from hf_epimer.tasks.task import Task
 
 
@@ -120,7 +120,8 @@ def _find_curvature(
 
 
 def _images(recipe: MergeRecipe, task: Task) -> TaskImages:
-    return TaskImages(task, Sampling(recipe.samples, seed=recipe.seed, streaming=is_large(task)))
+    size = data_bytes(task)
+    return TaskImages(task, Sampling(recipe.samples, seed=recipe.seed, streaming=size > recipe.max_data * 1e9), size)
 
 
 # --- --fisher -------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_epimer.checkpoints.folders import atomic_folder
-from hf_epimer.merging.report import further_than_their_base, totals_of
+from hf_epimer.merging.report import totals_of
 from hf_epimer.models.source import PROCESSOR_FILES
+from hf_epimer.pipeline.doubts import doubts
 from hf_epimer.pipeline.folder import CONFIG, push, write_records
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.output import write_merge
@@ -55,9 +56,8 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         with usage.stage("merging"):
             layers = write_merge(folder, plan, ingredients, usage, progress)
         totals = totals_of(layers)
-        for number in further_than_their_base(layers):
-            model = plan.models[number]
-            logger.warning("%s differs from the base %s by more than its norm: is it the right one?", model, plan.base)
+        for doubt in doubts(plan, layers):
+            logger.warning("%s", doubt)
         if plan.made_from:
             totals["made_from"] = plan.made_from
         if "note" in totals:

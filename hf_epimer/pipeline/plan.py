@@ -149,6 +149,13 @@ class Plan:
         return [(statistic, entry) for statistic, entry in self._curvature() if isinstance(entry, CurvatureRequest)]
 
     @property
+    def data_sets(self) -> list[TaskImages]:
+        """Images that will be read, one entry for each task."""
+        read = [request.images for _, request in self.to_estimate]
+        read += [model.images for model in self.models if model.images]
+        return list({images.task.name: images for images in read}.values())
+
+    @property
     def calibration_bytes(self) -> int:
         """Of the hidden states that a calibration keeps on the disk: two towers, twice, in float32; 0 without one."""
         if not self.recipe.calibrate:
@@ -209,6 +216,12 @@ class Plan:
             "parameters": len(self.shapes),
             "matrices": len(matrices),
             "capped_ranks": {name: capped for name, capped in ranks.items() if capped < rank},
+            "data": [
+                f"{images.task.name}: {'streamed, of ' * images.is_streamed}{images.nbytes / 1e9:.2f} GB"
+                for images in self.data_sets
+                if images.nbytes
+            ],
+            "data_bytes_to_read": sum(images.nbytes for images in self.data_sets if not images.is_streamed),
             "bytes_to_read": sum(source.weight_bytes for source in read) + sum(file.size for file in self.measured),
             "out": str(self.recipe.target),
             "push_to": self.recipe.push_to,

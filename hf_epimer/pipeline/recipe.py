@@ -32,6 +32,7 @@ class MergeRecipe:
         weights: one per model, normalised to sum to 1; None for equal weights.
         fisher: statistics, by label or one per model in order; folders, files or repos with fisher.safetensors.
         samples: per task, where curvature has to be estimated.
+        max_data: gigabytes (10^9 bytes) of a data set on the Hub beyond which its samples are streamed.
         calibrate: solve the merge's linear layers again in forward order, on `samples` images of every task; None for
             what the method does by itself: `epimer-core` where there are images, no other.
         views: of a calibration: how often every image is seen, whole and as random crops.
@@ -61,6 +62,7 @@ class MergeRecipe:
     weights: tuple[float, ...] | None = None
     fisher: tuple[ModelRef, ...] = ()
     samples: int = 256
+    max_data: float = 2.0
     calibrate: bool | None = None
     views: int = 1
     calibration_rho: float = 0.2
@@ -90,6 +92,8 @@ class MergeRecipe:
             raise UsageError(f"--samples must be a whole number of at least 1, not {self.samples!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
+        if not isinstance(self.max_data, int | float) or not self.max_data >= 0:
+            raise UsageError(f"--max-data must be a number of gigabytes of at least 0, not {self.max_data!r}")
         if self.out_rank is not None and (not isinstance(self.out_rank, int) or self.out_rank < 1):
             raise UsageError(f"--out-rank must be a whole number of at least 1, not {self.out_rank!r}")
         if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
@@ -127,6 +131,7 @@ class MergeRecipe:
             words += [flag, *map(str, values)] if values else []
         if self.calibrate or self.tune_alpha or (method.statistic(self.options) and not self.fisher):
             words += ["--samples", str(self.samples)]
+            words += ["--max-data", str(self.max_data)] if self.max_data != 2.0 else []
         if bool(self.calibrate) != method.calibrates:
             words += ["--calibrate" if self.calibrate else "--no-calibrate"]
         kept = (("views", 1), ("calibration_rho", 0.2)) if self.calibrate else ()
@@ -145,6 +150,7 @@ class MergeRecipe:
 _DECIDES = (
     "weights",
     "samples",
+    "max_data",
     "calibrate",
     "views",
     "calibration_rho",

@@ -6,7 +6,7 @@ No row is read here.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hf_epimer.hub import datasets
 from hf_epimer.tasks.task import Task
 
 LARGE = 2 * 10**9
-"""Bytes of a data set from which on a few samples are streamed rather than all of it downloaded."""
+"""Bytes of a data set beyond which a few samples are streamed rather than all of it downloaded."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,25 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TaskImages:
-    """Some images of a task. `hf_epimer.tasks.images.read_images` reads them."""
+    """Some images of a task. `hf_epimer.tasks.images.read_images` reads them.
+
+    Attributes:
+        nbytes: of the data set's files on the Hub, where that has been asked; it decides nothing.
+    """
 
     task: Task
     sampling: Sampling
+    nbytes: int = field(default=0, compare=False)
 
     @property
     def split(self) -> str:
         """The split that they are of."""
         return self.sampling.split or self.task.train_split
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether only these samples are fetched, not the whole data set."""
+        return bool(self.sampling.streaming)
 
     @cached_property
     def revision(self) -> str:
@@ -60,7 +70,16 @@ class TaskImages:
 
 def is_large(task: Task) -> bool:
     """Whether a task's data set is on the Hub and larger than `LARGE`: a few samples of it are better streamed."""
-    return not Path(task.dataset).is_absolute() and datasets.dataset_bytes(task.dataset) > LARGE
+    return data_bytes(task) > LARGE
+
+
+def data_bytes(task: Task) -> int:
+    """Bytes of the files of a task's data set on the Hub; 0 for a local folder, and when HF_HUB_OFFLINE is set.
+
+    Raises:
+        HubError: it cannot be reached.
+    """
+    return 0 if Path(task.dataset).is_absolute() else datasets.dataset_bytes(task.dataset)
 
 
 def data_revision(task: Task) -> str:

@@ -11,11 +11,13 @@ from torch import Tensor
 from helpers import reference
 from hf_epimer import EpiMerConfig, merge_state_dicts
 from hf_epimer.analysis import plots as plots
-from hf_epimer.analysis.diagnosis import LayerDiagnosis, diagnose_layers, rank_totals
+from hf_epimer.analysis.diagnosis import LayerDiagnosis, diagnose_layers, rank_totals, spike_totals
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.methods.epimer_core import EpiMerCoreConfig
 from hf_epimer.numerics.diagnostics import cosines, kept_energy
 from hf_epimer.numerics.linalg import extreme_eigenvalues
+from hf_epimer.numerics.spikes import without_spikes
 from hf_epimer.numerics.subspace import projected_coordinates, tagged_basis, task_triples, whitened_basis
 
 TASKS, M, N = 3, 40, 30
@@ -92,6 +94,19 @@ def test_equal_curvatures_have_no_eta_and_a_flat_one_is_isotropic() -> None:
     assert flat.curvature.share > 0.01  # unlike sizes alone make a weighted mean
     assert flat.curvature.share_trace < 1e-6
     assert [own / sum(flat.curvature.traces) for own in flat.curvature.traces] == pytest.approx([0.1, 0.2, 0.7])
+
+
+def test_what_stands_out_is_what_epimer_core_cuts() -> None:
+    deltas, _ = problem()
+    deltas[1] += 3 * torch.outer(torch.ones(M), torch.ones(N)) / (M * N) ** 0.5
+    found = layers_of(deltas, None, [4])
+    _, gone = without_spikes(deltas, EpiMerCoreConfig().cap)
+    assert found.spikes == pytest.approx(gone.tolist(), rel=1e-4)
+    assert found.spikes[1] > 0.2 > 10 * max(found.spikes[0], found.spikes[2])
+    other = layers_of(deltas.flip(0) * torch.tensor([3.0, 1.0, 0.0]).view(-1, 1, 1), None, [4])
+    squares = [[float(layer.gram[task, task]) for layer in (found, other)] for task in range(TASKS)]
+    expected = [(a * found.spikes[task] + b * other.spikes[task]) / (a + b) for task, (a, b) in enumerate(squares)]
+    assert spike_totals([found, other]) == pytest.approx(expected)
 
 
 def test_lower_ranks_come_from_one_decomposition() -> None:

@@ -23,7 +23,7 @@ def totals(
 @pytest.mark.parametrize(
     ("given", "pattern"),
     [
-        ([totals(share=0.004)], "Curvature will hardly matter: at rank 8 eta is 0.4%.*isotropy deviation 0.12"),
+        ([totals(share=0.004)], "curvature will hardly matter: at rank 8 eta is 0.4%.*isotropy deviation 0.12"),
         ([totals(equal=0.004)], "only as one weight per task and layer.*10.0%.*0.4% once"),
         ([totals(equal=0.03)], "can matter, mostly as one weight.*10.0%.*3.0% once"),
         ([totals()], "Curvature can matter: at rank 8"),
@@ -41,13 +41,22 @@ def totals(
 def test_the_verdict_follows_its_rules(given: list[RankTotals], pattern: str) -> None:
     found = verdict("abc", given, torch.eye(3))
     assert any(re.search(pattern, sentence) for sentence in found), found
-    assert len([sentence for sentence in found if "Curvature" in sentence]) == 1
+    assert len([sentence for sentence in found if re.search("[Cc]urvature (can|will|acts)", sentence)]) == 1
     assert ("of all curvature" in " ".join(found)) == (given[-1].curvature.traces != (1, 1, 1))  # type: ignore[union-attr]
     assert ("R_S" in " ".join(found)) == (given[-1].curvature.residual > 2)  # type: ignore[union-attr]
 
 
 def test_the_verdict_on_directions() -> None:
     gram = torch.tensor([[1, -0.2, 0], [-0.2, 1, 0.05], [0, 0.05, 1]]).double()
-    assert verdict("abc", [totals()], gram)[-1] == "Tasks that point against each other: a and b (cosine -0.20)."
-    assert verdict("abc", [totals()], gram.abs())[-1].endswith("(cosines from 0.00 to 0.20).")
-    assert "at most one" in verdict("ab", [totals()], torch.diag(torch.tensor([1.0, 0.0])))[-1]
+    assert verdict("abc", [totals()], gram)[-2] == "Tasks that point against each other: a and b (cosine -0.20)."
+    assert verdict("abc", [totals()], gram.abs())[-2].endswith("(cosines from 0.00 to 0.20).")
+    assert "at most one" in verdict("ab", [totals()], torch.diag(torch.tensor([1.0, 0.0])))[-2]
+
+
+def test_the_verdict_names_a_checkpoint_that_stands_out_and_a_method() -> None:
+    *_, named, method = verdict("abc", [totals()], torch.eye(3), (0.01, 0.25, 0.0))
+    assert re.match("b stands out among the tasks with 25% of its task vector", named)
+    assert re.search("plain command.*--metric task-vectors, and not from published statistics", method)
+    *others, method = verdict("abc", [totals()], torch.eye(3), (0.01, 0.04, 0.0))
+    assert "stands out" not in " ".join(others) + method
+    assert "(--metric task-vectors)" in method

@@ -26,7 +26,7 @@ from hf_epimer.merging.stream import merge_layers, stream_layers
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.epimer import EpiMerConfig
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
-from hf_epimer.methods.statistic import KRONECKER
+from hf_epimer.methods.statistic import KRONECKER, StatisticKind
 from hf_epimer.methods.ties import TIESConfig
 from hf_epimer.numerics.lowrank import LowRank
 
@@ -84,6 +84,30 @@ def test_methods_give_in_the_core_what_they_give_on_whole_layers(
             assert torch.equal(whole[name].float(), base.tensor(name))
 
 
+@pytest.mark.parametrize("measured", ["all", "some", "none"])
+@pytest.mark.parametrize(("method", "options"), [("epimer-core", {}), ("epimer-core", {"cap": 1.0}), ("regmean", {})])
+def test_metrics_of_the_inputs_give_in_the_core_of_the_outputs_what_they_give_on_whole_layers(
+    method: str, options: dict[str, Any], measured: str, zoo: list[Adapter], base: Checkpoint
+) -> None:
+    if method == "regmean" and measured != "all":
+        pytest.skip("RegMean needs the Gram matrices of all")
+    needed = METHODS[method].needs
+    assert needed is not None
+    known: list[Any] = [second_moments(base, seed, needed) for seed in range(3)]
+    if measured == "some":
+        known[1] = InMemory("nothing", {})
+    statistics = None if measured == "none" else known
+    config = METHODS[method].config(**options)
+    ingredients = Ingredients(base, zoo, [0.2, 0.3, 0.5], statistics)
+    whole = {
+        m.name: m.tensor for m in merge_layers(ingredients, METHODS[method], config, exact=True, dtype=torch.float64)
+    }
+    found = updates_of(zoo, method, config, weights=[0.2, 0.3, 0.5], statistics=statistics, exact=True)
+    assert found
+    for name, update in found.items():
+        assert difference(update, whole[name] - base.tensor(name).double()) < 1e-5, name
+
+
 @pytest.mark.parametrize("mean", ["chordal", "procrustes", "polar", "riemannian"])
 def test_means_of_dense_task_vectors_are_those_of_their_factors(
     mean: str, zoo: list[Adapter], base: Checkpoint
@@ -126,20 +150,18 @@ def test_every_method_merges_adapters(method: str, zoo: list[Adapter]) -> None:
     assert all(difference(again[name], found[name]) < 1e-3 for name in found)
 
 
-def kronecker(base: Checkpoint, seed: int) -> InMemory:
+def second_moments(base: Checkpoint, seed: int, kind: StatisticKind = KRONECKER) -> InMemory:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in base.shapes.items():
-        if len(shape) == 2:
-            for part, size in zip(KRONECKER.parts, (shape[1], shape[0]), strict=True):
-                x = torch.randn(50, size, generator=generator) * torch.logspace(0, -2, size)
-                tensors[name + part.suffix] = x.mT @ x / 50
+    for stored, (size, _) in kind.shapes({n: shape for n, shape in base.shapes.items() if len(shape) == 2}).items():
+        x = torch.randn(50, size, generator=generator) * torch.logspace(0, -2, size)
+        tensors[stored] = x.mT @ x / 50
     return InMemory(f"curvature {seed}", tensors)
 
 
 def test_kronecker_curvature_in_the_core(zoo: list[Adapter], base: Checkpoint) -> None:
     """The merged update minimises the curved loss over the core: no multiple of the mean beats it."""
-    curvature = [kronecker(base, t) for t in range(3)]
+    curvature = [second_moments(base, t) for t in range(3)]
 
     def loss(update: Tensor, name: str) -> float:
         total = 0.0
@@ -162,7 +184,7 @@ def test_kronecker_curvature_in_the_core(zoo: list[Adapter], base: Checkpoint) -
 
 
 def test_epimer_under_kronecker_curvature_is_the_same_in_the_core(zoo: list[Adapter], base: Checkpoint) -> None:
-    curvature = [kronecker(base, t) for t in range(3)]
+    curvature = [second_moments(base, t) for t in range(3)]
     config = EpiMerConfig(rank=6, metric="kronecker")
     ingredients = Ingredients(base, zoo, normalized_weights(None, 3), curvature)
     whole = {

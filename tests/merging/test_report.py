@@ -11,7 +11,15 @@ from helpers.checkpoints import StateDict, tiny_state
 from helpers.statistics import statistics
 from hf_epimer.checkpoints.reader import StateDict as InMemory
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.merging.report import AdapterReport, CalibrationReport, LayerReport, further_than_their_base, totals_of
+from hf_epimer.merging.report import (
+    AdapterReport,
+    CalibrationReport,
+    LayerReport,
+    curvature_shares,
+    further_than_their_base,
+    spiked_shares,
+    totals_of,
+)
 from hf_epimer.merging.stream import merge_layers
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.report import RankReport, SolveReport
@@ -84,3 +92,15 @@ def test_a_model_further_from_the_base_than_zero_is_named() -> None:
     ]
     assert further_than_their_base(layers) == [1]
     assert further_than_their_base([LayerReport("a", (2,), 1.0)]) == []
+
+
+def test_shares_are_of_all_layers_together() -> None:
+    layers = [
+        LayerReport("a", (2, 2), 1.0, (2.0, 1.0), solve=SolveReport(spikes=(0.5, 0.0), curvature=(1.0, 2.0))),
+        LayerReport("b", (2, 2), 1.0, (2.0, 3.0), solve=SolveReport(spikes=(0.0, 0.1), curvature=(0.0, 7.0))),
+        LayerReport("c", (2,), 1.0, (4.0, 0.0)),
+    ]
+    assert spiked_shares(layers) == pytest.approx([2 / 24, 0.9 / 10])
+    assert curvature_shares(layers) == pytest.approx([0.1, 0.9])
+    bare = [LayerReport("c", (2,), 1.0, (4.0, 0.0))]
+    assert (spiked_shares(bare), curvature_shares(bare)) == ([], [])

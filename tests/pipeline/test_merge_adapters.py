@@ -82,7 +82,7 @@ def test_every_method_by_name_as_an_adapter_and_dense(
     )
     error = distance(folded(thin, base_folder), weights(full), weights(base_folder))
     cut = json.loads((thin / "merge_report.json").read_text())["totals"]["largest_cut_off"]
-    if METHODS[method].works_in_core and METHODS[method].needs is None:
+    if METHODS[method].core == "both" and METHODS[method].needs is None:
         assert error < 1e-6
         assert cut < 1e-6
     else:

@@ -12,16 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from helpers.command import Run
+from helpers.command import Run, fails
 from helpers.curvature import fisher_words, merge_words
 from helpers.hub_cases import in_a_process
 from helpers.hub_server import StandInHub
-from hf_epimer import MergeRecipe, ModelRef
+from hf_epimer import ModelRef
 from hf_epimer.curvature import estimate as estimation
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.methods.statistic import FISHER_FILE, GRADIENT_GRAM_FILE, KRONECKER_FILE, STATISTICS_FILES
 from hf_epimer.models.source import resolve_model
-from hf_epimer.pipeline.planner import make_plan
 from hf_epimer.tasks import dataset as data
 from hf_epimer.tasks.dataset import Sampling, TaskImages
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
@@ -196,6 +195,22 @@ def test_a_merge_from_the_hub_is_calibrated_and_pushed(benchmark_hub: StandInHub
 
 
 @pytest.mark.slow
+def test_a_dry_run_tells_the_bytes_of_data_and_max_data_caps_them(benchmark_hub: StandInHub, run: Run) -> None:
+    words = ["merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--dry-run", "--json"]
+    sizes = [data.data_bytes(benchmark_tasks()[name]) for name in ("dtd", "svhn")]
+    code, output, complaint = run(*words)
+    assert (code, complaint) == (0, "")
+    plan = json.loads(output)
+    assert plan["data_bytes_to_read"] == sum(sizes) > 0
+    assert [line.split(":")[0] for line in plan["data"]] == ["dtd", "svhn"]
+    between = sum(sizes) / 2 / 1e9
+    plan = json.loads(run(*words, "--max-data", between)[1])
+    assert plan["data_bytes_to_read"] == min(sizes) < max(sizes)
+    assert sorted("streamed" in line for line in plan["data"]) == [False, True]
+    fails(run(*words, "--max-data", -1), "--max-data must be a number of gigabytes of at least 0", code=2)
+
+
+@pytest.mark.slow
 def test_large_data_sets_are_streamed(
     benchmark_hub: StandInHub, run: Run, clip_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,8 +218,6 @@ def test_large_data_sets_are_streamed(
     assert not data.is_large(task)
     monkeypatch.setattr(data, "LARGE", 100)
     assert data.is_large(task) and not data.is_large(load_task_file(clip_zoo / "a.json"))
-    plan = make_plan(MergeRecipe((ModelRef("org/vit-b32-dtd"), ModelRef("org/vit-b32-svhn")), method="epimer"))
-    assert all(request.images.sampling.streaming for _, request in plan.to_estimate) and len(plan.to_estimate) == 2
     words = ["fisher", "org/vit-b32-dtd", "--task", "dtd", "--streaming", "--samples", "6", "--out", "f.safetensors"]
     done = in_a_process(benchmark_hub, tmp_path, *words)
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import StateDict, card, rewrite, tiny_fisher, tiny_state, write_checkpoint
 from helpers.command import Run
@@ -196,3 +196,33 @@ def test_merges_that_do_not_tell_their_base(damage: Callable[[Path], None], tiny
     damage(tiny_zoo / "out")
     code, _, complaint = run("merge", tiny_zoo / "out", "--method", "mean", "--dry-run")
     assert code == 2 and "name the base with --base" in complaint
+
+
+# --- what only the merge itself shows -------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_would_spoil_the_others(tiny_zoo: Path, run: Run) -> None:
+    base = load_file(tiny_zoo / "base" / "model.safetensors")
+
+    def along_one_direction(state: StateDict) -> None:
+        for name, value in state.items():
+            if value.ndim == 2:
+                norm = (value - base[name]).norm()
+                state[name] = base[name] + norm / value.numel() ** 0.5
+
+    rewrite(tiny_zoo / "c", along_one_direction)
+    words = ["merge", *(tiny_zoo / name for name in "abc"), "--base", tiny_zoo / "base", "--out", tiny_zoo / "out"]
+    warned(
+        run(*words, "--metric", "task-vectors"), r"c stands out among the tasks with \d\d% of its task vector.*--cap"
+    )
+    code, _, complaint = run(*words, "--method", "tsv-m", "--overwrite")
+    assert (code, complaint) == (0, "")
+
+
+def test_a_task_that_decides_a_literal_merge(tiny_zoo: Path, run: Run) -> None:
+    rewrite(tiny_zoo / "b", lambda state: [value.mul_(100) for value in state.values()], "fisher.safetensors")
+    words = ["merge", *(tiny_zoo / name for name in "abc"), "--base", tiny_zoo / "base", "--out", tiny_zoo / "out"]
+    literal = ["--method", "epimer", "--preset", "paper"]
+    warned(run(*words, *literal), r"b has 9\d% of all curvature, .*--normalize trace")
+    code, _, complaint = run(*words, "--method", "epimer", "--overwrite")
+    assert (code, complaint) == (0, "")

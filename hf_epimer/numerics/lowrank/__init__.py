@@ -25,7 +25,15 @@ from functools import partial
 from torch import Tensor
 
 from hf_epimer.numerics.lowrank.chordal import chordal_mean
-from hf_epimer.numerics.lowrank.factors import LowRank, LowRankMean, UnionCore, factorize, low_rank, union_core
+from hf_epimer.numerics.lowrank.factors import (
+    LowRank,
+    LowRankMean,
+    UnionCore,
+    factorize,
+    low_rank,
+    outputs_core,
+    union_core,
+)
 from hf_epimer.numerics.lowrank.iteration import iterated_mean
 from hf_epimer.numerics.lowrank.polar import log_polar_iteration, polar_iteration
 from hf_epimer.numerics.lowrank.procrustes import procrustes_iteration
@@ -71,5 +79,6 @@ __all__ = [
     "factorize",
     "low_rank",
     "low_rank_mean",
+    "outputs_core",
     "union_core",
 ]

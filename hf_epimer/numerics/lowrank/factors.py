@@ -110,10 +110,10 @@ def rounding(matrix: Tensor) -> float:
 
 @dataclass(frozen=True)
 class UnionCore:
-    """`left` m x p, `right` n x q, and the matrices in these coordinates."""
+    """`left` m x p, `right` n x q (None: as it is, q = n), and the matrices in these coordinates."""
 
     left: Tensor
-    right: Tensor
+    right: Tensor | None
     points: tuple[LowRank, ...]
 
     def cores(self) -> Tensor:
@@ -122,7 +122,7 @@ class UnionCore:
 
     def expand(self, core: LowRank) -> LowRank:
         """U_ref M V_ref^T for a matrix M in core coordinates."""
-        return LowRank(self.left @ core.u, core.s, self.right @ core.v)
+        return LowRank(self.left @ core.u, core.s, core.v if self.right is None else self.right @ core.v)
 
 
 def union_core(points: Sequence[LowRank]) -> UnionCore:
@@ -130,6 +130,12 @@ def union_core(points: Sequence[LowRank]) -> UnionCore:
     left, right = _span([x.u * x.s for x in points]), _span([x.v * x.s for x in points])
     inside = tuple(LowRank(left.mT @ x.u, x.s, right.mT @ x.v) for x in points)
     return UnionCore(left, right, inside)
+
+
+def outputs_core(points: Sequence[LowRank]) -> UnionCore:
+    """The same on the side of the outputs only: for metrics of the inputs, which reach beyond any task's directions."""
+    left = _span([x.u * x.s for x in points])
+    return UnionCore(left, None, tuple(LowRank(left.mT @ x.u, x.s, x.v) for x in points))
 
 
 def _span(columns: Sequence[Tensor]) -> Tensor:
