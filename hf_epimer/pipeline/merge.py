@@ -46,6 +46,8 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     with usage.stage("fetching"):
         plan = make_plan(recipe)
         fetch(plan, progress, PROCESSOR_FILES)
+    if plan.recipe.calibrate:
+        _announce_calibration(plan, progress)
     with usage.stage("statistics"):
         ingredients = open_inputs(plan, progress)
     divergences: dict[float, float] = {}
@@ -78,6 +80,13 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     progress("pushing", 0, 0)
     url = push(recipe.target, recipe.push_to, private=recipe.private, create_pr=recipe.create_pr)
     return replace(report, url=url)
+
+
+def _announce_calibration(plan: Plan, progress: Progress) -> None:
+    """How long it will take: the one part of a merge that lasts."""
+    from hf_epimer.pipeline.calibration.cost import expected_seconds, in_words
+
+    progress(f"calibrated: {in_words(expected_seconds(plan))} in all (--no-calibrate skips it)", 0, 0)
 
 
 def _tuned(plan: Plan, ingredients: Ingredients, progress: Progress) -> tuple[Plan, dict[float, float]]:

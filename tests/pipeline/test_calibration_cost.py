@@ -1,0 +1,55 @@
+"""What is said of a calibration before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_epimer import MergeRecipe, ModelRef, merge
+from hf_epimer.pipeline.calibration import cost
+from hf_epimer.pipeline.planner import make_plan
+
+
+def recipe(zoo: Path, **changes: object) -> MergeRecipe:
+    given = MergeRecipe(
+        tuple(ModelRef.parse(f"{name}={zoo / name}") for name in "ab"),
+        base=ModelRef.parse(str(zoo / "base")),
+        method="mean",
+        calibrate=True,
+        samples=16,
+        tasks=(str(zoo / "a.json"), str(zoo / "b.json")),
+        out=str(zoo / "merged"),
+    )
+    return replace(given, **changes)  # type: ignore[arg-type]
+
+
+def test_operations_are_those_of_the_passes(clip_zoo: Path) -> None:
+    plan = make_plan(recipe(clip_zoo))
+    config = plan.base.vision_config
+    width, hidden = config["hidden_size"], config["intermediate_size"]
+    positions = (config["image_size"] // config["patch_size"]) ** 2 + 1
+    of_a_pass = 2 * positions * config["num_hidden_layers"] * (4 * width**2 + 2 * width * hidden)
+    assert cost.operations(plan) == pytest.approx(of_a_pass * 2 * 16 * (4.5 + 4.5))
+    assert cost.operations(make_plan(recipe(clip_zoo, views=3))) == pytest.approx(of_a_pass * 2 * 16 * (13.5 + 4.5))
+    assert 0 < cost.expected_seconds(plan, size=64) < 60
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3, "less than a minute"), (80, "about a minute"), (720, "about 12 minutes"), (9000, "about 2.5 hours")],
+)
+def test_no_more_precision_than_there_is(seconds: float, words: str) -> None:
+    assert cost.in_words(seconds) == words
+
+
+def test_a_merge_says_it_before_it_measures_anything(clip_zoo: Path) -> None:
+    stages: list[str] = []
+    merge(recipe(clip_zoo), lambda stage, done, total: stages.append(stage))
+    first = next(number for number, stage in enumerate(stages) if stage.startswith("calibrated: "))
+    assert "(--no-calibrate skips it)" in stages[first]
+    assert first < stages.index("estimating curvature") < stages.index("calibrating")
+    stages.clear()
+    merge(recipe(clip_zoo, calibrate=False, overwrite=True), lambda stage, done, total: stages.append(stage))
+    assert not any("calibrat" in stage for stage in stages)
