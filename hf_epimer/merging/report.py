@@ -84,11 +84,12 @@ def totals_of(layers: Sequence[LayerReport]) -> dict[str, Any]:
     if steps:
         totals["steps"] = sum(steps)
         totals["worst_condition"] = max(solve.condition or 1.0 for solve in solves if solve.steps is not None)
-    calibrations = [layer.calibration for layer in layers if layer.calibration]
+    calibrations = {layer.name: layer.calibration.calibration_size for layer in layers if layer.calibration}
     if calibrations:
         totals["calibrated"] = len(calibrations)
-        totals["typical_calibration"] = median(layer.calibration_size for layer in calibrations)
-        totals["largest_calibration"] = max(layer.calibration_size for layer in calibrations)
+        totals["typical_calibration"] = median(calibrations.values())
+        totals["largest_calibration"] = max(calibrations.values())
+        totals["most_calibrated"] = max(calibrations, key=lambda name: calibrations[name])
     factored = [layer.adapter for layer in layers if layer.adapter]
     if factored:
         totals["largest_rank"] = max(layer.out_rank for layer in factored)

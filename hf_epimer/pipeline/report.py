@@ -67,7 +67,9 @@ class MergeReport:
         if "calibrated" in totals:
             words["calibrated layers"] = str(totals["calibrated"])
             typical, largest = totals["typical_calibration"], totals["largest_calibration"]
-            words["change of a layer by calibration"] = f"{typical:.1%} of its weight (median), at most {largest:.1%}"
+            words["change of a layer by calibration"] = (
+                f"{typical:.1%} of its weight (median), at most {largest:.1%} ({totals['most_calibrated']})"
+            )
         if "largest_rank" in totals:
             words["largest rank of a merged layer"] = str(totals["largest_rank"])
             words["largest part of a layer's norm cut off"] = f"{totals['largest_cut_off']:.2%}"

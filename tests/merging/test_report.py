@@ -74,6 +74,7 @@ def test_totals_are_those_of_what_was_done(base_state: StateDict) -> None:
     totals = totals_of([adapter, other])
     assert (totals["largest_rank"], totals["largest_cut_off"], totals["merged_norm"]) == (3, 0.5, 5.0)
     assert (totals["calibrated"], totals["typical_calibration"], totals["largest_calibration"]) == (1, 0.5, 0.5)
+    assert totals["most_calibrated"] == "b"
 
 
 def _reports(method: str, base: StateDict) -> list[LayerReport]:
