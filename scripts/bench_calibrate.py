@@ -67,7 +67,7 @@ def make_zoo(folder: Path, options: argparse.Namespace) -> list[str]:
         (folder / name / "config.json").write_text(json.dumps(config))
         save_file({"weight": torch.randn(CLASSES, PROJECTED)}, folder / f"{name}-head.safetensors")
         write_pictures(folder / "data" / name, options.images, task)
-        content = {"name": name, "dataset": f"data/{name}", "head": f"{name}-head.safetensors"}
+        content = {"name": name, "dataset": f"data/{name}", "test_split": "train", "head": f"{name}-head.safetensors"}
         (folder / f"{name}.json").write_text(json.dumps(content))
         words += [f"{name}={folder / name}"]
     tasks = [str(folder / f"task{task}.json") for task in range(options.tasks)]
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=1)
     parser.add_argument("--blocks", type=int, help="of the towers; default: all of the model's")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--evaluate", action="store_true", help="on the same pictures, for its seconds")
     options = parser.parse_args()
     datasets.disable_progress_bars()
     console = Console(highlight=False, soft_wrap=True)
@@ -116,7 +117,7 @@ def main() -> None:
         folder = Path(made)
         words = [sys.executable, "-m", "hf_epimer", *make_zoo(folder, options), "--method", "tsv-m", "--calibrate"]
         words += ["--samples", str(options.images), "--views", str(options.views), "--device", options.device]
-        words += ["--out", str(folder / "merged"), "--json"]
+        words += ["--out", str(folder / "merged"), "--json", *["--evaluate"] * options.evaluate]
         started = time.perf_counter()
         done = subprocess.run(
             words, env=os.environ | {"HF_HOME": str(folder / "home")}, stdout=subprocess.PIPE, text=True, check=True

@@ -1,6 +1,6 @@
 """Seconds and memory of a merge, ours and FusionBench's, on the same checkpoints in one run.
 
-    python scripts/bench_merge.py [--model vit-b-32] [--tasks 8] [--folder DIR] [--runs 3] [--fusionbench PYTHON]
+    python scripts/bench_merge.py [--model vit-b-32] [--tasks 8] [--device cpu] [--runs 3] [--fusionbench PYTHON]
 
 Makes synthetic checkpoints with Fisher files once (task vectors with the decaying spectrum of fine-tuned models, Fisher
 values over several orders of magnitude), brings them into the page cache, and runs every method as a whole process.
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "hf-epimer-bench")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--device", default="cpu", help="of ours")
     parser.add_argument("--fusionbench", metavar="PYTHON")
     options = parser.parse_args()
     folder = options.folder / f"{options.model}-{options.tasks}"
@@ -169,7 +170,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
     for _ in range(options.runs):  # methods take turns, so that a slow minute of the machine hits all of them
         for name in options.methods:
-            rows[name].append(run_ours(folder, names, OURS[name]))
+            rows[name].append(run_ours(folder, names, [*OURS[name], "--device", options.device]))
     if options.fusionbench:
         rows["FusionBench TSV-M"] = [run_fusionbench(options.fusionbench, folder, names)]
     _show(options.model, options.tasks, rows)

@@ -75,8 +75,7 @@ def verdict(
        directions would, whitening them against the other tasks' is what costs.
     5. Pairs of task vectors with a cosine below `AGAINST`.
     6. Which method: on every set that was measured (docs/results.md) calibration was best where there are images, and
-       task vectors alone were the best data-free merge or within a point of it, so these two are named; where a task
-       is spiked, published statistics are worth less than nothing without calibration, and that is said.
+       task vectors alone were the best data-free merge or within a point of it.
 
     Args:
         labels: of the models.
@@ -92,15 +91,13 @@ def verdict(
         words += _outside(totals)
     words += _energy_kept(labels, totals)
     standing_out = [f"{spiked(label, share)}." for label, share in zip(labels, spikes) if share >= SPIKED]
-    return (*words, _directions(labels, gram), *standing_out, _which_method(bool(standing_out)))
+    return (*words, _directions(labels, gram), *standing_out, _WHICH_METHOD)
 
 
-def _which_method(is_spiked: bool) -> str:
-    instead = ", and not from published statistics, which a task that stands out spoils" if is_spiked else ""
-    return (
-        "To merge: with images of every task the plain command, which also mends what layers do to each other; without "
-        f"images by the task vectors (--metric task-vectors{instead})."
-    )
+_WHICH_METHOD = (
+    "To merge: with images of every task the plain command, which also mends what layers do to each other; without "
+    "images by published statistics where there are any, else by the task vectors (--metric task-vectors)."
+)
 
 
 def _curvature_matters(last: RankTotals) -> str:

@@ -1,7 +1,7 @@
 """EpiMer in closed form on whole layers: our extension of the paper's method, which is `epimer`.
 
     W = W_0 + alpha D,   D = D_0 + (sum_t l_t (D_t - D_0) M_t) (sum_t l_t M_t + r)^{-1}
-    M_t ~ u(A_t) + mixture u(D_t^T D_t),   u(M) = M / mean(diag M),   A_t = E[sum_s |g_s|^2 x_s x_s^T]
+    M_t ~ h_t u(A_t) + mixture u(D_t^T D_t),   u(M) = M / mean(diag M),   A_t = E[sum_s |g_s|^2 x_s x_s^T]
 
 x_s is the layer's input and g_s the gradient of the loss at its output, at position s; M_t is scaled to curvature 1
 along D_t, and r is rho times the mean curvature. D minimises sum_t l_t tr((D - D_t) M_t (D - D_t)^T) + r |D - D_0|^2:
@@ -12,7 +12,9 @@ Why these metrics: A_t counts an input by how much the loss hears of it, where a
 nobody reads. D_t is what training summed up, sum of g x^T, so that D_t^T D_t holds the inputs weighted by how far they
 moved the layer in the whole of the training. Each fills directions that the other leaves empty.
 
-First D_t loses its spikes (`cap`, `hf_epimer.numerics.spikes`): one spiked checkpoint spoils the merge of all.
+First D_t loses its spikes (`cap`, `hf_epimer.numerics.spikes`): one spiked checkpoint spoils the merge of all. Where a
+share of it was cut, its curvature is heard less, h_t = (1 - share / `UNHEARD`)_+: I (x) A_t claims every direction of
+the outputs, and a checkpoint that has moved along few needs only those.
 
 `metric="curvature"` takes A_t alone, `metric="task-vectors"` D_t^T D_t alone, which needs no data. A task without
 A_t, and a matrix that has none (an embedding), goes by its task vector. Parameters that are no matrices take the mean.
@@ -22,7 +24,7 @@ Relatives: RegMean (M_t = E[x x^T], rho = 0), WUDI (M_t ~ D_t^T D_t, from the su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -35,6 +37,10 @@ from hf_epimer.methods.tsv import TSVMConfig, merge_tsv
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+UNHEARD = 0.1
+"""Share of a layer's task vector that stands out among the tasks from which on its curvature is left out."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,9 @@ def merge_epimer_core(layer: Layer, config: EpiMerCoreConfig, survey: None = Non
         return LayerMerge(layer.mean() * config.alpha)
     cut, gone = without_spikes(layer.task_vectors, config.cap, exact=layer.exact, seed=layer.seed)
     layer = replace(layer, task_vectors=cut)
+    heard = (1 - gone / UNHEARD).clamp_min(0).tolist()
     start = _start(layer, config.start)
-    merged = anchored_mean(layer.task_vectors, _metrics(layer, config), layer.weights, start, config.rho)
+    merged = anchored_mean(layer.task_vectors, _metrics(layer, config, heard), layer.weights, start, config.rho)
     return LayerMerge(merged * config.alpha, solve=SolveReport(spikes=tuple(gone.tolist())))
 
 
@@ -76,8 +83,8 @@ def _start(layer: Layer, name: str) -> Tensor:
     return agreed_sum(layer.task_vectors, layer.weights)
 
 
-def _metrics(layer: Layer, config: EpiMerCoreConfig) -> Iterator[Tensor]:
-    """M_t, one after the other."""
+def _metrics(layer: Layer, config: EpiMerCoreConfig, heard: Sequence[float]) -> Iterator[Tensor]:
+    """M_t, one after the other, with h_t of every task."""
     from hf_epimer.numerics.input_metric import unit_along, unit_mean
 
     measured = layer.statistics.get("gradient")
@@ -88,7 +95,8 @@ def _metrics(layer: Layer, config: EpiMerCoreConfig) -> Iterator[Tensor]:
         elif config.metric == "curvature":
             metric = curvature
         else:
-            metric = unit_mean(curvature) + config.mixture * unit_mean(task_vector.mT @ task_vector)
+            own = config.mixture * unit_mean(task_vector.mT @ task_vector)
+            metric = heard[task] * unit_mean(curvature) + own
         yield unit_along(metric, task_vector)
 
 

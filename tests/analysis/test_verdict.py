@@ -56,7 +56,6 @@ def test_the_verdict_on_directions() -> None:
 def test_the_verdict_names_a_checkpoint_that_stands_out_and_a_method() -> None:
     *_, named, method = verdict("abc", [totals()], torch.eye(3), (0.01, 0.25, 0.0))
     assert re.match("b stands out among the tasks with 25% of its task vector", named)
-    assert re.search("plain command.*--metric task-vectors, and not from published statistics", method)
+    assert re.search("with images of every task the plain command.*else by the task vectors", method)
     *others, method = verdict("abc", [totals()], torch.eye(3), (0.01, 0.04, 0.0))
     assert "stands out" not in " ".join(others) + method
-    assert "(--metric task-vectors)" in method

@@ -13,10 +13,10 @@ from helpers.checkpoints import StateDict
 from helpers.merges import MATRIX, distance, error, merged, models
 from helpers.statistics import statistics
 from hf_epimer import merge_state_dicts
-from hf_epimer.methods.epimer_core import EpiMerCoreConfig
+from hf_epimer.methods.epimer_core import UNHEARD, EpiMerCoreConfig
 from hf_epimer.methods.regmean import RegMeanConfig
 from hf_epimer.methods.wudi import WUDIConfig
-from hf_epimer.numerics.input_metric import agreed_sum, unit_along
+from hf_epimer.numerics.input_metric import agreed_sum, unit_along, unit_mean
 from hf_epimer.numerics.spikes import without_spikes
 
 NEVER = 1e9
@@ -136,6 +136,34 @@ def test_epimer_core_cuts_a_spike_and_nothing_else(base_state: StateDict) -> Non
     by_hand = [{MATRIX: only[MATRIX] + delta} for delta in cut]
     expected = merge_state_dicts(only, by_hand, "epimer-core", replace(config, cap=NEVER), exact=True)
     assert torch.allclose(found[MATRIX], expected[MATRIX], atol=1e-9)
+
+
+@pytest.mark.parametrize(("spike", "heard"), [(0.0, 1.0), (0.4, 0.6), (5.0, 0.0)])
+def test_curvature_of_a_task_that_stands_out_is_heard_less(base_state: StateDict, spike: float, heard: float) -> None:
+    """As far as its task vector was cut: the merge is that of the cut task vectors with so much of its curvature."""
+    measured = statistics("epimer-core", 3)
+    assert measured is not None
+    key = f"{MATRIX}.gradient_gram"
+    only = {MATRIX: base_state[MATRIX].double()}
+    deltas = torch.stack([model[MATRIX].double() - only[MATRIX] for model in models(base_state)])
+    u, s, vh = torch.linalg.svd(deltas[1])
+    deltas[1] += spike * s[0] * torch.outer(u[:, 0], vh[0])
+    cut, gone = without_spikes(deltas, 1.2)
+    assert max(0.0, 1 - float(gone[1]) / UNHEARD) == pytest.approx(heard, abs=0.01)
+    config = EpiMerCoreConfig()
+    given = [{key: entry[key].double()} for entry in measured]
+    spiked = [{MATRIX: only[MATRIX] + delta} for delta in deltas]
+    found = merge_state_dicts(only, spiked, "epimer-core", config, statistics=given, exact=True)
+    system, right = torch.zeros_like(given[0][key]), torch.zeros_like(cut[0])
+    start = agreed_sum(cut, torch.full((3,), 1 / 3, dtype=torch.float64))
+    for task, believed in enumerate([1.0, max(0.0, 1 - float(gone[1]) / UNHEARD), 1.0]):
+        metric = believed * unit_mean(given[task][key]) + unit_mean(cut[task].mT @ cut[task])
+        metric = unit_along(metric, cut[task])
+        system += metric / 3
+        right += (cut[task] - start) @ metric / 3
+    system.diagonal().add_(config.rho * system.diagonal().mean())
+    expected = only[MATRIX] + start + torch.linalg.solve(system, right, left=False)
+    assert reference.relative_error(found[MATRIX], expected, only[MATRIX]) < 1e-6
 
 
 def test_the_agreed_sum_goes_as_far_along_task_vectors_as_they_go() -> None:
