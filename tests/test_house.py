@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # each may import from those before it; rooms of one floor do not know each other
     ("errors", "types"),
     ("outside",),
+    ("plotting",),
     ("numerics",),
     ("methods", "checkpoints", "hub"),
     ("merging", "tasks"),

@@ -413,9 +413,10 @@ def _number(value: float) -> float | None:
 
 def _draw(diagnosis: Diagnosis, folder: Path) -> tuple[str, ...]:
     """The pictures; none where matplotlib is missing."""
+    from hf_epimer import plotting
     from hf_epimer.analysis import plots as plots
 
-    if not plots.available():
+    if not plotting.available():
         return ()
     last = diagnosis.totals[-1]
     figures = {"cosines.png": plots.cosine_matrix(diagnosis.labels, cosines(diagnosis.gram).tolist())}
@@ -433,4 +434,4 @@ def _draw(diagnosis: Diagnosis, folder: Path) -> tuple[str, ...]:
             {name: (curvature.eta_trace, curvature.spread_trace) for name, curvature in known.items() if curvature},
             last.rank,
         )
-    return tuple(plots.save(figures, folder))
+    return tuple(plotting.save(figures, folder))

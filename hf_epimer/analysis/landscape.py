@@ -366,9 +366,10 @@ def _check_names(models: Sequence[TensorSource]) -> None:
 
 def _draw(landscape: Landscape, folder: Path) -> tuple[str, ...]:
     """The picture; none where matplotlib is missing."""
+    from hf_epimer import plotting
     from hf_epimer.analysis import plots as plots
 
-    if not plots.available():
+    if not plotting.available():
         return ()
     figure = plots.loss_contours(
         landscape.losses,
@@ -378,4 +379,4 @@ def _draw(landscape: Landscape, folder: Path) -> tuple[str, ...]:
         landscape.models,
         landscape.tuned,
     )
-    return tuple(plots.save({PICTURE: figure}, folder))
+    return tuple(plotting.save({PICTURE: figure}, folder))

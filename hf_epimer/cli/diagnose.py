@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(namespace: argparse.Namespace) -> None:
     recipe = recipe_of(namespace, "diagnose", **({} if namespace.samples is None else {"samples": namespace.samples}))
     from hf_epimer.analysis.diagnosis import REPORT, diagnose
-    from hf_epimer.analysis.plots import MISSING
+    from hf_epimer.plotting import MISSING
 
     with progress_bar(namespace.quiet or namespace.json) as progress:
         found = diagnose(

@@ -81,6 +81,7 @@ def _deliver(results: Results, namespace: argparse.Namespace, folder: str) -> No
         with entering(card):
             write_text(card, with_results(old, results, Path(folder).name))
     if namespace.confusion:
+        from hf_epimer import plotting
         from hf_epimer.analysis import plots
 
         namespace.confusion.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def _deliver(results: Results, namespace: argparse.Namespace, folder: str) -> No
             f"{task}.png": plots.confusion_matrix(task, row.class_names, row.confusion)
             for task, row in results.tasks.items()
         }
-        plots.save(figures, namespace.confusion)
+        plotting.save(figures, namespace.confusion)
     if namespace.json:
         print(json.dumps(content))
     else:
@@ -108,11 +109,11 @@ def _check_written(namespace: argparse.Namespace) -> None:
     if namespace.out and exists(namespace.out) and not _is_results(namespace.out):
         raise OutputError(f"--out {namespace.out} exists and is no results.json: choose another name")
     if namespace.confusion:
-        from hf_epimer.analysis import plots
+        from hf_epimer import plotting
 
-        plots.require()
+        plotting.require()
         for task in namespace.task:
-            plots.check_replaceable(namespace.confusion / f"{find_task(task).name}.png")
+            plotting.check_replaceable(namespace.confusion / f"{find_task(task).name}.png")
 
 
 def _is_results(file: Path) -> bool:

@@ -51,6 +51,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune-alpha", action="store_true", default=absent, help=what)
     parser.add_argument("--evaluate", action="store_true", default=absent, help="measure the merge on its tasks")
     parser.add_argument("--limit", type=int, default=absent, metavar="N", help="with --evaluate: test images per task")
+    what = "with --evaluate: measure the base and the fine-tuned checkpoints, too"
+    parser.add_argument("--compare", action="store_true", default=absent, help=what)
+    what = "with --evaluate: benchmarks for whose leaderboards .eval_results/ is written"
+    parser.add_argument("--eval-results", nargs="+", default=absent, metavar="DATASET[:TASK_ID]", help=what)
     parser.add_argument("--task", nargs="+", action="extend", default=absent, metavar="FILE", help="task files")
     parser.add_argument("--out", default=absent, metavar="DIR", help="folder to write; default ./merged-METHOD")
     parser.add_argument("--overwrite", action="store_true", default=absent, help="replace a non-empty --out")
@@ -87,12 +91,14 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     check_options(method, options)
     of_file = arguments.get("options")
     arguments |= {"method": method.name, "options": method.config(**(vars(of_file) if of_file else {}) | options)}
-    plain = {item.name for item in fields(MergeRecipe)} - {"models", "base", "method", "weights", "fisher", "tasks"}
+    converted = {"models", "base", "method", "weights", "eval_results", "fisher", "tasks"}
+    plain = {item.name for item in fields(MergeRecipe)} - converted
     arguments |= {name: given[name] for name in plain if name in given}
     if "base" in given:
         arguments["base"] = ModelRef.parse(given["base"])
-    if "weights" in given:
-        arguments["weights"] = tuple(given["weights"])
+    for name in ("weights", "eval_results"):
+        if name in given:
+            arguments[name] = tuple(given[name])
     if "fisher" in given:
         arguments["fisher"] = tuple(map(ModelRef.parse, given["fisher"]))
     if "task" in given:

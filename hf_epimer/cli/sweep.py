@@ -65,9 +65,9 @@ def _run(namespace: argparse.Namespace) -> None:
     recipe = recipe_of(namespace, "sweep", **more)
     options = given_options(namespace, _AXES)
     grid = Grid(tuple(namespace.method), tuple(namespace.rank), tuple(namespace.alpha), options)
-    from hf_epimer.analysis.plots import MISSING
     from hf_epimer.analysis.sweep.report import REPORT
     from hf_epimer.analysis.sweep.sweep import sweep
+    from hf_epimer.plotting import MISSING
 
     with progress_bar(namespace.quiet or namespace.json) as progress:
         found = sweep(recipe, grid, namespace.out, progress, limit=namespace.limit, test=namespace.test)

@@ -65,6 +65,7 @@ class Results:
         measured_on: task -> the images, for the card.
         fine_tuned: task -> accuracy of the fine-tuned model, where it is known.
         zero_shot: whether all classes were made out of texts; otherwise some tasks brought their own heads.
+        of_base: task -> accuracy of the base, where it is known.
     """
 
     model: str
@@ -73,6 +74,12 @@ class Results:
     measured_on: dict[str, Split]
     fine_tuned: dict[str, float] = field(default_factory=dict)
     zero_shot: bool = True
+    of_base: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Task -> accuracy."""
+        return {task: row.accuracy for task, row in self.tasks.items()}
 
     @property
     def average(self) -> float:
@@ -96,6 +103,9 @@ class Results:
         for task, row in self.tasks.items():
             rows[task] = {"accuracy": row.accuracy, "correct": row.correct, "samples": row.samples}
             rows[task]["interval"] = list(row.interval)
+            for whose, accuracies in (("base", self.of_base), ("fine_tuned", self.fine_tuned)):
+                if task in accuracies:
+                    rows[task][whose] = accuracies[task]
             if task in self.normalized:
                 rows[task]["normalized"] = self.normalized[task]
             if per_class:

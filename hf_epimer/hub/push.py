@@ -168,4 +168,6 @@ _OURS = (
     "adapter_model.safetensors",
     "config.json",  # of full weights, now replaced by an adapter
     "results.json",
+    "accuracy.png",
+    ".eval_results/hf-epimer.yaml",
 )

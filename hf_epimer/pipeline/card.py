@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def merge_card(plan: Plan, report: MergeReport, results: Results | None = None) -> str:
+def merge_card(plan: Plan, report: MergeReport, results: Results | None = None, picture: str | None = None) -> str:
     """The README.md of a merged folder.
 
     Args:
         results: accuracies, where it was evaluated; of a part of the test images (`recipe.limit`) they are in the body
             only, where their number stands beside them.
+        picture: the name of the file that shows them, if there is one.
     """
     recipe, method, architecture, as_adapter = plan.recipe, plan.method, plan.architecture, plan.writes_adapter
     name = recipe.push_to.split("/")[1] if recipe.push_to else recipe.target.resolve().name
@@ -62,6 +64,7 @@ def merge_card(plan: Plan, report: MergeReport, results: Results | None = None) 
         models=[_row(model.source) | {"weight": f"{model.weight:.4g}"} for model in plan.models],
         calibrated_on=recipe.samples if recipe.calibrate else None,
         results=_results_table(results) if results else None,
+        picture=picture,
         zero_shot=results is not None and results.zero_shot,
         limit=recipe.limit,
         options=asdict(recipe.options) | rank | {"seed": recipe.seed, "exact": recipe.exact},
@@ -125,16 +128,21 @@ def _eval_results(results: Results) -> list[EvalResult]:
 
 
 def _results_table(results: Results) -> dict[str, Any]:
+    beside = {"base": results.of_base, "fine-tuned": results.fine_tuned}
+    known = {whose: accuracies for whose, accuracies in beside.items() if accuracies}
     return {
+        "beside": list(known),
         "rows": [
             {
                 "task": task,
                 "accuracy": f"{row.accuracy:.3f}",
                 "interval": "{:.3f} to {:.3f}".format(*row.interval),
                 "samples": row.samples,
+                "beside": [f"{accuracies[task]:.3f}" for accuracies in known.values()],
             }
             for task, row in results.tasks.items()
         ],
+        "averages_beside": [f"{fmean(accuracies.values()):.3f}" for accuracies in known.values()],
         "average": f"{results.average:.3f}",
         "worst_task": results.worst,
         "worst": f"{results.tasks[results.worst].accuracy:.3f}",

@@ -3,17 +3,21 @@
 merge_config.json   the recipe with pinned references: `hf-epimer merge --config` repeats it
 merge_report.json   what happened in every layer
 results.json        accuracies, where they were measured
+accuracy.png        the same as a picture, where matplotlib is installed
+.eval_results/      those that the Hub shall list on the benchmarks' leaderboards
 README.md           the model card
 """
 
 from __future__ import annotations
 
+import logging
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_epimer import plotting
 from hf_epimer.checkpoints.manifest import publishable
 from hf_epimer.checkpoints.reader import read_json
 from hf_epimer.checkpoints.writer import write_json
@@ -23,6 +27,8 @@ from hf_epimer.hub.rights import check_not_an_input, check_push_access
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
 from hf_epimer.methods.statistic import STATISTICS_FILES
 from hf_epimer.pipeline.card import merge_card
+from hf_epimer.pipeline.eval_results import write_eval_results
+from hf_epimer.pipeline.picture import accuracy_bars
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.recipe import recipe_to_json
 from hf_epimer.pipeline.report import MergeReport
@@ -30,7 +36,10 @@ from hf_epimer.pipeline.report import MergeReport
 if TYPE_CHECKING:
     from hf_epimer.evaluation.results import Results
 
+logger = logging.getLogger(__name__)
+
 CONFIG, REPORT, RESULTS, CARD = "merge_config.json", "merge_report.json", "results.json", "README.md"
+PICTURE = "accuracy.png"
 
 
 def write_records(folder: Path, plan: Plan, report: MergeReport, results: Results | None) -> None:
@@ -39,7 +48,19 @@ def write_records(folder: Path, plan: Plan, report: MergeReport, results: Result
     write_json(folder / REPORT, report.to_json())
     if results:
         write_json(folder / RESULTS, results.to_json())
-    (folder / CARD).write_text(merge_card(plan, report, results), encoding="utf-8")
+    if results and plan.recipe.eval_results:
+        write_eval_results(folder, plan.recipe.eval_results, plan.tasks, results)
+    picture = _draw(folder, plan, results) if results else None
+    (folder / CARD).write_text(merge_card(plan, report, results, picture), encoding="utf-8")
+
+
+def _draw(folder: Path, plan: Plan, results: Results) -> str | None:
+    """Draw the accuracies for the card; the picture's name, or None, with a word about it, without matplotlib."""
+    if not plotting.available():
+        logger.warning("the card has no picture of the accuracies: %s", plotting.MISSING)
+        return None
+    plotting.save({PICTURE: accuracy_bars(results, plan.recipe.limit)}, folder)
+    return PICTURE
 
 
 def push_merged(folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False) -> str:

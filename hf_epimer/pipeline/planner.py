@@ -32,6 +32,7 @@ from hf_epimer.models.head import check_head
 from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.outside import expanded
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
+from hf_epimer.pipeline.eval_results import benchmarks
 from hf_epimer.pipeline.plan import CurvatureFile, Plan, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.task import Task, benchmark_tasks, infer_task, load_task_file
@@ -179,6 +180,7 @@ def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Seque
             check_head(base, model.task)
     if recipe.out_rank is not None and full:
         raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
+    benchmarks(recipe.eval_results, [model.task for model in models if model.task])
     check_same_architecture(base, full)
     _check_distinct(base, models)
     if not _writes_adapter(recipe, models):

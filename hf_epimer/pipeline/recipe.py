@@ -40,6 +40,8 @@ class MergeRecipe:
         tune_alpha: choose alpha by how near the predictions come to the fine-tuned models' on those images.
         evaluate: measure the result on every model's task.
         limit: of `evaluate`: the first so many test images per task; None for all.
+        compare: of `evaluate`: measure the base and the fine-tuned models, too.
+        eval_results: of `evaluate`: benchmark data sets, `id[:task id]`, for which the Hub shall list the accuracy.
         tasks: task files.
         out: folder to write; `./merged-<method>` when neither it nor `push_to` is given.
         overwrite: replace a non-empty `out`.
@@ -69,6 +71,8 @@ class MergeRecipe:
     tune_alpha: bool = False
     evaluate: bool = False
     limit: int | None = None
+    compare: bool = False
+    eval_results: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     out: str | None = None
     overwrite: bool = False
@@ -104,6 +108,11 @@ class MergeRecipe:
             raise UsageError(f"--calibration-rho must be a number from 1e-6 to 1e6, not {self.calibration_rho!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for flag in ("compare", "eval_results"):
+            if getattr(self, flag) and not self.evaluate:
+                raise UsageError(f"--{flag.replace('_', '-')} needs --evaluate")
+        if self.eval_results and self.limit:
+            raise UsageError("--eval-results is for accuracies on all test images: leave --limit out")
         if self.push_to is not None:
             check_new_repo_id(self.push_to, "--push-to")
         for flag in ("create_pr", "private"):
@@ -156,6 +165,8 @@ _DECIDES = (
     "calibration_rho",
     "evaluate",
     "limit",
+    "compare",
+    "eval_results",
     "tasks",
     "device",
     "dtype",
@@ -192,7 +203,7 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
         if unknown:
             raise UsageError(f"--config {file}: {method.name} has no option {sorted(unknown)[0]!r}")
         arguments = {name: content[name] for name in _DECIDES if name in content}
-        for name in ("weights", "tasks"):
+        for name in ("weights", "eval_results", "tasks"):
             if arguments.get(name) is not None:
                 arguments[name] = tuple(arguments[name])
         return {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from hf_epimer.analysis import plots as plots
+from hf_epimer import plotting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,15 +24,15 @@ ALIKE = 0.005
 
 def write(file: Path, draw: Callable[[], Figure]) -> None:
     """Save a picture, where matplotlib is there; the table is written without it."""
-    if not plots.available():
+    if not plotting.available():
         return say_missing()
-    plots.save({file.name: draw()}, file.parent)
+    plotting.save({file.name: draw()}, file.parent)
     Console(highlight=False, soft_wrap=True).print(f"written {file}", markup=False)
 
 
 def say_missing() -> None:
     """One line on why there is no picture and how to get matplotlib."""
-    Console(highlight=False, soft_wrap=True).print(f"no picture: {plots.MISSING}", markup=False)
+    Console(highlight=False, soft_wrap=True).print(f"no picture: {plotting.MISSING}", markup=False)
 
 
 def heterogeneity_and_margin(
@@ -49,10 +49,10 @@ def heterogeneity_and_margin(
         share: the same as a share of the flat mean's spread.
         margins: whose -> accuracy of EpiMer less that of TSV-M at every rank, in points; ours first.
     """
-    figure = plots.new_figure(9.0, 4.0)
+    figure = plotting.new_figure(9.0, 4.0)
     left, right = figure.subplots(1, 2)
     places = range(len(ranks))
-    _bars(left, places, eta, 0.55, plots.COLOURS[0], [f"{part:.1%}" for part in share])
+    _bars(left, places, eta, 0.55, plotting.COLOURS[0], [f"{part:.1%}" for part in share])
     left.set_ylim(0, 1.15 * max(eta) or 1)
     left.ticklabel_format(axis="y", scilimits=(-2, 3))
     left.set_ylabel("η, every metric divided by its trace")
@@ -63,7 +63,7 @@ def heterogeneity_and_margin(
         heights = [float(values[place] or 0) for place in known]
         shifted = [place + (index - (len(margins) - 1) / 2) * width for place in known]
         text = [_signed(height) for height in heights]
-        _bars(right, shifted, heights, 0.93 * width, plots.COLOURS[index], text, label=whose)
+        _bars(right, shifted, heights, 0.93 * width, plotting.COLOURS[index], text, label=whose)
     right.axhline(0, color="k", linewidth=0.8)
     right.margins(y=0.12)
     right.set_ylabel("EpiMer less TSV-M (points)")
@@ -72,7 +72,7 @@ def heterogeneity_and_margin(
         axes.set_xticks(places, [str(rank) for rank in ranks])
         axes.set_xlabel("rank (directions per task and layer)")
         axes.tick_params(axis="x", length=0)
-        plots.tidy(axes)
+        plotting.tidy(axes)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(margins), frameon=False)
     ours = next(iter(margins.values()))
     highest = max(places, key=lambda place: eta[place])
@@ -98,11 +98,11 @@ def accuracy_by_share(
         whose: what the checkpoints are.
         paper: whose -> average accuracy with all the data, where it is of the same tasks.
     """
-    figure = plots.new_figure(8.5, 4.2)
+    figure = plotting.new_figure(8.5, 4.2)
     curve, beside = figure.subplots(1, 2, sharey=True, width_ratios=(3.2, 1))
     shares = sorted(by_share)
     means = [_mean(by_share[share]) for share in shares]
-    colour = plots.COLOURS[0]
+    colour = plotting.COLOURS[0]
     curve.fill_between(
         shares,
         [100 * min(by_share[share]) for share in shares],
@@ -114,7 +114,7 @@ def accuracy_by_share(
     )
     curve.plot(shares, [100 * mean for mean in means], color=colour, marker="o", label=whose)
     for index, (label, accuracy) in enumerate(paper.items(), start=1):
-        style = {"color": plots.COLOURS[index], "marker": plots.MARKERS[index], "linestyle": "none"}
+        style = {"color": plotting.COLOURS[index], "marker": plotting.MARKERS[index], "linestyle": "none"}
         curve.plot([1.0], [100 * accuracy], markersize=9, markeredgecolor="k", label=label, **style)
     curve.set_xscale("log")
     curve.set_xticks(shares, [f"{100 * share:g}" for share in shares])
@@ -130,7 +130,7 @@ def accuracy_by_share(
     for axes in (curve, beside):
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
-        plots.tidy(axes)
+        plotting.tidy(axes)
     beside.spines["left"].set_visible(False)
     beside.tick_params(axis="y", length=0)
     handles, labels = curve.get_legend_handles_labels()

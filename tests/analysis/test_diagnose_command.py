@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from helpers import reference
 from helpers.checkpoints import TINY, rewrite, write_checkpoint
 from helpers.command import Run, contents, fails, strict
-from hf_epimer import MergeRecipe, ModelRef, diagnose
+from hf_epimer import MergeRecipe, ModelRef, diagnose, plotting
 from hf_epimer.analysis import plots as plots
 from hf_epimer.models.clip import CLIP
 
@@ -251,7 +251,7 @@ def test_titles_say_the_finding() -> None:
 def test_without_matplotlib_the_report_is_there_and_the_error_says_what_to_install(
     tiny_zoo: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
     words = ["diagnose", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--out", tiny_zoo / "out"]
     code, output, complaint = run(*words)
     assert code == 1

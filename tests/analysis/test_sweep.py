@@ -18,7 +18,7 @@ from helpers.command import Run, contents, fails, strict
 from helpers.hub_cases import in_a_process
 from helpers.hub_server import StandInHub
 from helpers.sweeps import recipe, words
-from hf_epimer import Grid, merge_state_dicts, sweep
+from hf_epimer import Grid, merge_state_dicts, plotting, sweep
 from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.sweep import sweep as sweeping
 from hf_epimer.analysis.sweep import validation as validation
@@ -240,7 +240,7 @@ def test_the_pictures_say_the_finding() -> None:
 
 
 def test_without_matplotlib_the_report_is_there(clip_zoo: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
     code, output, complaint = run(*words(clip_zoo), "--method", "mean")
     assert code == 1
     assert complaint.startswith("error: the pictures need matplotlib: pip install 'hf-epimer[plots]'")

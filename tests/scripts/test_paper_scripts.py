@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_epimer.analysis import plots as plots
+from hf_epimer import plotting
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "paper"
 sys.path.insert(0, str(SCRIPTS))
@@ -151,7 +151,7 @@ def test_every_script_runs_and_shares_what_is_measured(
             image.load()
             assert min(image.size) > 500
     (out / "figure-3.png").unlink()
-    monkeypatch.setattr(plots, "available", lambda: False)
+    monkeypatch.setattr(plotting, "available", lambda: False)
     written = (out / "figure-3.json").read_bytes()
     (out / "figure-3.json").unlink()
     assert run("samples", "--rank", "2", "--fractions", "0.5", "1", "--seeds", "0", "1") == ""  # nothing measured anew

@@ -184,15 +184,16 @@ def write_report(report: SweepReport, folder: Path) -> tuple[str, ...]:
         csv.writer(file).writerows(_csv(report))
     (folder / MARKDOWN).write_text(_markdown(report), encoding="utf-8")
     write_json(folder / REPORT, report.to_json())
+    from hf_epimer import plotting
     from hf_epimer.analysis import plots as plots
 
-    if not plots.available():
+    if not plotting.available():
         return ()
     values = {name: _grid(report, name) for name in report.methods}
     figures = {"heatmap.png": plots.accuracy_heatmap(values, report.ranks, report.alphas)}
     lines = {name: _lines(report, name) for name in report.methods}
     figures["lines.png"] = plots.accuracy_by_alpha(lines)
-    return tuple(plots.save(figures, folder))
+    return tuple(plotting.save(figures, folder))
 
 
 def _csv(report: SweepReport) -> list[list[Any]]:
