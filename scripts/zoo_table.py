@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS if name != "epimer"},
     **{f"{name}, calibrated": (name, {}) for name in ("mean", "tsv-m", "epimer", "epimer-core")},
     **{f"{name}, chosen alpha": (name, {}) for name in ("task-arithmetic", "ties", "dare", "tsv-m", "iso-c", "epimer")},
+    "epimer-core, calibrated, refined": ("epimer-core", {}),
 }
 """Row of the table -> method and options."""
 
@@ -64,7 +65,8 @@ def measure(zoo: Path, tasks: Sequence[Task], row: str, given: argparse.Namespac
         method=method,
         options=options,
         samples=given.samples,
-        calibrate=row.endswith("calibrated"),
+        calibrate="calibrated" in row,
+        refine="refined" in row,
         tune_alpha=row.endswith("chosen alpha"),
         tasks=tuple(str(zoo / "task_files" / f"{task.name}.yaml") for task in tasks),
         out=str(given.out / f"{row.replace(', ', '-').replace(' ', '-')}-{len(tasks)}"),

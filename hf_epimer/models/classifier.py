@@ -47,8 +47,12 @@ class ZeroShotHead(nn.Module):
         """How many."""
         return len(self.rows)
 
+    def embed(self, features: Tensor) -> Tensor:
+        """What is compared with the rows: [n, d], each of norm 1."""
+        return normalize(features @ self.projection.T, dim=-1)
+
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * normalize(features @ self.projection.T, dim=-1) @ self.rows.T
+        return self.scale * self.embed(features) @ self.rows.T
 
 
 class LinearHead(nn.Module):
@@ -66,6 +70,10 @@ class LinearHead(nn.Module):
     def classes(self) -> int:
         """How many."""
         return len(self.weight)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """What the weight is applied to: the features."""
+        return features
 
     def forward(self, features: Tensor) -> Tensor:
         return linear(features, self.weight, self.bias)

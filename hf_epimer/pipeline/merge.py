@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
             plan, divergences = _tuned(plan, ingredients, progress)
     with atomic_folder(recipe.target, CONFIG, recipe.overwrite) as folder:
         with usage.stage("merging"):
-            layers = write_merge(folder, plan, ingredients, usage, progress)
+            layers, refinement = write_merge(folder, plan, ingredients, usage, progress)
         totals = totals_of(layers)
         for doubt in doubts(plan, layers):
             logger.warning("%s", doubt)
@@ -66,6 +66,8 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
             totals["made_from"] = plan.made_from
         if "note" in totals:
             logger.warning("%s", totals["note"])
+        if refinement:
+            totals["refinement"] = asdict(refinement)
         if divergences:
             totals["alpha"] = plan.recipe.options.alpha
             totals["divergence_at_alpha"] = {f"{alpha:g}": value for alpha, value in divergences.items()}

@@ -20,6 +20,7 @@ from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import MergedLayer, merge_layers
 from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.report import RefinementReport
 from hf_epimer.pipeline.usage import Usage
 from hf_epimer.types import Progress
 
@@ -33,18 +34,19 @@ Merged = TypeVar("Merged", MergedLayer, MergedUpdate)
 
 def write_merge(
     folder: Path, plan: Plan, ingredients: Ingredients, usage: Usage, progress: Progress
-) -> tuple[LayerReport, ...]:
+) -> tuple[tuple[LayerReport, ...], RefinementReport | None]:
     """Merge layer by layer into a folder.
 
     Args:
         usage: is shown the memory that is held after every layer.
 
     Returns:
-        What was done, layer by layer.
+        What was done, layer by layer, and what a refinement has brought, where that is asked for.
 
     Raises:
         CheckpointError, StatisticsError: NaN or Inf in an input, negative statistics.
         NumericalError: a merged layer is not finite, or does not fit into the type that is written.
+        DataError: what is wrong with the images of a task that the merge is calibrated or refined on.
         OutputError: the disk is full, or PEFT cannot express the result.
     """
     reports: list[LayerReport] = []
@@ -61,15 +63,21 @@ def write_merge(
     progress("merging", 0, len(plan.shapes))
     if plan.writes_adapter:
         _write_adapter(folder, plan, ingredients, noted(_updates(plan, ingredients, on_layer)))
-        return tuple(reports)
+        return tuple(reports), None
     dtype = dtype_of(plan, ingredients.base)
-    layers = dense_layers(plan, ingredients, dtype, on_layer)
+    layers: Iterator[MergedLayer] = dense_layers(plan, ingredients, dtype, on_layer)
     if plan.recipe.calibrate:
         from hf_epimer.pipeline.calibration.layers import calibrated_layers
 
         layers = calibrated_layers(layers, plan, ingredients, progress)
+    refinement = None
+    if plan.recipe.refine:
+        from hf_epimer.pipeline.refinement.layers import refined_layers
+
+        refined, refinement = refined_layers(layers, plan, ingredients, progress)
+        layers = iter(refined)
     _write_checkpoint(folder, plan, dtype, noted(layers))
-    return tuple(reports)
+    return tuple(reports), refinement
 
 
 def dense_layers(plan: Plan, ingredients: Ingredients, dtype: torch.dtype, on_layer: OnLayer) -> Iterator[MergedLayer]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class PlannedModel:
         task: what it was tuned on; None where that is not known.
         weight: l_t; those of all models sum to 1.
         curvature: statistic -> the file that it is in, or what is to be measured.
-        images: those of its task on which the merge is calibrated or its alpha chosen; None without.
+        images: those of its task on which the merge is calibrated, refined or its alpha chosen; None without.
     """
 
     source: ModelSource
@@ -166,6 +167,17 @@ class Plan:
         return 16 * images * self.recipe.views * self.architecture.positions(config) * width
 
     @property
+    def refinement_bytes(self) -> int:
+        """Of what a refinement keeps on the disk: pictures in float16, and its state in float32; 0 without one."""
+        if not self.recipe.refine:
+            return 0
+        images = sum(model.images.sampling.samples or 0 for model in self.models if model.images)
+        config = self.base.vision_config
+        return 2 * images * config["num_channels"] * config["image_size"] ** 2 + 16 * sum(
+            map(prod, self.shapes.values())
+        )
+
+    @property
     def made_from(self) -> str:
         """What a method that does without curvature has of it here, and what would make the merge better."""
         if not self.method.does_without:
@@ -212,6 +224,9 @@ class Plan:
             ],
             "calibrate_on": images if self.recipe.calibrate else [],
             "calibration_bytes": self.calibration_bytes,
+            "refine_on": images if self.recipe.refine else [],
+            "refine_steps": self.recipe.refine_steps if self.recipe.refine else 0,
+            "refinement_bytes": self.refinement_bytes,
             "tune_alpha_on": images if self.recipe.tune_alpha else [],
             "parameters": len(self.shapes),
             "matrices": len(matrices),

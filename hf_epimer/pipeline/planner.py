@@ -187,6 +187,8 @@ def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Seque
         base.check_readable()
     if recipe.calibrate and _writes_adapter(recipe, models):
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
+    if recipe.refine and _writes_adapter(recipe, models):
+        raise UsageError("--refine trains whole layers, which no adapter can hold: add --dense")
     if recipe.tune_alpha and "alpha" not in method.options:
         raise UsageError(f"--tune-alpha: {method.name} has no alpha")
     if recipe.tune_alpha and _writes_adapter(recipe, models):
@@ -257,7 +259,7 @@ def _device_works(device: str) -> bool:
 def _with_calibration(
     recipe: MergeRecipe, method: Method, base: ModelSource, models: tuple[PlannedModel, ...]
 ) -> tuple[PlannedModel, ...]:
-    """The models with the images, and the curvature, that a calibration and a choice of alpha need.
+    """The models with the images, and the curvature, that a calibration, a refinement and a choice of alpha need.
 
     Raises:
         UsageError, StatisticsError, HubError, DataError: it was asked for and is not possible.
@@ -276,6 +278,8 @@ def _with_calibration(
             level = logging.WARNING if isinstance(error, HubError | DataError) else logging.INFO
             said = "%s merges are calibrated where that is possible; this one is not: %s"
             logger.log(level, said, method.name, error)
+    if recipe.refine:
+        return with_images(recipe, "refine", base, models)
     return with_images(recipe, "choose alpha", base, models) if recipe.tune_alpha else models
 
 

@@ -37,6 +37,8 @@ class MergeRecipe:
             what the method does by itself: `epimer-core` where there are images, no other.
         views: of a calibration: how often every image is seen, whole and as random crops.
         calibration_rho: of a calibration: how strongly a layer is held where it is, in units of the mean squared input.
+        refine: train the merge towards the features of its models, on `samples` images of every task without labels.
+        refine_steps: of that training.
         tune_alpha: choose alpha by how near the predictions come to the fine-tuned models' on those images.
         evaluate: measure the result on every model's task.
         limit: of `evaluate`: the first so many test images per task; None for all.
@@ -68,6 +70,8 @@ class MergeRecipe:
     calibrate: bool | None = None
     views: int = 1
     calibration_rho: float = 0.2
+    refine: bool = False
+    refine_steps: int = 200
     tune_alpha: bool = False
     evaluate: bool = False
     limit: int | None = None
@@ -106,6 +110,8 @@ class MergeRecipe:
             raise UsageError(f"--views must be a whole number from 1 to 64, not {self.views!r}")
         if not isinstance(self.calibration_rho, int | float) or not 1e-6 <= self.calibration_rho <= 1e6:
             raise UsageError(f"--calibration-rho must be a number from 1e-6 to 1e6, not {self.calibration_rho!r}")
+        if not isinstance(self.refine_steps, int) or not 1 <= self.refine_steps <= 1_000_000:
+            raise UsageError(f"--refine-steps must be a whole number from 1 to 1000000, not {self.refine_steps!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         for flag in ("compare", "eval_results"):
@@ -138,22 +144,32 @@ class MergeRecipe:
                 words += [option.flag, str(value)]
         for flag, values in (("--weights", self.weights), ("--fisher", self.fisher), ("--task", self.tasks)):
             words += [flag, *map(str, values)] if values else []
-        if self.calibrate or self.tune_alpha or (method.statistic(self.options) and not self.fisher):
+        if self.calibrate or self.refine or self.tune_alpha or (method.statistic(self.options) and not self.fisher):
             words += ["--samples", str(self.samples)]
             words += ["--max-data", str(self.max_data)] if self.max_data != 2.0 else []
         if bool(self.calibrate) != method.calibrates:
             words += ["--calibrate" if self.calibrate else "--no-calibrate"]
-        kept = (("views", 1), ("calibration_rho", 0.2)) if self.calibrate else ()
-        for name, usual in (*kept, ("device", "cpu"), ("dtype", None), ("seed", 0), ("out_rank", None)):
+        calibration = (("views", 1), ("calibration_rho", 0.2)) if self.calibrate else ()
+        refinement = (("refine_steps", 200),) if self.refine else ()
+        for name, usual in (
+            *calibration,
+            *refinement,
+            ("device", "cpu"),
+            ("dtype", None),
+            ("seed", 0),
+            ("out_rank", None),
+        ):
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != usual else []
-        words += [f"--{name.replace('_', '-')}" for name in ("tune_alpha", "exact", "dense") if getattr(self, name)]
+        words += [
+            f"--{name.replace('_', '-')}" for name in ("refine", "tune_alpha", "exact", "dense") if getattr(self, name)
+        ]
         return shlex.join(words)
 
     def looked_into(self, out: str) -> MergeRecipe:
-        """For a command that writes about merges into `out`, layer by layer: nothing is calibrated or pushed."""
+        """For a command that writes about merges into `out`, layer by layer, none of which is mended or pushed."""
         unpushed = replace(self, push_to=None, private=False, create_pr=False)
-        return replace(unpushed, out=out, calibrate=False, tune_alpha=False)
+        return replace(unpushed, out=out, calibrate=False, refine=False, tune_alpha=False)
 
 
 _DECIDES = (
@@ -163,6 +179,8 @@ _DECIDES = (
     "calibrate",
     "views",
     "calibration_rho",
+    "refine",
+    "refine_steps",
     "evaluate",
     "limit",
     "compare",

@@ -11,6 +11,26 @@ from hf_epimer.merging.report import LayerReport
 
 
 @dataclass(frozen=True)
+class RefinementReport:
+    """What training a merge has brought.
+
+    Attributes:
+        steps: of the training.
+        best_step: the one whose weights were taken; 0 for those at the start.
+        images: of each task that it was trained on, none of them with its label.
+        before, after: d_t of each task on images that it was not trained on (`refinement.objective`).
+        seconds: of the process that ended it.
+    """
+
+    steps: int
+    best_step: int
+    images: dict[str, int]
+    before: dict[str, float]
+    after: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """What a merge did; `merge_report.json` is its JSON.
 
@@ -69,6 +89,13 @@ class MergeReport:
             typical, largest = totals["typical_calibration"], totals["largest_calibration"]
             words["change of a layer by calibration"] = (
                 f"{typical:.1%} of its weight (median), at most {largest:.1%} ({totals['most_calibrated']})"
+            )
+        if "refinement" in totals:
+            refinement = totals["refinement"]
+            words["refined"] = f"trained for {refinement['best_step']} steps, in {refinement['seconds']:.0f} s"
+            words["distance to the features of each model"] = ", ".join(
+                f"{label} {before:.3g} -> {refinement['after'][label]:.3g}"
+                for label, before in refinement["before"].items()
             )
         if "largest_rank" in totals:
             words["largest rank of a merged layer"] = str(totals["largest_rank"])

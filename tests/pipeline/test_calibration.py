@@ -23,8 +23,8 @@ from hf_epimer.errors import DataError
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower
 from hf_epimer.numerics.regression import anchored_step, gram, prior
-from hf_epimer.pipeline.calibration.states import SMALLEST, crops
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
+from hf_epimer.pipeline.views import SMALLEST, crops
 from hf_epimer.tasks.images import Batch
 
 POSITIONS = 5

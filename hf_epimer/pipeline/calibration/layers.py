@@ -1,41 +1,23 @@
-"""The calibration of a planned merge: its tower and images, and a workspace that a killed run is gone on with.
-
-The workspace lies in the package's folder of HF_HOME under a name made of everything that decides the result: the merge
-that is calibrated, the images and the settings. It is removed at the end, and by age.
-"""
+"""The calibration of a planned merge: its tower, its images, and its layers."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-import torch
-from huggingface_hub import constants
-
-from hf_epimer.checkpoints.reader import StateDict
-from hf_epimer.errors import OutputError
-from hf_epimer.merging.finite import stored_as
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import CalibrationReport
 from hf_epimer.merging.stream import MergedLayer
-from hf_epimer.models.loading import load_processor, load_tower, preprocess
-from hf_epimer.models.weights import parameters_of, put_weights
+from hf_epimer.models.loading import load_processor, preprocess
 from hf_epimer.pipeline.calibration.states import BATCH
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.tower import tower_of, with_weights_of
+from hf_epimer.pipeline.workspace import open_workspace
 from hf_epimer.tasks.images import ImageBatches, read_images
 from hf_epimer.types import Progress
-
-logger = logging.getLogger(__name__)
-
-KEPT = 7 * 24 * 3600
-"""Seconds after which what an interrupted run has left is removed."""
 
 
 def calibrated_layers(
@@ -52,18 +34,16 @@ def calibrated_layers(
         OutputError: there is no room for hidden states.
         NumericalError: as in `calibrate`, or a value that does not fit into the merge's type.
     """
-    layers = {layer.name: layer for layer in merged}
-    start = {name: layer.tensor for name, layer in layers.items()}
-    tower = load_tower(plan.base.folder_with_tokenizer())
-    put_weights(parameters_of(tower, plan.architecture), StateDict("merge", start))
+    layers = list(merged)
+    tower = tower_of(layers, plan)
     pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
     batches = [ImageBatches(read_images(model.images), pixels, BATCH) for model in plan.models if model.images]
     tasks = [
         CalibrationTask(*entry)
         for entry in zip(ingredients.models, plan.weights, ingredients.curvature, batches, strict=True)
     ]
-    workspace = _workspace(plan, start)
-    _check_room(plan, workspace)
+    settings = [plan.recipe.views, plan.recipe.calibration_rho]
+    workspace = open_workspace("calibration", plan, layers, settings, plan.calibration_bytes, "hidden states")
     sizes = calibrate(
         tower.to(plan.recipe.device),
         ingredients.base,
@@ -77,44 +57,6 @@ def calibrated_layers(
     shutil.rmtree(workspace)
     for seen in batches:
         seen.report_broken()
-    parameters = parameters_of(tower.cpu(), plan.architecture)
-    for name, layer in layers.items():
-        value = parameters[name].detach()
-        stored = stored_as(value, layer.tensor.dtype, name)
-        norm = float((value - ingredients.base.tensor(name).to(value)).norm())
-        change = CalibrationReport(sizes[name]) if name in sizes else None
-        yield MergedLayer(name, stored, replace(layer.report, merged_norm=norm, calibration=change))
-
-
-def _workspace(plan: Plan, start: Mapping[str, torch.Tensor]) -> Path:
-    """The folder of this calibration; those of others that were left long ago are removed."""
-    digest = hashlib.sha256()
-    for name, tensor in start.items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    settings = [plan.recipe.views, plan.recipe.calibration_rho, plan.recipe.device, torch.get_num_threads()]
-    sources = [(model.label, model.weight, model.source.identity, str(model.images)) for model in plan.models]
-    revisions = [model.images.revision for model in plan.models if model.images]
-    digest.update(repr((settings, sources, revisions)).encode())
-    home = Path(constants.HF_HOME) / "hf-epimer" / "calibration"
-    for other in home.glob("*"):
-        if time.time() - other.stat().st_mtime > KEPT:
-            shutil.rmtree(other, ignore_errors=True)
-    return home / digest.hexdigest()[:24]
-
-
-def _check_room(plan: Plan, workspace: Path) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        OutputError: naming the folder and what is needed.
-    """
-    workspace.mkdir(parents=True, exist_ok=True)
-    needed, free = plan.calibration_bytes, shutil.disk_usage(workspace).free
-    held = sum(file.stat().st_size for file in workspace.rglob("*") if file.is_file())
-    logger.info("calibration keeps %.1f GB of hidden states in %s until it is done", needed / 1e9, workspace)
-    if needed - held > free:
-        raise OutputError(
-            f"calibration needs {needed / 1e9:.1f} GB for hidden states in {workspace}, and {free / 1e9:.1f} GB are "
-            "free: make room, set HF_HOME to another disk, or take fewer --samples"
-        )
+    for layer in with_weights_of(tower, layers, plan, ingredients.base):
+        change = CalibrationReport(sizes[layer.name]) if layer.name in sizes else None
+        yield replace(layer, report=replace(layer.report, calibration=change))

@@ -41,7 +41,8 @@ from hf_epimer.merging.finite import check_merged
 from hf_epimer.models.architecture import Architecture, Residual
 from hf_epimer.models.weights import Block, blocks_of, parameters_of, put_weights
 from hf_epimer.numerics.regression import anchored_step, gram, prior
-from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, crops, stopped
+from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, stopped
+from hf_epimer.pipeline.views import crops
 from hf_epimer.tasks.images import Batch
 
 PRIOR = 1.0

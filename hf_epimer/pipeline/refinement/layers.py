@@ -1,0 +1,66 @@
+"""The refinement of a planned merge: its tower, its images, and its layers."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable
+from functools import partial
+
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.stream import MergedLayer
+from hf_epimer.models.head import load_head
+from hf_epimer.models.loading import load_processor, preprocess
+from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.refinement.pictures import BATCH
+from hf_epimer.pipeline.refinement.training import RefinementTask, refine
+from hf_epimer.pipeline.report import RefinementReport
+from hf_epimer.pipeline.tower import tower_of, with_weights_of
+from hf_epimer.pipeline.workspace import open_workspace
+from hf_epimer.tasks.images import ImageBatches, read_images
+from hf_epimer.types import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def refined_layers(
+    merged: Iterable[MergedLayer], plan: Plan, ingredients: Ingredients, progress: Progress
+) -> tuple[list[MergedLayer], RefinementReport]:
+    """A merge's layers, refined, and what that has brought.
+
+    Args:
+        merged: every parameter of the tower.
+        plan: with a refinement.
+
+    Raises:
+        DataError: what is wrong with the images of a task.
+        OutputError: there is no room for the pictures.
+        NumericalError: the loss is not finite, or a value does not fit into the merge's type.
+    """
+    recipe, layers = plan.recipe, list(merged)
+    tower = tower_of(layers, plan)
+    pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
+    batches, tasks = [], []
+    for model, tuned in zip(plan.models, ingredients.models, strict=True):
+        assert model.images  # by the planner
+        samples = read_images(model.images)
+        head = load_head(plan.base, model.images.task, samples.class_names).to(recipe.device)
+        batches.append(ImageBatches(samples, pixels, BATCH))
+        tasks.append(RefinementTask(model.label, tuned, model.weight, batches[-1], head.embed))
+    settings = [recipe.refine_steps, recipe.seed]
+    workspace = open_workspace("refinement", plan, layers, settings, plan.refinement_bytes, "pictures and weights")
+    report = refine(
+        tower.to(recipe.device),
+        tasks,
+        plan.architecture,
+        workspace,
+        steps=recipe.refine_steps,
+        seed=recipe.seed,
+        on_step=lambda done, total: progress("refining", done, total),
+    )
+    shutil.rmtree(workspace)
+    for seen in batches:
+        seen.report_broken()
+    if not report.best_step:
+        logger.warning("refinement brought the merge no nearer to its models; it is left as it was")
+    return list(with_weights_of(tower, layers, plan, ingredients.base)), report

@@ -1,0 +1,245 @@
+"""The training loop of a refinement (of what, `objective` says): AdamW with a warm-up and a cosine to zero.
+
+Every step takes as many pictures of every task, one task's after the other, so that the memory is that of one task's.
+Now and then L is measured on the pictures that are held out; the weights of its smallest value are the result, and all
+that is needed to go on from there is written.
+
+In several processes each takes its share of every task's pictures, and gradients are added up: the result is that of
+one process but for rounding.
+
+Memory: weights, gradients, two moments and the best weights; activations of `PICTURES` pictures.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+from transformers import get_cosine_schedule_with_warmup
+
+from hf_epimer.checkpoints.reader import StateDict, TensorSource
+from hf_epimer.errors import NumericalError
+from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.weights import parameters_of, put_weights
+from hf_epimer.pipeline.refinement.objective import squared_distances, task_gains
+from hf_epimer.pipeline.refinement.pictures import Pictures, read_pictures, write_pictures
+from hf_epimer.pipeline.refinement.state import State, read_state, write_state
+from hf_epimer.pipeline.report import RefinementReport
+from hf_epimer.tasks.images import Batch
+
+logger = logging.getLogger(__name__)
+
+PICTURES = 16
+"""Of every task in a step."""
+
+LEARNING_RATE = 3e-5
+"""The largest; AdamW moves a weight by about so much in a step."""
+
+WARM_UP = 0.1
+"""The share of steps in which the learning rate rises."""
+
+VIEWS = 4
+"""Of every picture, at most: the whole and crops."""
+
+MEASURED = 10
+"""Times that what is held out is looked at, after the start."""
+
+
+@dataclass(frozen=True)
+class RefinementTask:
+    """What a refinement reads of one task.
+
+    Attributes:
+        label: of the model.
+        tuned: theta_t.
+        weight: l_t; those of all tasks sum to 1.
+        images: in batches, read once.
+        embed: z_t: features [n, w] -> what the task's head reads [n, d].
+    """
+
+    label: str
+    tuned: TensorSource
+    weight: float
+    images: Iterable[Batch]
+    embed: Callable[[Tensor], Tensor]
+
+
+def refine(
+    tower: nn.Module,
+    tasks: Sequence[RefinementTask],
+    architecture: Architecture,
+    workspace: Path,
+    *,
+    steps: int,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> RefinementReport:
+    """Train a merged tower in place.
+
+    Args:
+        tower: the merge, in evaluation mode, on the device where it is to be trained.
+        tasks: one per merged checkpoint.
+        workspace: a folder for pictures and the state; what an interrupted run with the same arguments has left there
+            is gone on with.
+        steps: at least 1.
+        seed: of the order of the pictures.
+        accelerator: of the processes that share the work.
+        on_step: progress: (steps done since the last call, steps in all).
+
+    Raises:
+        DataError: a task has too few images.
+        NumericalError: the loss is not finite.
+        OutputError: the disk is full.
+    """
+    started = time.monotonic()
+    accelerator = accelerator or Accelerator()
+    parameters = parameters_of(tower, architecture)
+    pictures = _embedded_by_their_own(tower, parameters, tasks, architecture, workspace, accelerator)
+    loop = _Loop(tower, architecture, tasks, pictures, accelerator)
+    tower.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    group = {"params": list(parameters.values()), "lr": LEARNING_RATE, "initial_lr": LEARNING_RATE}
+    optimizer = AdamW([group], weight_decay=0.0)
+    file = workspace / "state.safetensors"
+    if file.exists():
+        state = read_state(file, parameters, optimizer)
+    else:
+        state = State(0, {0: loop.distances()}, 0, _copied(parameters))
+    gains = task_gains([task.weight for task in tasks], state.distances[0])
+    # step s is taken at the rate of s + 1 on its way to steps + 1: neither the first nor the last at a rate of 0
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps + 1, last_epoch=state.step)
+    on_step(state.step, steps)
+    while state.step < steps:
+        optimizer.zero_grad()
+        loop.backward(state.step, seed, gains)
+        optimizer.step()
+        schedule.step()
+        state.step += 1
+        if state.step % max(1, steps // MEASURED) == 0 or state.step == steps:
+            state.distances[state.step] = loop.distances()
+            _keep_best(state, gains, parameters)
+            if accelerator.is_main_process:
+                write_state(file, state, parameters, optimizer)
+        on_step(1, steps)
+    put_weights(parameters, StateDict("best", state.best))
+    labels = [task.label for task in tasks]
+    return RefinementReport(
+        steps=steps,
+        best_step=state.best_step,
+        images={label: seen.trained_on for label, seen in zip(labels, pictures, strict=True)},
+        before=dict(zip(labels, state.distances[0], strict=True)),
+        after=dict(zip(labels, state.distances[state.best_step], strict=True)),
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What does not change from step to step."""
+
+    tower: nn.Module
+    architecture: Architecture
+    tasks: Sequence[RefinementTask]
+    pictures: Sequence[Pictures]
+    accelerator: Accelerator
+
+    @property
+    def share(self) -> tuple[int, int]:
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+    def backward(self, step: int, seed: int, gains: Sequence[float]) -> None:
+        """Give the parameters the gradient of a step, that of all processes."""
+        device = next(self.tower.parameters()).device
+        for task, seen, gain in zip(self.tasks, self.pictures, gains, strict=True):
+            pixels, targets = seen.batch(step, PICTURES, seed, self.share)
+            with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
+                distances = self._distances(task, pixels, targets)
+            (gain / PICTURES * distances.sum()).backward()
+        for parameter in self.tower.parameters():
+            if parameter.grad is not None:  # as of what features do not depend on
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+
+    @torch.no_grad()
+    def distances(self) -> list[float]:
+        """d_t of every task on what is held out."""
+        sums = []
+        for task, seen in zip(self.tasks, self.pictures, strict=True):
+            parts = list(seen.held_out(self.share))
+            total = math.fsum(float(self._distances(task, *part).sum()) for part in parts)
+            sums.append([total, sum(len(pixels) for pixels, _ in parts)])
+        total, count = self.accelerator.reduce(torch.tensor(sums, device=self.accelerator.device), "sum").unbind(1)
+        found: list[float] = (total / count).tolist()
+        return found
+
+    def _distances(self, task: RefinementTask, pixels: Tensor, targets: Tensor) -> Tensor:
+        embedded = _embedded(self.tower, self.architecture, task, pixels)
+        return squared_distances(embedded, targets.to(embedded.device))
+
+
+def _keep_best(state: State, gains: Sequence[float], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Keep the weights of this step where L is smaller than it has been.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    losses = {
+        step: math.fsum(gain * distance for gain, distance in zip(gains, distances, strict=True))
+        for step, distances in state.distances.items()
+    }
+    if not math.isfinite(losses[state.step]):
+        raise NumericalError(f"refinement: the loss is not finite after {state.step} steps")
+    logger.info("refinement: after %d steps %.4f of the start's loss", state.step, losses[state.step])
+    if losses[state.step] < losses[state.best_step]:
+        state.best_step, state.best = state.step, _copied(parameters)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16, and so faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tells = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")  # older torch does not
+    return tells and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def _embedded(tower: nn.Module, architecture: Architecture, task: RefinementTask, pixels: Tensor) -> Tensor:
+    """z_t(f(x)), [n, d], of pixels [n, 3, h, w]."""
+    features = architecture.features(tower, pixels.to(next(tower.parameters()).device))
+    return task.embed(features.float())
+
+
+@torch.no_grad()
+def _embedded_by_their_own(
+    tower: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    tasks: Sequence[RefinementTask],
+    architecture: Architecture,
+    workspace: Path,
+    accelerator: Accelerator,
+) -> list[Pictures]:
+    """Every task's pictures, embedded with its own weights in the tower, whose weights come back then."""
+    start = _copied(parameters)
+    found = []
+    for number, task in enumerate(tasks):
+        file = workspace / f"pictures-{number}.safetensors"
+        with accelerator.main_process_first():  # one writes, the others find it in place
+            if not file.exists():
+                put_weights(parameters, task.tuned)
+                write_pictures(file, task.label, task.images, partial(_embedded, tower, architecture, task), VIEWS)
+        found.append(read_pictures(file))
+    put_weights(parameters, StateDict("start", start))
+    return found
+
+
+def _copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}

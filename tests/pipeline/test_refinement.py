@@ -1,0 +1,403 @@
+"""Refinement: its objective and pictures against plain computations, the loop, and the command."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from helpers.command import Run, fails
+from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.errors import DataError, NumericalError
+from hf_epimer.models.classifier import LinearHead, ZeroShotHead
+from hf_epimer.models.clip import CLIP
+from hf_epimer.models.loading import load_tower
+from hf_epimer.models.weights import parameters_of
+from hf_epimer.pipeline.refinement import training
+from hf_epimer.pipeline.refinement.objective import squared_distances, task_gains
+from hf_epimer.pipeline.refinement.pictures import Pictures, read_pictures, write_pictures
+from hf_epimer.pipeline.refinement.training import RefinementTask, refine
+from hf_epimer.pipeline.report import RefinementReport
+from hf_epimer.pipeline.views import crops
+from hf_epimer.tasks.images import Batch
+
+
+def test_the_loss_is_one_at_the_start_whatever_the_scale_of_a_task() -> None:
+    weights, at_start = [0.2, 0.8], [3.0, 0.01]
+    gains = task_gains(weights, at_start)
+    assert sum(gain * distance for gain, distance in zip(gains, at_start)) == pytest.approx(1.0)
+    assert gains[1] * 0.005 == pytest.approx(0.4)
+    assert task_gains([1.0], [0.0])[0] < float("inf")
+
+
+def test_a_distance_is_twice_what_the_cosine_lacks() -> None:
+    one, other = (normalize(torch.randn(5, 7, generator=torch.Generator().manual_seed(s)), dim=1) for s in (0, 1))
+    assert torch.allclose(squared_distances(one, other), 2 - 2 * (one * other).sum(1), atol=1e-6)
+
+
+def test_a_head_reads_what_it_embeds() -> None:
+    features, projection, rows = (torch.randn(*s, dtype=torch.float64) for s in ((4, 6), (5, 6), (3, 5)))
+    head = ZeroShotHead(projection, rows, torch.tensor(1.0))
+    assert torch.allclose(head.embed(features), normalize(features @ projection.T, dim=1))
+    assert torch.allclose(head(features), torch.tensor(1.0).exp() * head.embed(features) @ normalize(rows, dim=1).T)
+    linear = LinearHead(torch.randn(3, 6, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(linear.embed(features), features)
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def images(seed: int, count: int = 40, batch: int = 16) -> list[Batch]:
+    pixels = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).half().float()
+    indices = list(range(count))
+    return [
+        Batch(part, torch.zeros(len(part), dtype=torch.long), indices[start : start + batch])
+        for start, part in zip(range(0, count, batch), pixels.split(batch), strict=True)
+    ]
+
+
+def numbered(count: int, views: int) -> Pictures:
+    """Picture i is full of i; target v, i is (v, i)."""
+    pixels = torch.arange(count).half().view(-1, 1, 1, 1).expand(count, 3, 4, 4)
+    targets = torch.stack([torch.tensor([[float(v), float(i)] for i in range(count)]) for v in range(views)])
+    return Pictures(pixels.contiguous(), targets)
+
+
+def test_every_picture_has_its_turn_and_every_view_of_it() -> None:
+    pictures = numbered(23, views=3)
+    assert pictures.trained_on == 21
+    seen = [pictures.batch(step, 7, seed=0, share=(0, 1)) for step in range(3 * 3)]
+    for turn in range(3):
+        pixels, targets = (torch.cat(parts) for parts in zip(*seen[3 * turn : 3 * turn + 3]))
+        assert sorted(targets[:, 1].tolist()) == list(range(21))
+        assert torch.allclose(pixels[:, 0, 0, 0], targets[:, 1], atol=1e-5)
+        assert {int(view) for view in targets[:, 0]} == {0, 1, 2}
+    pairs = {tuple(row.tolist()) for _, targets in seen for row in targets}
+    assert len(pairs) == 3 * 21
+    other = pictures.batch(0, 7, seed=1, share=(0, 1))[1]
+    assert set(other[:, 1].tolist()) != set(seen[0][1][:, 1].tolist())
+    held_out = torch.cat([targets for _, targets in pictures.held_out((0, 1))])
+    assert held_out.tolist() == [[0.0, 21.0], [0.0, 22.0]]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 9])
+def test_processes_share_a_batch(processes: int) -> None:
+    pictures = numbered(23, views=2)
+    whole = pictures.batch(5, 7, seed=0, share=(0, 1))[1].tolist()
+    shares = [pictures.batch(5, 7, seed=0, share=(rank, processes)) for rank in range(processes)]
+    assert sorted(row for _, targets in shares for row in targets.tolist()) == sorted(whole)
+    assert all(pixels.shape == (len(targets), 3, 4, 4) for pixels, targets in shares)
+    held_out = [targets.tolist() for rank in range(processes) for _, targets in pictures.held_out((rank, processes))]
+    assert sorted(row for part in held_out for row in part) == [[0.0, 21.0], [0.0, 22.0]]
+
+
+def test_a_target_is_what_the_model_makes_of_that_very_view(tmp_path: Path) -> None:
+    def embed(pixels: Tensor) -> Tensor:
+        return pixels.flatten(1)[:, :5]
+
+    write_pictures(tmp_path / "p", "a", images(1), embed, views=3)
+    pictures = read_pictures(tmp_path / "p")
+    assert pictures.targets.shape == (3, 40, 5)
+    for step in range(8):
+        pixels, targets = pictures.batch(step, 16, seed=0, share=(0, 1))
+        assert torch.allclose(embed(pixels), targets, atol=1e-6)
+    whole = torch.cat([batch.inputs for batch in images(1)])
+    assert torch.equal(pictures.targets[0], embed(whole))
+    assert torch.allclose(pictures.targets[2], embed(crops(whole, range(40), 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images_are_an_error(count: int, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"a: {count} images; a refinement needs at least 2"):
+        write_pictures(tmp_path / "p", "a", images(1, count, 1) if count else [], lambda pixels: pixels.flatten(1), 1)
+    assert not list(tmp_path.iterdir())
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower so small learns in steps so large; in float32, whatever this machine is fast at."""
+    monkeypatch.setattr(training, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(training, "LEARNING_RATE", 1e-3)
+
+
+def tuned_tower(base: Path, seed: int) -> nn.Module:
+    tower = load_tower(base)
+    generator = torch.Generator().manual_seed(seed)
+    for value in tower.parameters():
+        value.data += 0.05 * torch.randn(value.shape, generator=generator)
+    return tower
+
+
+def embed(features: Tensor) -> Tensor:
+    return normalize(features, dim=-1)
+
+
+def task_of(tower: nn.Module, seed: int, weight: float = 0.5, **options: Any) -> RefinementTask:
+    weights = {name: value.detach().clone() for name, value in parameters_of(tower, CLIP).items()}
+    return RefinementTask(f"task {seed}", StateDict(f"task {seed}", weights), weight, images(seed, **options), embed)
+
+
+def refined(
+    start: nn.Module, tasks: list[RefinementTask], folder: Path, **options: Any
+) -> tuple[nn.Module, RefinementReport]:
+    tower = copy.deepcopy(start)
+    folder.mkdir(exist_ok=True)
+    return tower, refine(tower, tasks, CLIP, folder, **options)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(other.get_parameter(name), value) for name, value in one.named_parameters())
+
+
+def test_features_come_nearer_to_those_of_every_model(clip_base: Path, tmp_path: Path) -> None:
+    """On images that nobody was trained on, by a measure of its own."""
+    start, towers = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    tasks = [task_of(tower, seed, count=200) for seed, tower in enumerate(towers, 1)]
+    found, report = refined(start, tasks, tmp_path / "w", steps=40)
+    assert report.steps == 40 and report.best_step > 0 and report.images == {"task 1": 180, "task 2": 180}
+    assert not found.training and start.training is False
+    for seed, tower in enumerate(towers, 1):
+        pixels = torch.cat([batch.inputs for batch in images(seed, count=200)])
+        unseen = torch.cat([batch.inputs for batch in images(seed + 10)])
+        with torch.no_grad():
+            held, before, after = (
+                [
+                    1 - (embed(CLIP.features(own, x)) * embed(CLIP.features(tower, x))).sum(1).mean()
+                    for own in (start, found)
+                ]
+                for x in (pixels[180:], unseen, unseen)
+            )
+        label = f"task {seed}"
+        assert [report.before[label] / 2, report.after[label] / 2] == pytest.approx([float(x) for x in held], rel=1e-3)
+        assert float(before[1]) < 0.8 * float(before[0]) and after == before
+
+
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-4), (True, 0.03)])
+def test_a_step_is_that_of_the_objective(half: bool, tolerance: float, clip_base: Path, tmp_path: Path) -> None:
+    """The gradient of the loop against autograd on the formula, with unlike weights."""
+    start, towers = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    tasks = [task_of(tower, seed, weight) for seed, tower, weight in zip((1, 2), towers, (0.3, 0.7))]
+    seen = {}
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            seen.update({number: p.grad.clone() for number, p in enumerate(self.param_groups[0]["params"])})
+            super().step(closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "AdamW", Watched)
+        patch.setattr(training, "_has_bfloat16", lambda device: half)
+        refined(start, tasks, tmp_path / "w", steps=1, seed=5)
+    loss = torch.zeros(())
+    for number, task in enumerate(tasks):
+        pictures = read_pictures(tmp_path / "w" / f"pictures-{number}.safetensors")
+        held, goals = next(pictures.held_out((0, 1)))
+        scale = (embed(CLIP.features(start, held)) - goals).square().sum(1).mean().detach()
+        pixels, goals = pictures.batch(0, training.PICTURES, 5, (0, 1))
+        loss = loss + task.weight * (embed(CLIP.features(start, pixels)) - goals).square().sum(1).mean() / scale
+    wanted = torch.cat(
+        [grad.flatten() for grad in torch.autograd.grad(loss, list(parameters_of(start, CLIP).values()))]
+    )
+    found = torch.cat([gradient.flatten() for gradient in seen.values()])
+    assert float((found - wanted).norm()) < tolerance * float(wanted.norm())
+
+
+def test_a_model_refined_on_itself_stays_as_it_is(clip_base: Path, tmp_path: Path) -> None:
+    tower = tuned_tower(clip_base, 1)
+    found, report = refined(tower, [task_of(tower, 1, 1.0)], tmp_path / "w", steps=4)
+    assert report.best_step == 0 and same(found, tower)
+
+
+def test_the_seed_decides_and_nothing_else(clip_base: Path, tmp_path: Path) -> None:
+    start, task = load_tower(clip_base), task_of(tuned_tower(clip_base, 1), 1, 1.0)
+    one, _ = refined(start, [task], tmp_path / "a", steps=5, seed=1)
+    torch.manual_seed(7)
+    again, _ = refined(start, [task], tmp_path / "b", steps=5, seed=1)
+    other, _ = refined(start, [task], tmp_path / "c", steps=5, seed=2)
+    assert same(one, again) and not same(one, other)
+
+
+def test_the_best_weights_are_kept_not_the_last(
+    clip_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tuned_tower(clip_base, 1)
+    task = task_of(start, 1, 1.0)
+    for value in start.parameters():
+        value.data *= 1.001
+    monkeypatch.setattr(training, "LEARNING_RATE", 0.3)
+    found, report = refined(start, [task], tmp_path / "w", steps=6)
+    assert report.best_step == 0 and report.after == report.before and same(found, start)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(
+    clip_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LEARNING_RATE", 1e30)
+    with pytest.raises(NumericalError, match="the loss is not finite after 1 steps"):
+        refined(load_tower(clip_base), [task_of(tuned_tower(clip_base, 1), 1, 1.0)], tmp_path / "w", steps=6)
+
+
+def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(clip_base: Path, tmp_path: Path) -> None:
+    start, towers = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
+    tasks = [task_of(tower, seed) for seed, tower in enumerate(towers, 1)]
+    whole, report = refined(start, tasks, tmp_path / "whole", steps=20)
+    for steps in (1, 2, 5, 19):
+        folder, counted = tmp_path / f"stopped {steps}", 0
+
+        def stop(done: int, total: int, steps: int = steps) -> None:
+            nonlocal counted
+            counted += done
+            if counted == steps:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            refined(start, tasks, folder, steps=20, on_step=stop)
+        unread = [replace(task, images=never()) for task in tasks]
+        on_step = Mock()
+        again, found = refined(start, unread, folder, steps=20, on_step=on_step)
+        assert on_step.call_args_list[0].args == (steps - steps % 2, 20)
+        assert replace(found, seconds=0) == replace(report, seconds=0) and same(again, whole)
+
+
+def never() -> Iterator[Batch]:
+    raise AssertionError("the images of an interrupted run are read a second time")
+    yield
+
+
+PROCESS = """
+import sys
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+from hf_epimer.checkpoints.reader import StateDict
+from hf_epimer.models.clip import CLIP
+from hf_epimer.models.loading import load_tower
+from hf_epimer.models.weights import parameters_of
+from hf_epimer.pipeline.refinement import training
+from hf_epimer.tasks.images import Batch
+
+zoo, folder = map(Path, sys.argv[1:])
+training.LEARNING_RATE = 1e-3
+training._has_bfloat16 = lambda device: False
+tasks = []
+for seed, name in enumerate("ab"):
+    pixels = torch.randn(33, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    tuned = StateDict(name, load_file(zoo / name / "model.safetensors"))
+    images = [Batch(pixels, torch.zeros(33), list(range(33)))]
+    tasks.append(training.RefinementTask(name, tuned, 0.5, images, lambda features: normalize(features, dim=-1)))
+tower = load_tower(zoo / "base")
+report = training.refine(tower, tasks, CLIP, folder, steps=6)
+weights = {name: value.detach().clone() for name, value in parameters_of(tower, CLIP).items()}
+save_file(weights, folder / f"rank{training.Accelerator().process_index}.safetensors", {"best": str(report.best_step)})
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(clip_zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "process.py").write_text(PROCESS)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+        words = [*launcher, str(tmp_path / "process.py"), str(clip_zoo), str(folder)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        found += [load_file(folder / f"rank{rank}.safetensors") for rank in range(count)]
+    one, first, second = found
+    base = load_file(clip_zoo / "base" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name, value in one.items():
+        if not name.endswith("k_proj.bias"):  # features do not depend on it, and its gradient is rounding
+            assert float((first[name] - value).norm()) < 0.02 * float((value - base[name]).norm()), name
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(clip_zoo: Path, own_home: Path) -> tuple[object, ...]:
+    tasks = ("--task", clip_zoo / "a.json", clip_zoo / "b.json")
+    models = (f"a={clip_zoo / 'a'}", f"b={clip_zoo / 'b'}", "--base", clip_zoo / "base")
+    return ("merge", *models, *tasks, "--method", "mean", "--samples", 40, "--refine", "--refine-steps", 30)
+
+
+def test_refine_from_the_command(words: tuple[object, ...], run: Run, tmp_path: Path, own_home: Path) -> None:
+    code, out, err = run(*words, "--out", "m")
+    assert code == 0, err
+    report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
+    refinement = report["totals"]["refinement"]
+    assert refinement["steps"] == 30 and refinement["best_step"] > 0 and refinement["images"] == {"a": 36, "b": 36}
+    assert all(refinement["after"][label] < refinement["before"][label] for label in "ab")
+    assert f"trained for {refinement['best_step']} steps" in out and "distance to the features of each model: a " in out
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert f"trained for {refinement['best_step']} steps on up to 36 unlabelled images of each task" in card
+    assert "without training" not in card and "then trained without labels" in card
+    assert not list((own_home / "refinement").iterdir())
+    config = json.loads((tmp_path / "m" / "merge_config.json").read_text())
+    assert config["refine"] is True and config["refine_steps"] == 30
+    assert run("merge", "--config", "m/merge_config.json", "--out", "n")[0] == 0
+    assert run(*words[:-3], "--out", "p")[0] == 0
+    m, n, p = (tmp_path / name / "model.safetensors" for name in "mnp")
+    assert m.read_bytes() == n.read_bytes() != p.read_bytes()
+    assert "without training" in (tmp_path / "p" / "README.md").read_text()
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    merged, base = load_file(m)[name], parameters_of(load_tower(words[4]), CLIP)[name].detach()  # type: ignore[arg-type]
+    layer = next(layer for layer in report["layers"] if layer["name"] == name)
+    assert layer["merged_norm"] == pytest.approx(float((merged - base).norm()), rel=1e-4)
+
+
+def test_a_calibrated_merge_is_refined_and_a_plan_says_so(words: tuple[object, ...], run: Run, tmp_path: Path) -> None:
+    code, out, err = run(*words, "--calibrate", "--out", "m", "--dry-run", "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert len(plan["refine_on"]) == 2 and "40 samples" in plan["refine_on"][0] and plan["refine_steps"] == 30
+    assert plan["refinement_bytes"] > 2 * 80 * 3 * 8 * 8
+    code, out, err = run(*words, "--calibrate", "--out", "m")
+    assert code == 0, err
+    assert "calibrated layers: 12" in out and "refined: trained" in out
+
+
+def test_a_refinement_that_gains_nothing_is_left_out_with_a_word(
+    words: tuple[object, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LEARNING_RATE", 0.3)
+    code, _, err = run(*words, "--out", "m")
+    assert code == 0 and "no nearer to its models" in err
+    assert run(*words[:-3], "--out", "p")[0] == 0
+    m, p = (load_file(tmp_path / name / "model.safetensors") for name in "mp")
+    assert all(torch.equal(m[name], value) for name, value in p.items())
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1_000_001])
+def test_steps_out_of_range_are_wrong_usage(steps: int, words: tuple[object, ...], run: Run) -> None:
+    fails(run(*words[:-1], steps, "--out", "m"), "--refine-steps must be", 2)
+
+
+def test_what_refinement_cannot_do_is_said_before_any_work(
+    words: tuple[object, ...], run: Run, tmp_path: Path, clip_zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nameless = ("merge", clip_zoo / "a", clip_zoo / "b", "--base", clip_zoo / "base", "--method", "mean", "--refine")
+    fails(run(*nameless, "--out", "m"), "to refine, its task must be known", 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    fails(run(*words, "--out", "m"), "refinement needs .* GB for pictures and weights in .* GB are free")
+    assert not (tmp_path / "m").exists()
