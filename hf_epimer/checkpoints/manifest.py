@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_epimer.checkpoints.atomic import write_text
-from hf_epimer.checkpoints.reader import check_whole
+from hf_epimer.checkpoints.reader import WEIGHT_NAMES, WEIGHTS, check_whole
 from hf_epimer.errors import CheckpointError, OutputError
 from hf_epimer.outside import Unreadable, exists, parse_json, read_text
 
@@ -217,7 +217,8 @@ def publishable(folder: Path) -> list[str]:
 def _check_weights(folder: Path, names: list[str], again: str) -> None:
     """There are weights, and every shard that an index names is among them."""
     index = next((name for name in names if name.endswith(".safetensors.index.json")), None)
-    needed = [] if index else ["adapter_model.safetensors" if "adapter_config.json" in names else "model.safetensors"]
+    whole = next((name for name in WEIGHT_NAMES if name in names), WEIGHTS)
+    needed = [] if index else ["adapter_model.safetensors" if "adapter_config.json" in names else whole]
     if index:
         try:
             needed = sorted(set(parse_json(read_text(folder / index))["weight_map"].values()))

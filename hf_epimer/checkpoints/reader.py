@@ -7,6 +7,7 @@ Opening one reads headers only; a tensor is read when it is asked for, into a bu
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import struct
@@ -24,10 +25,31 @@ from hf_epimer.outside import LARGEST, Unreadable, open_file, parse_json, read_t
 from hf_epimer.types import Shape
 
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+WEIGHT_NAMES = (WEIGHTS, "diffusion_pytorch_model.safetensors")
+"""What one file of weights is called: by transformers, and by diffusers."""
+
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+COUNTERS = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Types of what lies beside weights and is no weight."""
+
+
+def index_of(weights: str) -> str:
+    """The name of the index that there is instead where these weights lie in shards."""
+    return f"{weights}.index.json"
+
+
+WEIGHTS_INDEX = index_of(WEIGHTS)
 
 
 class TensorSource(Protocol):
@@ -112,8 +134,14 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         handle, stored, file = self._places[name]
         with _readable(self.label, file):
-            tensor: Tensor = handle.get_tensor(stored)
-        return tensor
+            tensor: Tensor = handle.get_tensor(stored)  # mapped, not read: the system may drop its pages at any time
+        return tensor.view(self.shapes[name])
+
+    def reshaped(self, shapes: Mapping[str, Shape]) -> Checkpoint:
+        """Some of its tensors, in that order, each in a shape of as many elements."""
+        others = copy.copy(self)
+        others.shapes = dict(shapes)
+        return others
 
     def copy_to(self, name: str, out: Tensor) -> None:
         _, stored, file = self._places[name]
@@ -230,14 +258,14 @@ def _readable(label: str, file: Path) -> Iterator[None]:
 
 
 def choose_weights(
-    names: Iterable[str], label: str, read_index: Callable[[], str], elsewhere: str = "", listing: str = ""
+    names: Iterable[str], label: str, read_index: Callable[[str], str], elsewhere: str = "", listing: str = ""
 ) -> list[str]:
     """Which files of a checkpoint hold its weights.
 
     Args:
         names: of all its files.
         label: how messages name it.
-        read_index: gives the text of the index of a sharded checkpoint.
+        read_index: gives the text of the index of a sharded checkpoint, by its name.
         elsewhere: where safetensors may be found if there are pickled weights only, for the message.
         listing: what there is instead of weights, for the message.
 
@@ -245,16 +273,18 @@ def choose_weights(
         CheckpointError: there are only pickled weights, none at all, or a shard that the index names is missing.
     """
     names = set(names)
-    if WEIGHTS in names:
-        return [WEIGHTS]
-    if WEIGHTS_INDEX in names:
+    for whole in WEIGHT_NAMES:
+        if whole in names:
+            return [whole]
+        if (index := index_of(whole)) not in names:
+            continue
         try:
-            shards = sorted(set(parse_json(read_index())["weight_map"].values()))
+            shards = sorted(set(parse_json(read_index(index))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{label}: {WEIGHTS_INDEX} is not a safetensors index ({error})") from error
+            raise CheckpointError(f"{label}: {index} is not a safetensors index ({error})") from error
         missing = [name for name in shards if name not in names]
         if missing:
-            raise CheckpointError(f"{label}: shard {missing[0]} named by {WEIGHTS_INDEX} is missing")
+            raise CheckpointError(f"{label}: shard {missing[0]} named by {index} is missing")
         return shards
     pickled = sorted(name for name in names if name.endswith(PICKLED))
     if pickled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from hf_epimer.pipeline.recipe import MergeRecipe, recipe_from_json
 
 if TYPE_CHECKING:
     from hf_epimer.pipeline.plan import Plan
+    from hf_epimer.pipeline.report import MergeReport
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +74,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exact", action="store_true", default=absent, help="float64, full SVDs, dense solves")
     parser.add_argument("--out-rank", type=int, default=absent, metavar="R", help="of adapters: the result's rank")
     parser.add_argument("--dense", action="store_true", default=absent, help="of adapters: write a full checkpoint")
+    what = "of models of no known family: parameters that stay as they are in the base (`*` for any letters)"
+    parser.add_argument("--skip", nargs="+", action="extend", default=absent, metavar="PATTERN", help=what)
     parser.add_argument("--dry-run", action="store_true", help="resolve, check, print the plan; write nothing")
     add_output_arguments(parser)
     add_method_arguments(parser.add_argument_group("method options"))
@@ -95,18 +99,14 @@ def _recipe(namespace: argparse.Namespace) -> MergeRecipe:
     check_options(method, options)
     of_file = arguments.get("options")
     arguments |= {"method": method.name, "options": method.config(**(vars(of_file) if of_file else {}) | options)}
-    converted = {"models", "base", "method", "weights", "eval_results", "fisher", "tasks"}
-    plain = {item.name for item in fields(MergeRecipe)} - converted
+    lists = {"weights": "weights", "eval_results": "eval_results", "task": "tasks", "skip": "skip"}  # flag -> field
+    plain = {item.name for item in fields(MergeRecipe)} - {"models", "base", "method", "fisher", *lists.values()}
     arguments |= {name: given[name] for name in plain if name in given}
     if "base" in given:
         arguments["base"] = ModelRef.parse(given["base"])
-    for name in ("weights", "eval_results"):
-        if name in given:
-            arguments[name] = tuple(given[name])
+    arguments |= {name: tuple(given[flag]) for flag, name in lists.items() if flag in given}
     if "fisher" in given:
         arguments["fisher"] = tuple(map(ModelRef.parse, given["fisher"]))
-    if "task" in given:
-        arguments["tasks"] = tuple(given["task"])
     return MergeRecipe(**arguments, command=tuple(namespace.words))
 
 
@@ -114,13 +114,25 @@ def _run(namespace: argparse.Namespace) -> None:
     recipe = _recipe(namespace)
     from hf_epimer.pipeline.merge import merge
     from hf_epimer.pipeline.planner import make_plan
+    from hf_epimer.pipeline.processes import launched, leave
 
+    is_main = launched().is_main
+    if not is_main:
+        logging.disable(logging.WARNING)  # one process speaks for all
     if namespace.dry_run:
-        _print_plan(make_plan(recipe), namespace.json)
+        plan = make_plan(recipe, any_architecture=True)
+        if is_main:
+            _print_plan(plan, namespace.json)
         return
-    with progress_bar(namespace.quiet or namespace.json) as progress:
+    with progress_bar(namespace.quiet or namespace.json or not is_main) as progress:
         report = merge(recipe, progress)
-    if namespace.json:
+    leave()
+    if is_main:
+        _print_report(recipe, report, namespace.json)
+
+
+def _print_report(recipe: MergeRecipe, report: MergeReport, as_json: bool) -> None:
+    if as_json:
         print(json.dumps({"out": str(report.out), "url": report.url, **without_layers(report.to_json())}))
         return
     from rich.console import Console

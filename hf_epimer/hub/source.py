@@ -17,6 +17,7 @@ from typing import Any
 
 import huggingface_hub  # its names are loaded when they are used, which a merge of local folders never does
 from huggingface_hub import constants
+from huggingface_hub.errors import SafetensorsParsingError
 
 from hf_epimer.errors import CheckpointError, HubError
 from hf_epimer.hub.card import card_metadata
@@ -74,6 +75,11 @@ class Source:
         """For cards and tables: the Hub id, or the folder's name."""
         return self.ref.name if self.ref.is_local else self.ref.location
 
+    @property
+    def is_here(self) -> bool:
+        """Whether nothing of it can come from elsewhere: it is a folder, or HF_HUB_OFFLINE is set."""
+        return self.ref.is_local or constants.HF_HUB_OFFLINE
+
     def fetch(self, name: str) -> Path:
         """The local path of one of its files, downloaded and checked if need be."""
         if self.ref.is_local:
@@ -94,9 +100,32 @@ class Source:
             raise CheckpointError(f"{self}: {name} arrives with {other} than the Hub lists; try again later")
         return self.intact.setdefault(name, path)
 
-    def _download(self, name: str, force: bool = False) -> Path:
+    def header(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of every tensor in one of its safetensors files on the Hub; the rest of it stays there.
+
+        Raises:
+            CheckpointError: it is no safetensors file.
+            HubError: it cannot be had.
+        """
+
+        def ask() -> Any:
+            return huggingface_hub.HfApi().parse_safetensors_file_metadata(
+                self.ref.location, name, revision=self._commit(name)
+            )
+
+        try:
+            parsed = persist(ask, str(self), f"the header of {name}")
+        except SafetensorsParsingError as error:
+            raise CheckpointError(f"{self}: {name} is not a readable safetensors file ({one_line(error)})") from error
+        return {tensor: (info.dtype, tuple(info.shape)) for tensor, info in parsed.tensors.items()}
+
+    def _commit(self, name: str) -> str | None:
+        """Where one of its files lies: those that a conversion has no copy of stay where they were."""
         is_kept = self.conversion is not None and name in self.conversion.kept
-        commit = self.conversion.asked if self.conversion and is_kept else self.ref.revision
+        return self.conversion.asked if self.conversion and is_kept else self.ref.revision
+
+    def _download(self, name: str, force: bool = False) -> Path:
+        commit = self._commit(name)
 
         def download() -> Path:
             options: dict[str, Any] = {"force_download": force, "local_files_only": constants.HF_HUB_OFFLINE}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +52,7 @@ def merge_layers(
     exact: bool = False,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    only: Collection[str] | None = None,
     on_layer: Callable[[str, int], None] = lambda stage, layers: None,
 ) -> Iterator[MergedLayer]:
     """Merge parameter by parameter, in the order of the base.
@@ -64,6 +65,7 @@ def merge_layers(
         exact: float64, full decompositions, dense solves.
         device: where layers are solved; files are always read to the CPU.
         dtype: of the merged tensors; None for that of the base.
+        only: the parameters to merge, where others are merged elsewhere; a survey is of all of them.
         on_layer: called with the stage ("survey" or "merge") and 1 after every layer.
 
     Raises:
@@ -72,18 +74,20 @@ def merge_layers(
     """
     needs = method.statistic(config)
 
-    def over_layers(work: Callable[[Layer], Result], stage: str = "survey") -> Iterator[Result]:
-        for result in stream_layers(ingredients, work, needs, seed=seed, exact=exact, device=device):
+    def over(
+        work: Callable[[Layer], Result], stage: str = "survey", only: Collection[str] | None = None
+    ) -> Iterator[Result]:
+        for result in stream_layers(ingredients, work, needs, seed=seed, exact=exact, device=device, only=only):
             yield result
             on_layer(stage, 1)
 
-    survey = method.survey(config, over_layers) if method.survey else None
+    survey = method.survey(config, over) if method.survey else None
 
     def merge(layer: Layer) -> MergedLayer:
         stored_as = dtype or ingredients.base.tensor(layer.name).dtype
         return _merge_layer(layer, method, config, survey, stored_as)
 
-    yield from over_layers(merge, "merge")
+    yield from over(merge, "merge", only)
 
 
 def stream_layers(
@@ -94,6 +98,7 @@ def stream_layers(
     seed: int = 0,
     exact: bool = False,
     device: str = "cpu",
+    only: Collection[str] | None = None,
 ) -> Iterator[Result]:
     """work(layer) for every parameter in the order of the base, several side by side.
 
@@ -101,9 +106,9 @@ def stream_layers(
         ingredients: checked to fit together.
         work: a pure function; it must keep no tensor of the layer, whose buffers are used again.
         needs: the statistic to read.
-        seed, exact, device: as in `merge_layers`.
+        seed, exact, device, only: as in `merge_layers`.
     """
-    names = list(ingredients.base.shapes)
+    names = [name for name in ingredients.base.shapes if only is None or name in only]
     make_reader = partial(_LayerReader, ingredients, needs, seed=seed, exact=exact, device=device)
     workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
     of_thread = threading.local()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_epimer.errors import CheckpointError
+from hf_epimer.models.any_architecture import architecture_of_none
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.clip import CLIP
 
@@ -31,6 +32,12 @@ def find_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     names = " or a ".join(architecture.name for architecture in ARCHITECTURES)
     known = ", ".join(sorted(model_type for architecture in ARCHITECTURES for model_type in architecture.model_types))
     raise CheckpointError(f"{where}: model type {model_type!r} is not a {names} ({known} are)")
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The family of a model; for one of none that is known here, what little can be said of it."""
+    known = {model_type: family for family in ARCHITECTURES for model_type in family.model_types}
+    return known.get(str(config.get("model_type"))) or architecture_of_none(config)
 
 
 def recognise(names: Iterable[str]) -> Architecture | None:

@@ -106,6 +106,7 @@ class Architecture:
         known: the values of `known_by` of well-known base models -> Hub id.
         known_by: fields by which a base is known.
         zero_shot: how classes are made out of texts; None where a task must bring its head.
+        data_free: whether nothing of all this is known, so that models merge without data.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Architecture:
     known: Mapping[tuple[int, ...], str] | None = None
     known_by: tuple[str, ...] = ()
     zero_shot: ZeroShot | None = None
+    data_free: bool = False
     width: str = "hidden_size"
     depth: str = "num_hidden_layers"
 

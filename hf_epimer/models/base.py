@@ -12,6 +12,7 @@ from hf_epimer.errors import MismatchError, UsageError
 from hf_epimer.hub.refs import ModelRef, is_repo_id, same_repo
 from hf_epimer.hub.source import Source
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
+from hf_epimer.models import find_architecture
 from hf_epimer.models.source import ModelSource, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -99,8 +100,10 @@ def base_of(model: ModelSource, given: ModelRef | None) -> ModelSource:
 
     Raises:
         MismatchError, UsageError: as in `find_base` and `check_same_architecture`.
+        CheckpointError: it is of no family that is known here.
     """
     base = find_base(given, [model])
+    find_architecture(base.config, str(base))
     check_same_architecture(base, [model])
     return base
 

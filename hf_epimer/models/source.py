@@ -13,14 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_epimer.checkpoints.reader import FORMATS, WEIGHTS, WEIGHTS_INDEX, Checkpoint, choose_weights, read_json
+from hf_epimer.checkpoints.reader import FORMATS, WEIGHTS, Checkpoint, choose_weights, read_json
 from hf_epimer.errors import CheckpointError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.resolve import resolve
 from hf_epimer.hub.source import Source
 from hf_epimer.lora import adapter as adapters
 from hf_epimer.merging.inputs import check_shapes
-from hf_epimer.models import find_architecture
+from hf_epimer.models import architecture_of
+from hf_epimer.models.any_architecture import Stored
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.outside import leads_elsewhere
 from hf_epimer.types import Shape
@@ -91,7 +92,7 @@ class ModelSource(Source):
         if self.is_adapter:
             return adapters.ADAPTER_CONFIG, adapters.adapter_weights(self.files, str(self))
         elsewhere = (self.elsewhere, self._listing)
-        return tuple(choose_weights(self.files, str(self), lambda: self.read_text(WEIGHTS_INDEX), *elsewhere))
+        return tuple(choose_weights(self.files, str(self), self.read_text, *elsewhere))
 
     @property
     def _listing(self) -> str:
@@ -117,18 +118,20 @@ class ModelSource(Source):
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The family of a full checkpoint; an adapter's is that of its base.
+        """The family of a full checkpoint, or what can be said of one of none; an adapter's is that of its base.
 
         Raises:
-            CheckpointError: it is an adapter, has no config, or is of no family that is known here.
+            CheckpointError: it is an adapter, or has no config.
         """
         if self.is_adapter:
             raise CheckpointError(f"{self}: it is an adapter, and a full checkpoint is needed: there is no {CONFIG}")
-        return find_architecture(self.config, str(self))
+        return architecture_of(self.config)
 
     @cached_property
     def vision_config(self) -> dict[str, Any]:
         """The fields of a full checkpoint's config that decide with what it can be merged."""
+        if self.architecture.data_free:
+            return {"model_type": self.architecture.tag}
         return self.architecture.vision_config(self.config, str(self))
 
     @property
@@ -136,6 +139,22 @@ class ModelSource(Source):
         """Whether it is a full model that a zero-shot head can be made from."""
         zero_shot = self.architecture.zero_shot
         return zero_shot is not None and self.config.get("model_type") in zero_shot.model_types
+
+    @cached_property
+    def tensors(self) -> Stored:
+        """Type and shape of all that its weight files hold, by name, from their headers: no weight is fetched.
+
+        Raises:
+            CheckpointError: a file is damaged, or two hold tensors of one name.
+        """
+        if self.is_here:
+            checkpoint = Checkpoint(self.label, [self.fetch(name) for name in self.weight_files])
+            found = {name: (checkpoint.dtypes[name], shape) for name, shape in checkpoint.shapes.items()}
+        else:
+            found = {}
+            for file in self.weight_files:
+                found |= self.header(file)
+        return dict(sorted(found.items()))
 
     @cached_property
     def content_sha(self) -> str:

@@ -24,6 +24,7 @@ from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods.statistic import POSITIONS, PROJECTED_FISHER, StatisticKind, StatisticsFile
+from hf_epimer.pipeline.any_architecture import open_any
 from hf_epimer.pipeline.plan import CurvatureFile, Plan
 from hf_epimer.types import Progress
 
@@ -53,6 +54,8 @@ def open_inputs(plan: Plan, progress: Progress) -> Ingredients:
         MismatchError, CheckpointError, StatisticsError: something is damaged or does not fit.
         UsageError: in several processes, of which only `hf-epimer fisher` knows what to do.
     """
+    if plan.treatment:
+        return open_any(plan)
     ingredients = _open_weights(plan)
     if plan.to_estimate and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")

@@ -15,15 +15,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_epimer.checkpoints.folders import atomic_folder
+from hf_epimer.errors import UsageError
 from hf_epimer.merging.report import totals_of
 from hf_epimer.models.source import PROCESSOR_FILES
+from hf_epimer.pipeline.any_architecture import COPIED
 from hf_epimer.pipeline.doubts import doubts
 from hf_epimer.pipeline.folder import CONFIG, push, write_records
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.output import write_merge
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.planner import make_plan
+from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.pipeline.report import MergeReport
 from hf_epimer.pipeline.usage import Usage
@@ -44,10 +46,13 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         EpimerError: one of its kinds, with a message that says what is at fault and what to do. Nothing half-written
             is left.
     """
-    usage = Usage()
+    usage, processes = Usage(), launched()
     with usage.stage("fetching"):
-        plan = make_plan(recipe)
-        fetch(plan, progress, PROCESSOR_FILES)
+        plan = make_plan(recipe, any_architecture=True)
+        if processes.count > 1 and not plan.treatment:
+            raise UsageError(f"{plan.base} merges in one process; only models of no known family are shared out")
+        with processes.main_first():
+            fetch(plan, progress, COPIED if plan.treatment else PROCESSOR_FILES)
     if plan.recipe.calibrate:
         _announce_calibration(plan, progress)
     with usage.stage("statistics"):
@@ -56,7 +61,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     if plan.recipe.tune_alpha:
         with usage.stage("choosing alpha"):
             plan, divergences = _tuned(plan, ingredients, progress)
-    with atomic_folder(recipe.target, CONFIG, recipe.overwrite) as folder:
+    with processes.atomic_folder(recipe.target, CONFIG, recipe.overwrite) as folder:
         with usage.stage("merging"):
             layers, refinement = write_merge(folder, plan, ingredients, usage, progress)
         totals = totals_of(layers)
@@ -78,8 +83,9 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         accuracies = results.to_json() if results else None
         seconds, memory = usage.seconds(), usage.memory()
         report = MergeReport(recipe.target, None, plan.method.name, totals, layers, seconds, memory, accuracies)
-        write_records(folder, plan, report, results)
-    if not recipe.push_to:
+        if processes.is_main:
+            write_records(folder, plan, report, results)
+    if not recipe.push_to or not processes.is_main:
         return report
     progress("pushing", 0, 0)
     url = push(recipe.target, recipe.push_to, private=recipe.private, create_pr=recipe.create_pr)

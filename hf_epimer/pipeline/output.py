@@ -19,7 +19,9 @@ from hf_epimer.lora import Adapter, MergedUpdate, fold_updates, merge_adapters, 
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import MergedLayer, merge_layers
+from hf_epimer.pipeline.any_architecture import write_any
 from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.report import RefinementReport
 from hf_epimer.pipeline.usage import Usage
 from hf_epimer.types import Progress
@@ -61,6 +63,8 @@ def write_merge(
         progress("merging" if stage == "merge" else "surveying", done, len(plan.shapes))
 
     progress("merging", 0, len(plan.shapes))
+    if plan.treatment:
+        return write_any(folder, plan, plan.treatment, ingredients, launched(), on_layer, usage.note_memory), None
     if plan.writes_adapter:
         _write_adapter(folder, plan, ingredients, noted(_updates(plan, ingredients, on_layer)))
         return tuple(reports), None

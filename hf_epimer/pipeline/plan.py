@@ -16,6 +16,7 @@ from hf_epimer.hub.source import Source
 from hf_epimer.lora import works_in_core
 from hf_epimer.methods import Method
 from hf_epimer.methods.statistic import StatisticKind
+from hf_epimer.models.any_architecture import Treatment
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.source import ModelSource
 from hf_epimer.numerics.subspace import capped_rank
@@ -88,12 +89,14 @@ class Plan:
 
     Attributes:
         recipe: with every reference pinned to a commit and every option filled in.
+        treatment: what becomes of every tensor of models that are of no known family; None of those of a family.
     """
 
     recipe: MergeRecipe
     method: Method
     base: ModelSource
     models: tuple[PlannedModel, ...]
+    treatment: Treatment | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -103,7 +106,12 @@ class Plan:
     @property
     def shapes(self) -> dict[str, Shape]:
         """Canonical name -> shape of every parameter that will be merged."""
-        return self.architecture.shapes(self.base.vision_config)
+        return self.treatment.shapes if self.treatment else self.architecture.shapes(self.base.vision_config)
+
+    @property
+    def matrices(self) -> dict[str, Shape]:
+        """Name -> shape of those that are matrices to the method."""
+        return self.treatment.matrices if self.treatment else {n: s for n, s in self.shapes.items() if len(s) == 2}
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -182,6 +190,8 @@ class Plan:
         """What a method that does without curvature has of it here, and what would make the merge better."""
         if not self.method.does_without:
             return ""
+        if self.treatment:
+            return "the checkpoints alone"
         needed = self.method.statistic(self.recipe.options)
         without = [model.label for model in self.models if needed not in model.curvature]
         if self.recipe.calibrate:
@@ -205,8 +215,9 @@ class Plan:
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` prints."""
         rank = getattr(self.recipe.options, "rank", None) or 0
-        matrices = {name: (shape[0], shape[1]) for name, shape in self.shapes.items() if len(shape) == 2}
-        ranks = {name: capped_rank(rank, shape, len(self.models)) if rank else 0 for name, shape in matrices.items()}
+        ranks = {
+            name: capped_rank(rank, (m, n), len(self.models)) if rank else 0 for name, (m, n) in self.matrices.items()
+        }
         read = [self.base] * self.reads_base + [model.source for model in self.models]
         images = [f"{model.label}: {model.images}" for model in self.models if model.images]
         return {
@@ -229,7 +240,8 @@ class Plan:
             "refinement_bytes": self.refinement_bytes,
             "tune_alpha_on": images if self.recipe.tune_alpha else [],
             "parameters": len(self.shapes),
-            "matrices": len(matrices),
+            "matrices": len(self.matrices),
+            **(self.treatment.summary() if self.treatment else {}),
             "capped_ranks": {name: capped for name, capped in ranks.items() if capped < rank},
             "data": [
                 f"{images.task.name}: {'streamed, of ' * images.is_streamed}{images.nbytes / 1e9:.2f} GB"

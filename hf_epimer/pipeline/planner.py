@@ -27,10 +27,12 @@ from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
 from hf_epimer.methods import Method, find_method
 from hf_epimer.methods.statistic import GRADIENT_GRAM, POSITIONS
+from hf_epimer.models import find_architecture
 from hf_epimer.models.base import check_same_architecture, find_base
 from hf_epimer.models.head import check_head
 from hf_epimer.models.source import ModelSource, resolve_model
 from hf_epimer.outside import expanded
+from hf_epimer.pipeline.any_architecture import plan_treatment
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
 from hf_epimer.pipeline.eval_results import benchmarks
 from hf_epimer.pipeline.plan import CurvatureFile, Plan, PlannedModel
@@ -40,12 +42,13 @@ from hf_epimer.tasks.task import Task, benchmark_tasks, infer_task, load_task_fi
 logger = logging.getLogger(__name__)
 
 
-def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan:
+def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False, any_architecture: bool = False) -> Plan:
     """Resolve, infer and check everything that needs no weights.
 
     Args:
         recipe: what is asked for.
         statistics_optional: estimate none, and do without any where not every model has its own.
+        any_architecture: whether models of no family that is known here will do, too.
 
     Raises:
         EpimerError: one of its kinds: a reference cannot be resolved, something does not fit or is not possible.
@@ -55,6 +58,24 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False) -> Plan
     models = _label(recipe, [resolve_model(ref) for ref in recipe.models])
     base = find_base(recipe.base, [model.source for model in models])
     _check_not_an_input(recipe, push_to, base, models)
+    if not base.architecture.data_free:
+        return _plan_of_family(recipe, method, base, models, statistics_optional)
+    if not any_architecture:
+        find_architecture(base.config, str(base))  # says which there are
+    _check_distinct(base, models)
+    base.check_readable()
+    treatment = plan_treatment(recipe, method, base, [model.source for model in models])
+    return replace(_pin(recipe, method, base, models), treatment=treatment)
+
+
+def _plan_of_family(
+    recipe: MergeRecipe,
+    method: Method,
+    base: ModelSource,
+    models: tuple[PlannedModel, ...],
+    statistics_optional: bool,
+) -> Plan:
+    """The plan for models of a family that is known: with curvature and images where they are needed."""
     _check(recipe, method, base, models)
     needs = method.statistic(recipe.options)
     models = with_curvature(
@@ -185,6 +206,8 @@ def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Seque
     _check_distinct(base, models)
     if not _writes_adapter(recipe, models):
         base.check_readable()
+    if recipe.skip:
+        raise UsageError(f"--skip is for models of no family that is known here; {base} is a {base.architecture.name}")
     if recipe.calibrate and _writes_adapter(recipe, models):
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
     if recipe.refine and _writes_adapter(recipe, models):

@@ -56,6 +56,7 @@ class MergeRecipe:
         exact: float64, full decompositions and dense solves.
         out_rank: of adapters alone: the largest rank of the merged adapter's layers; None for what they need.
         dense: of adapters alone: fold the merged adapter into the base and write a full checkpoint.
+        skip: of models of no known family: patterns of names of parameters that stay as they are in the base.
         command: the words that were typed, for the card; nothing else depends on them.
     """
 
@@ -89,6 +90,7 @@ class MergeRecipe:
     exact: bool = False
     out_rank: int | None = None
     dense: bool = False
+    skip: tuple[str, ...] = ()
     command: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -142,7 +144,12 @@ class MergeRecipe:
             shown = value != option.default or (name in ("rank", "alpha") and value is not None)
             if shown and not (name == "alpha" and self.tune_alpha):
                 words += [option.flag, str(value)]
-        for flag, values in (("--weights", self.weights), ("--fisher", self.fisher), ("--task", self.tasks)):
+        for flag, values in (
+            ("--weights", self.weights),
+            ("--fisher", self.fisher),
+            ("--task", self.tasks),
+            ("--skip", self.skip),
+        ):
             words += [flag, *map(str, values)] if values else []
         if self.calibrate or self.refine or self.tune_alpha or (method.statistic(self.options) and not self.fisher):
             words += ["--samples", str(self.samples)]
@@ -192,6 +199,7 @@ _DECIDES = (
     "exact",
     "out_rank",
     "dense",
+    "skip",
 )
 """Fields of a recipe that go into merge_config.json as they are; destinations do not."""
 
@@ -221,7 +229,7 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
         if unknown:
             raise UsageError(f"--config {file}: {method.name} has no option {sorted(unknown)[0]!r}")
         arguments = {name: content[name] for name in _DECIDES if name in content}
-        for name in ("weights", "eval_results", "tasks"):
+        for name in ("weights", "eval_results", "tasks", "skip"):
             if arguments.get(name) is not None:
                 arguments[name] = tuple(arguments[name])
         return {

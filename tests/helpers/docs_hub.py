@@ -11,6 +11,7 @@ from helpers.adapters import make, rewrite_config
 from helpers.clip import write_clip, write_tuned
 from helpers.data import write_benchmark
 from helpers.hub_server import StandInHub
+from helpers.shards import language_model, write_shards
 from hf_epimer.tasks.task import benchmark_tasks
 
 BASE = "openai/clip-vit-base-patch32"
@@ -18,7 +19,7 @@ TASKS = ("dtd", "svhn")
 
 
 def fill(hub: StandInHub, folder: Path) -> None:
-    """A base that can read, two fine-tuned towers, two adapters, and the data sets of their tasks."""
+    """A base that can read, two fine-tuned towers, two adapters, the data sets of their tasks; and language models."""
     base = write_base(folder / "base")
     hub.add_repo(BASE, base)
     for seed, name in enumerate(TASKS, start=1):
@@ -32,6 +33,12 @@ def fill(hub: StandInHub, folder: Path) -> None:
         rewrite_config(adapter, base_model_name_or_path=BASE)
         (adapter / "README.md").write_text(card)
         hub.add_repo(f"org/lora-{name}", adapter)
+    tensors = language_model(0)
+    hub.add_repo("org/lm", write_shards(folder / "lm", tensors))
+    for seed, name in enumerate(("lm-code", "lm-chat"), start=1):
+        write_shards(folder / name, language_model(seed, tensors))
+        (folder / name / "README.md").write_text("---\nbase_model: org/lm\n---\n")
+        hub.add_repo(f"org/{name}", folder / name)
     shutil.rmtree(folder)
 
 

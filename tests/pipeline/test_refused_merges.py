@@ -74,7 +74,7 @@ def test_folders_that_are_not_there_or_not_checkpoints(tiny_zoo: Path, run: Run)
     (tiny_zoo / "a" / "config.json").write_text("{not json")
     refuse(tiny_zoo, run, r"config\.json is not readable JSON")
     (tiny_zoo / "a" / "config.json").write_text('{"model_type": "bert"}')
-    refuse(tiny_zoo, run, "model type 'bert' is not a CLIP vision model")
+    refuse(tiny_zoo, run, "is a bert model, the base base a CLIP vision model")
 
 
 def test_pickled_weights_are_refused_before_any_work(tiny_zoo: Path, run: Run) -> None:

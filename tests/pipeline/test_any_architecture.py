@@ -1,0 +1,232 @@
+"""Models of no family that is known here: merged without data, from shards into shards, by rules that the plan says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import reference
+from helpers.command import Run, fails
+from helpers.hub_server import StandInHub
+from helpers.shards import VOCABULARY, language_model, read_shards, write_shards
+from hf_epimer.checkpoints.reader import WEIGHT_NAMES
+from hf_epimer.checkpoints.writer import Shards
+from hf_epimer.merging import average
+from hf_epimer.pipeline import any_architecture
+
+BASE = language_model(0)
+TUNED = [language_model(seed, BASE) for seed in (1, 2)]
+MATRICES = [name for name, tensor in BASE.items() if tensor.ndim in (2, 4) and "embed" not in name]
+AVERAGED = [name for name in BASE if "norm" in name or "embed" in name]
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    """base, a and b, in shards."""
+    for name, tensors in zip(("base", "a", "b"), (BASE, *TUNED), strict=True):
+        write_shards(tmp_path / name, tensors)
+    return tmp_path
+
+
+def words(zoo: Path, *more: object) -> list[object]:
+    return ["merge", zoo / "a", zoo / "b", "--base", zoo / "base", *more]
+
+
+def expected(method: str) -> dict[str, Tensor]:
+    """Every matrix by a method's float64 reference."""
+    flat = [{name: state[name].double().flatten(1) for name in MATRICES} for state in (BASE, *TUNED)]
+    if method == "ties":
+        merged = reference.ties([list(state.values()) for state in flat[1:]], list(flat[0].values()))
+        return dict(zip(MATRICES, merged, strict=True))
+    one: Callable[..., Any] = {
+        "tsv-m": reference.tsv_m,
+        "iso-c": reference.iso_c,
+        "mean": lambda base, tuned: sum(tuned) / len(tuned),
+    }[method]
+    return {name: one(flat[0][name], [state[name] for state in flat[1:]]) for name in MATRICES}
+
+
+@pytest.mark.parametrize("method", ["tsv-m", "iso-c", "ties", "mean"])
+def test_every_tensor_is_merged_as_the_references_say(
+    zoo: Path, run: Run, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(any_architecture, "Shards", partial(Shards, max_shard_bytes=3000))
+    monkeypatch.setattr(average, "PIECE", 100)
+    code, _, complaint = run(*words(zoo, "--method", method, "--dtype", "float32", "--out", zoo / "out"))
+    assert (code, complaint) == (0, "")
+    found = read_shards(zoo / "out")
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in BASE.items()}
+    for name, wanted in expected(method).items():
+        base = BASE[name].double().flatten(1)
+        assert reference.relative_error(found[name].flatten(1), wanted, base) < 1e-4, name
+    for name in AVERAGED:
+        mean = sum(state[name].double() for state in TUNED) / 2
+        assert reference.relative_error(found[name], mean, BASE[name].double()) < 1e-5, name
+    assert torch.equal(found["model.steps"], BASE["model.steps"])
+    index = json.loads((zoo / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == BASE.keys()
+    assert len(set(index["weight_map"].values())) > 2
+    report = json.loads((zoo / "out" / "merge_report.json").read_text())
+    assert report["layers"][0]["task_vector_norms"] and len(report["layers"]) == len(MATRICES) + len(AVERAGED)
+
+
+def test_a_merge_is_a_model_of_its_base(zoo: Path, run: Run) -> None:
+    (zoo / "base" / "config.json").write_text(
+        json.dumps(json.loads((zoo / "base" / "config.json").read_text()) | {"_name_or_path": "/home/ann/secret"})
+    )
+    assert run(*words(zoo, "--method", "mean", "--out", zoo / "out"))[0] == 0
+    assert {tensor.dtype for name, tensor in read_shards(zoo / "out").items() if name != "model.steps"} == {
+        torch.bfloat16
+    }
+    config = json.loads((zoo / "out" / "config.json").read_text())
+    assert config["model_type"] == "tiny-lm" and config["dtype"] == "bfloat16" and "_name_or_path" not in config
+    assert (zoo / "out" / "tokenizer.json").read_text() == (zoo / "base" / "tokenizer.json").read_text()
+    card = (zoo / "out" / "README.md").read_text()
+    assert "from transformers import AutoTokenizer, TinyForCausalLM" in card
+    assert "| by the mean | `model.embed_tokens.weight`" in card and "vision" not in card
+    again = ["merge", "--config", zoo / "out" / "merge_config.json", "--out", zoo / "again"]
+    assert run(*again)[0] == 0
+    assert (zoo / "again" / "model.safetensors").read_bytes() == (zoo / "out" / "model.safetensors").read_bytes()
+
+
+def test_the_plan_says_what_becomes_of_every_tensor(zoo: Path, run: Run) -> None:
+    plan = json.loads(run(*words(zoo, "--method", "tsv-m", "--skip", "*.0.attn.*", "--dry-run", "--json"))[1])
+    assert plan["by_the_method"] == [
+        "model.conv.weight",
+        "model.layers.*.mlp.down.weight (2)",
+        "model.layers.*.mlp.up.weight (2)",
+        "model.layers.1.attn.k.weight",
+        "model.layers.1.attn.q.weight",
+    ]
+    assert plan["by_the_mean"] == ["model.embed_tokens.weight", "model.layers.*.norm.weight (2)", "model.norm.weight"]
+    assert plan["as_in_the_base"] == [
+        "model.layers.0.attn.k.weight",
+        "model.layers.0.attn.q.weight",
+        "model.steps",
+    ]
+    assert not (zoo / "merged-tsv-m").exists()
+    assert run(*words(zoo, "--method", "tsv-m", "--skip", "*.0.attn.*", "--out", zoo / "out"))[0] == 0
+    found = read_shards(zoo / "out")
+    kept = [name for name in BASE if ".0.attn." in name]
+    assert len(kept) == 2 and all(torch.equal(found[name], BASE[name]) for name in kept)
+
+
+@pytest.mark.parametrize("stores", ["base", "a"])
+def test_a_head_that_is_the_embedding_may_be_stored_or_not(zoo: Path, run: Run, stores: str) -> None:
+    tensors = {"base": BASE, "a": TUNED[0]}[stores]
+    shutil.rmtree(zoo / stores)
+    write_shards(zoo / stores, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    plan = json.loads(run(*words(zoo, "--method", "tsv-m", "--dry-run", "--json"))[1])
+    assert plan["tied"] == ["lm_head.weight is model.embed_tokens.weight"]
+    assert run(*words(zoo, "--method", "tsv-m", "--out", zoo / "out"))[0] == 0
+    found = read_shards(zoo / "out")
+    assert ("lm_head.weight" in found) == (stores == "base")
+    assert torch.equal(
+        found.get("lm_head.weight", found["model.embed_tokens.weight"]), found["model.embed_tokens.weight"]
+    )
+
+
+def test_what_does_not_fit_is_said_before_a_weight_is_read(zoo: Path, run: Run) -> None:
+    larger = language_model(3, vocabulary=VOCABULARY + 1)
+    write_shards(zoo / "larger", larger, vocab_size=VOCABULARY + 1)
+    merge = ["merge", zoo / "a", zoo / "larger", "--base", zoo / "base", "--method", "mean", "--out", zoo / "out"]
+    fails(run(*merge), r"larger.*: its vocabulary has 41 tokens, the base's 40 \(model\.embed_tokens\.weight\)")
+    write_shards(zoo / "other", BASE | {"model.more.weight": torch.ones(2, 2)})
+    fails(run("merge", zoo / "other", "--base", zoo / "base", "--method", "mean"), "unexpected model.more.weight")
+    write_shards(zoo / "kind", BASE, model_type="other-lm")
+    fails(
+        run("merge", zoo / "kind", "--base", zoo / "base", "--method", "mean"),
+        "is a other-lm model, the base .* tiny-lm",
+    )
+    write_shards(zoo / "packed", BASE | {"model.norm.weight": BASE["model.norm.weight"].to(torch.int8)})
+    fails(run("merge", zoo / "packed", "--base", zoo / "base", "--method", "mean"), "quantised")
+    fails(run(*words(zoo, "--skip", "nothing*")), "--skip 'nothing\\*' fits no tensor", 2)
+    assert not (zoo / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--method", "fisher"], "merges without data, by .*tsv-m.*; fisher needs statistics"),
+        (["--method", "mean", "--calibrate"], "--calibrate is for families"),
+        (["--method", "mean", "--evaluate"], "its task must be known|--evaluate is for families"),
+    ],
+)
+def test_what_needs_data_is_refused(zoo: Path, run: Run, more: list[object], complaint: str) -> None:
+    fails(run(*words(zoo, *more, "--out", zoo / "out")), complaint, 2)
+
+
+def test_other_commands_know_families_only(zoo: Path, run: Run) -> None:
+    fails(run("diagnose", zoo / "a", zoo / "b", "--base", zoo / "base"), "model type 'tiny-lm'")
+    fails(run("evaluate", zoo / "a", "--base", zoo / "base", "--task", "dtd"), "model type 'tiny-lm'")
+
+
+def test_damaged_files_of_the_base_leave_nothing(zoo: Path, run: Run) -> None:
+    (zoo / "base" / "tokenizer.json").write_text("{")
+    fails(run(*words(zoo, "--method", "mean", "--out", zoo / "out")), "tokenizer.json is not readable JSON")
+    (zoo / "base" / "tokenizer.json").unlink()
+    (zoo / "base" / "tokenizer.json").symlink_to("/etc/hostname")
+    fails(run(*words(zoo, "--method", "mean", "--out", zoo / "out")), "tokenizer.json is a link out of the folder")
+    (zoo / "base" / "tokenizer.json").unlink()
+    shutil.rmtree(zoo / "b")
+    write_shards(zoo / "b", TUNED[1] | {"model.layers.1.mlp.up.weight": torch.full((24, 16), torch.nan).bfloat16()})
+    fails(
+        run(*words(zoo, "--method", "mean", "--out", zoo / "out")),
+        r"b: NaN or Inf in model\.layers\.1\.mlp\.up\.weight",
+    )
+    shutil.rmtree(zoo / "b")
+    write_shards(zoo / "b", BASE)
+    fails(run(*words(zoo, "--method", "mean", "--out", zoo / "out")), "every tensor equals the base's")
+    assert not (zoo / "out").exists()
+
+
+def test_the_layout_of_diffusers(tmp_path: Path, run: Run) -> None:
+    for name, tensors in zip(("base", "a", "b"), (BASE, *TUNED), strict=True):
+        write_shards(tmp_path / name, tensors, WEIGHT_NAMES[1])
+        (tmp_path / name / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    assert run(*words(tmp_path, "--method", "mean", "--out", tmp_path / "out"))[0] == 0
+    assert read_shards(tmp_path / "out").keys() == BASE.keys()
+    assert (tmp_path / "out" / WEIGHT_NAMES[1]).is_file()
+    assert "from diffusers import UNet2DConditionModel\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_plan_for_the_hub_reads_headers_only(zoo: Path, empty_hub: StandInHub, run: Run) -> None:
+    for name in ("base", "a", "b"):
+        empty_hub.add_repo(f"org/{name}", zoo / name)
+    merge = ["merge", "org/a", "org/b", "--base", "org/base", "--method", "tsv-m"]
+    code, output, _ = run(*merge, "--dry-run", "--json")
+    assert code == 0 and "model.conv.weight" in json.loads(output)["by_the_method"]
+    read = [request for request in empty_hub.requests if ".safetensors" in request.path and request.method == "GET"]
+    assert read and all("Range" in request.headers or request.path.endswith(".json") for request in read)
+    assert run(*merge, "--push-to", "org/merged")[0] == 0
+    files = set(empty_hub.commits("org/merged")[0].files)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(zoo: Path, run: Run) -> None:
+    method = "ties"  # which looks at all layers before it merges one
+    assert run(*words(zoo, "--method", method, "--out", zoo / "one"))[0] == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_epimer"]
+    done = subprocess.run(
+        [*launcher, *map(str, words(zoo, "--method", method, "--out", zoo / "two", "--json"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == str(zoo / "two")
+    assert (zoo / "two" / "model.safetensors").read_bytes() == (zoo / "one" / "model.safetensors").read_bytes()
+    one, two = (json.loads((zoo / name / "merge_report.json").read_text())["layers"] for name in ("one", "two"))
+    assert one == two
