@@ -42,6 +42,7 @@ OURS = {
     "tsv-m, rank 32": ["--method", "tsv-m", "--rank", "32"],
     "epimer, rank 32": ["--method", "epimer", "--preset", "paper"],
     "tsv-m, rank min(m, n) / T": ["--method", "tsv-m"],
+    "epimer-core, task vectors": ["--method", "epimer-core", "--metric", "task-vectors"],
 }
 
 FUSIONBENCH = """

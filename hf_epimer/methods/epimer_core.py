@@ -86,18 +86,19 @@ def _start(layer: Layer, name: str) -> Tensor:
 def _metrics(layer: Layer, config: EpiMerCoreConfig, heard: Sequence[float]) -> Iterator[Tensor]:
     """M_t, one after the other, with h_t of every task."""
     from hf_epimer.numerics.input_metric import unit_along, unit_mean
+    from hf_epimer.numerics.regression import gram
 
     measured = layer.statistics.get("gradient")
     for task, task_vector in enumerate(layer.task_vectors):
+        own = gram(task_vector, task_vector)
         curvature = None if measured is None or config.metric == "task-vectors" else measured[task]
         if curvature is None or not bool(curvature.any()):
-            metric = task_vector.mT @ task_vector
+            metric = own
         elif config.metric == "curvature":
             metric = curvature
         else:
-            own = config.mixture * unit_mean(task_vector.mT @ task_vector)
-            metric = heard[task] * unit_mean(curvature) + own
-        yield unit_along(metric, task_vector)
+            metric = heard[task] * unit_mean(curvature) + config.mixture * unit_mean(own)
+        yield unit_along(metric, own)
 
 
 def _statistic(config: EpiMerCoreConfig) -> StatisticKind | None:

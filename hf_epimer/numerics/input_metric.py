@@ -22,14 +22,18 @@ def unit_mean(metric: Tensor) -> Tensor:
     return metric / mean if bool(mean > 0) else metric
 
 
-def unit_along(metric: Tensor, task_vector: Tensor) -> Tensor:
+def unit_along(metric: Tensor, own: Tensor) -> Tensor:
     """M_t scaled so that tr(D_t M_t D_t^T) = |D_t|^2: the curvature is 1 on average along the task's own vector.
+
+    Args:
+        metric: M_t, n x n.
+        own: D_t^T D_t, n x n, with which that trace is an inner product: <M_t, D_t^T D_t>.
 
     So every task loses alike by losing its vector. By their traces alone, a metric that sees little but one direction,
     such as that of a two-class task, would overrule all others there.
     """
-    along = ((task_vector @ metric) * task_vector).sum()
-    return metric * (task_vector.square().sum() / along) if bool(along > 0) else unit_mean(metric)
+    along = torch.dot(metric.flatten(), own.flatten())
+    return metric * (own.diagonal().sum() / along) if bool(along > 0) else unit_mean(metric)
 
 
 def anchored_mean(

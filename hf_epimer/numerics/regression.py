@@ -43,7 +43,7 @@ def prior(task_vector: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean = task_vector.square().sum() / task_vector.shape[1]
     scale = 1 / mean if mean > 0 else torch.zeros_like(mean)
-    return scale * (task_vector.mT @ task_vector), scale * ((gap @ task_vector.mT) @ task_vector)
+    return scale * gram(task_vector, task_vector), scale * ((gap @ task_vector.mT) @ task_vector)
 
 
 def gram(x: Tensor, weighted: Tensor, block: int = 1024) -> Tensor:
