@@ -18,6 +18,10 @@ LARGEST = 4 * 2**20
 """Bytes of a text that is small by its nature: a config, a card, a task file."""
 
 
+LARGEST_LISTING = 16 * 2**20
+"""Bytes of a list of tensors, a safetensors header or an index of shards: a hundred thousand names fit in."""
+
+
 class Unreadable(ValueError):
     """Why a file or text cannot be used; whoever asked for it adds its name."""
 

@@ -22,7 +22,7 @@ from typing import Any
 from hf_epimer.checkpoints.atomic import write_text
 from hf_epimer.checkpoints.reader import WEIGHT_NAMES, WEIGHTS, check_whole
 from hf_epimer.errors import CheckpointError, OutputError
-from hf_epimer.outside import Unreadable, exists, parse_json, read_text
+from hf_epimer.outside import LARGEST_LISTING, Unreadable, exists, parse_json, read_text
 
 FILES = "files"
 """The key of the manifest in a record."""
@@ -129,6 +129,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         except (Unreadable, OSError):
             continue
         is_ours = str(content.get("format", "")).startswith(kind.format) and all(key in content for key in kind.keys)
+        is_ours = is_ours and isinstance(content.get("models", []), list)
         files = content.get(FILES)
         if is_ours and (files is None or _is_well_formed(files)):
             return Manifest(name, files)
@@ -221,7 +222,7 @@ def _check_weights(folder: Path, names: list[str], again: str) -> None:
     needed = [] if index else ["adapter_model.safetensors" if "adapter_config.json" in names else whole]
     if index:
         try:
-            needed = sorted(set(parse_json(read_text(folder / index))["weight_map"].values()))
+            needed = sorted(set(parse_json(read_text(folder / index, LARGEST_LISTING))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{folder}: {index} is no index of shards ({error}): {again}") from error
     for name in needed:

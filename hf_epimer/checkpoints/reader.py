@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_epimer.errors import CheckpointError
-from hf_epimer.outside import LARGEST, Unreadable, open_file, parse_json, read_text
+from hf_epimer.outside import LARGEST, LARGEST_LISTING, Unreadable, open_file, parse_json, read_text
 from hf_epimer.types import Shape
 
 WEIGHTS = "model.safetensors"
@@ -199,10 +199,6 @@ class _Descriptor:
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-LARGEST_HEADER = 16 * 2**20
-"""Bytes of a safetensors header, some hundred thousand tensors: more of them in one file are no model's."""
-
-
 def check_whole(file: Path, label: str) -> None:
     """Refuse a safetensors file that ends before its last tensor does, or after it.
 
@@ -228,8 +224,8 @@ def _header_length(file: Path) -> int:
     if len(start) < 8:
         raise ValueError("it has no header")
     length = int(struct.unpack("<Q", start)[0])
-    if length > LARGEST_HEADER:
-        raise ValueError(f"its header of {length} bytes is larger than any model's, {LARGEST_HEADER} at most")
+    if length > LARGEST_LISTING:
+        raise ValueError(f"its header of {length} bytes is larger than any model's, {LARGEST_LISTING} at most")
     return length
 
 
@@ -280,6 +276,8 @@ def choose_weights(
             continue
         try:
             shards = sorted(set(parse_json(read_index(index))["weight_map"].values()))
+            if not shards:
+                raise ValueError("it names no file")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{label}: {index} is not a safetensors index ({error})") from error
         missing = [name for name in shards if name not in names]

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a path or an accent must not fail a merge that is done
     try:
-        with _interruptible():
+        with _interruptible(), _labelled_warnings():
             _dispatch(words)
     except EpimerError as error:
         return _fail(error, error.exit_code)
@@ -122,8 +123,14 @@ def _fail(error: BaseException, code: int, message: str | None = None) -> int:
     return code
 
 
-def _one_line(error: BaseException) -> str:
-    return without_queries(" ".join(str(error).split()))
+def _one_line(text: object) -> str:
+    """On one line, without the middle where that is long: a stranger's names may be of any length."""
+    line = without_queries(" ".join(str(text).split()))
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+
+
+_LONGEST_LINE = 2000
+"""Characters of what went wrong."""
 
 
 class _Complaints(logging.Handler):
@@ -131,8 +138,19 @@ class _Complaints(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith(("hf_epimer", "huggingface_hub")):
-            text = without_queries(" ".join(record.getMessage().split()))
-            print(f"{record.levelname.lower()}: {text}", file=sys.stderr)
+            print(f"{record.levelname.lower()}: {_one_line(record.getMessage())}", file=sys.stderr)
+
+
+@contextmanager
+def _labelled_warnings() -> Iterator[None]:
+    """What libraries warn of in Python's way: a line like our own, without their lines of code."""
+
+    def show(message: Warning | str, *place: object) -> None:
+        print(f"warning: {_one_line(message)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 COMMANDS = {

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_epimer.hub.refs import same_repo
 from hf_epimer.models.source import ModelSource
-from hf_epimer.tasks.task import Task
+from hf_epimer.tasks.task import Task, infer_task
 
 _OF_WEIGHTS = re.compile(r"[0-9a-f]{64}")
 
@@ -33,22 +33,20 @@ def other_origin(path: Path, model: ModelSource, task: Task | None) -> str | Non
     except (SafetensorError, OSError):
         return None  # whoever reads its tensors says what is wrong with it
     name, about = stated.get("model", ""), stated.get("task", "")
-    if _is_other_model(stated, model, path) or (task is not None and about not in ("", task.name)):
+    is_other_task = bool(about) and task is not None and infer_task(about, tasks={task.name: task}) is None
+    if _is_other_model(stated, model) or is_other_task:
         pinned = f"@{stated['model_sha'][:12]}" if stated.get("model_sha") else ""
         return f"{name or 'a model without a name'}{pinned}" + (f", task {about}" if about else "")
     return None
 
 
-def _is_other_model(stated: Mapping[str, str], model: ModelSource, path: Path) -> bool:
+def _is_other_model(stated: Mapping[str, str], model: ModelSource) -> bool:
     name, sha = stated.get("model", ""), stated.get("model_sha", "")
     if not sha:
         return False  # measured while it was trained
     if not _OF_WEIGHTS.fullmatch(sha):  # a commit
         return Path(name).name != model.ref.name if model.ref.is_local else not same_repo(name, model.ref.location)
     if model.ref.is_local:
-        weights = [model.fetch(file) for file in model.weight_files]
-        is_newer = path.stat().st_mtime >= max(file.stat().st_mtime for file in weights)
-        # hashing takes as long as reading: only where there is a reason to doubt
-        return not (name == model.title and is_newer) and model.content_sha != sha
+        return model.content_sha != sha
     known = [model.sha256.get(file) for file in model.weight_files]
     return None not in known and hashlib.sha256(b"".join(bytes.fromhex(str(file)) for file in known)).hexdigest() != sha

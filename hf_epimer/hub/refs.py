@@ -14,7 +14,7 @@ _LABEL = re.compile(r"\w[\w.-]*")
 LONGEST_LABEL = 64
 """Characters of a label."""
 
-_URL = re.compile(r"(?:https?://|hf://|(?:www\.)?huggingface\.co/|hf\.co/)", re.IGNORECASE)
+_URL = re.compile(r"(?:[a-z][a-z\d+.-]*://|(?:www\.)?huggingface\.co/|hf\.co/)", re.IGNORECASE)
 
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -93,7 +93,9 @@ class ModelRef:
         if local and rest and exists(expanded(rest)):
             return cls(str(expanded(rest).absolute()), None, label)
         if _URL.match(rest):
-            raise UsageError(f"{_without_query(rest)} is a URL: name the repo as org/name or org/name@revision")
+            raise UsageError(
+                f"{_without_query(rest)} is a URL: name a repo as org/name or org/name@revision, a folder by its path"
+            )
         repo, _, revision = rest.partition("@")
         if local and (rest.startswith((".", "/", "~")) or repo.count("/") > 1):
             raise NotFoundError(f"{text}: folder {rest} does not exist")

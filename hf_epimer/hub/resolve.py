@@ -5,7 +5,6 @@ Nothing is downloaded here. A repo with pickled weights only is replaced by its 
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from hf_epimer.hub.notes import cached_commit, read_note, write_note
 from hf_epimer.hub.refs import ModelRef, is_repo_id
 from hf_epimer.hub.retry import persist
 from hf_epimer.hub.source import CARD, Source
+from hf_epimer.outside import LARGEST_LISTING, parse_json, read_text
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -169,6 +169,7 @@ def _expected_beside(names: set[str], folder: Path) -> set[str]:
     if "model.safetensors.index.json" not in names:
         return {"model.safetensors"}
     try:
-        return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+        index = read_text(folder / "model.safetensors.index.json", LARGEST_LISTING)
+        return set(parse_json(index)["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError):
         return set()  # whoever reads the index says what is wrong with it

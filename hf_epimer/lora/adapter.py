@@ -322,7 +322,7 @@ def plain_keys(stored: Iterable[str], label: str) -> dict[str, str]:
 
 
 _NAMED = re.compile(
-    r"(?P<before>.+\.lora_(?:embedding_)?[AB])(?:\.(?P<name>(?!weight$|bias$)\w+))?(?P<after>\.weight|\.bias)?"
+    r"(?P<before>.+\.lora_(?:embedding_)?[AB])(?:\.(?P<name>(?!weight$|bias$)[\w-]+))?(?P<after>\.weight|\.bias)?"
 )
 """A factor with an adapter's name in it, or none."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 
 from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.errors import MismatchError, UsageError
@@ -48,7 +49,7 @@ def normalized_weights(weights: Sequence[float] | None, tasks: int) -> list[floa
         return [1 / tasks] * tasks
     if len(weights) != tasks:
         raise UsageError(f"--weights needs one number per model: {tasks} models, {len(weights)} weights")
-    if not all(math.isfinite(w) for w in weights):
+    if not all(isinstance(w, Real) and math.isfinite(w) for w in weights):
         raise UsageError("--weights must be finite numbers")
     if any(w < 0 for w in weights):
         raise UsageError(f"--weights must not be negative: {min(weights)}")
@@ -83,8 +84,19 @@ def check_shapes(reference: Mapping[str, Shape], source: TensorSource, what: str
         name = unlike[0]
         others = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
         problems.append(f"{name} has shape {list(source.shapes[name])} instead of {list(reference[name])}{others}")
+    if prefix := _foreign_prefix(missing, extra):
+        problems.append(f"its names have the prefix {prefix!r}, which is none that is known: store them without it")
     if problems:
         raise MismatchError(f"{source.label}: {what} does not fit the base: {'; '.join(problems)}")
+
+
+def _foreign_prefix(missing: Sequence[str], extra: Sequence[str]) -> str | None:
+    """What stands before the missing names, with their own first component or without, in all of the extra ones."""
+    for name in (missing[0], missing[0].partition(".")[2]) if missing and extra else ():
+        found = next((other for other in extra if name and other.endswith(f".{name}")), None)
+        if found and all(other.startswith(found.removesuffix(name)) for other in extra):
+            return found.removesuffix(name)
+    return None
 
 
 def _fits(shape: Shape, reference: Shape) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def _equal_rows(head: Tensor) -> tuple[int, int] | None:
     return None
 
 
-def _load_tokenizer(base: ModelSource, folder: Path, zero_shot: ZeroShot) -> Any:
+def _load_tokenizer(base: ModelSource, folder: Path, zero_shot: ZeroShot) -> Callable[..., Any]:
     """The tokenizer of a base, known to be of a kind that its text tower was trained with."""
     from transformers import AutoTokenizer
 
@@ -177,10 +177,18 @@ def _load_tokenizer(base: ModelSource, folder: Path, zero_shot: ZeroShot) -> Any
             f"{base}: {settings.name} says that its tokenizer is a {kind}, and a {zero_shot.model_class} reads the "
             f"tokens of a {zero_shot.tokenizer_classes[0]}: name a base with its own tokenizer"
         )
+
+    def tokens_of(prompts: list[str], **options: Any) -> Any:
+        try:
+            return tokenizer(prompts, **options)
+        except Exception as error:  # the tokenizers library raises nothing more special
+            raise CheckpointError(f"{base}: its tokenizer cannot read {prompts[0]!r}: {one_line(error)}") from error
+
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as above
         raise CheckpointError(f"{base}: its tokenizer cannot be read: {one_line(error)}") from error
+    return tokens_of
 
 
 def _cached(base: ModelSource, task: Task, class_names: Sequence[str]) -> Path:
@@ -191,7 +199,11 @@ def _cached(base: ModelSource, task: Task, class_names: Sequence[str]) -> Path:
 
 @torch.no_grad()
 def text_head(
-    model: nn.Module, zero_shot: ZeroShot, tokenizer: Any, class_names: Iterable[str], templates: Sequence[str]
+    model: nn.Module,
+    zero_shot: ZeroShot,
+    tokenizer: Callable[..., Any],
+    class_names: Iterable[str],
+    templates: Sequence[str],
 ) -> Tensor:
     """One unit row per class: [classes, d]."""
     device = next(model.parameters()).device

@@ -23,7 +23,7 @@ from hf_epimer.merging.inputs import check_shapes
 from hf_epimer.models import architecture_of
 from hf_epimer.models.any_architecture import Stored
 from hf_epimer.models.architecture import Architecture
-from hf_epimer.outside import leads_elsewhere
+from hf_epimer.outside import LARGEST_LISTING, leads_elsewhere, read_text
 from hf_epimer.types import Shape
 
 CONFIG = "config.json"
@@ -92,7 +92,10 @@ class ModelSource(Source):
         if self.is_adapter:
             return adapters.ADAPTER_CONFIG, adapters.adapter_weights(self.files, str(self))
         elsewhere = (self.elsewhere, self._listing)
-        return tuple(choose_weights(self.files, str(self), self.read_text, *elsewhere))
+        return tuple(choose_weights(self.files, str(self), self._read_index, *elsewhere))
+
+    def _read_index(self, name: str) -> str:
+        return read_text(self.fetch(name), LARGEST_LISTING)
 
     @property
     def _listing(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,11 @@ class MergeRecipe:
             raise UsageError("give at least one checkpoint to merge")
         if not all(isinstance(ref, ModelRef) for ref in self.models):
             raise UsageError("models are ModelRef objects: ModelRef.parse('org/name')")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            is_switch = isinstance(item.default, bool) or item.name == "calibrate"
+            if is_switch and value is not item.default and not isinstance(value, bool):
+                raise UsageError(f"--{item.name.replace('_', '-')} is a switch, true or false, not {value!r}")
         if not isinstance(self.samples, int) or self.samples < 1:
             raise UsageError(f"--samples must be a whole number of at least 1, not {self.samples!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
@@ -224,6 +229,7 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = parse_json(read_text(file))
+        _check_kinds(content)
         method = find_method(_today(content["method"], content["options"]))
         unknown = set(content["options"]) - set(method.options)
         if unknown:
@@ -244,8 +250,38 @@ def recipe_from_json(file: Path) -> dict[str, Any]:
         raise UsageError(f"--config {file}: {error.strerror}") from error
     except UsageError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UsageError(f"--config {file} is not a merge_config.json of hf-epimer ({error})") from error
+    except (KeyError, ValueError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UsageError(f"--config {file} is not a merge_config.json of hf-epimer ({why})") from error
+
+
+_KINDS: dict[str, type] = {
+    "method": str,
+    "options": dict,
+    "base": str,
+    "models": list,
+    "fisher": list,
+    "tasks": list,
+    "weights": list,
+}
+
+
+def _check_kinds(content: Any) -> None:
+    """Refuse what no recipe has been written as; the values of options and flags are checked where they are used.
+
+    Raises:
+        ValueError: saying which key is at fault.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    for name, kind in _KINDS.items():
+        value = content.get(name)
+        is_absent = name not in content or (name == "weights" and value is None)
+        if not is_absent and not isinstance(value, kind):
+            raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
+    for name in ("models", "fisher", "tasks"):
+        if not all(isinstance(text, str) for text in content.get(name, ())):
+            raise ValueError(f"{name} is no list of strings")
 
 
 _OPTIONS_BEFORE: dict[str, dict[str, Any]] = {name: {"normalize": "none"} for name in ("fisher", "gradient-matching")}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import TINY, StateDict, tiny_fisher, tiny_state, write_checkpoint
-from helpers.command import Run
+from helpers.command import Run, fails
 from hf_epimer import merge_state_dicts
 from hf_epimer.checkpoints import reader as checkpoints
 from hf_epimer.checkpoints.reader import Checkpoint
@@ -117,6 +117,18 @@ def test_a_classifier_is_left_out_with_a_word(tmp_path: Path, run: Run, base_sta
 
 def test_unknown_tensors_keep_their_names_so_that_they_are_reported() -> None:
     assert CLIP.canonical("adapter.lora_A.weight") == "adapter.lora_A.weight"
+
+
+@pytest.mark.parametrize("prefix", ["student.vision_model.", "visual.", "net.encoder.vision_model."])
+def test_a_prefix_that_is_not_known_is_named(prefix: str, tmp_path: Path, run: Run, base_state: StateDict) -> None:
+    base = write_checkpoint(tmp_path / "base", base_state)
+    renamed = {prefix + name.removeprefix("vision_model."): value for name, value in tiny_state(1, base_state).items()}
+    a = write_checkpoint(tmp_path / "a", renamed)
+    result = run("merge", a, "--base", base, "--method", "mean", "--out", tmp_path / "out")
+    fails(result, f"its names have the prefix '{prefix.removesuffix('vision_model.')}', which is none that is known")
+    write_checkpoint(tmp_path / "a", {"other.weight": torch.zeros(3)})
+    code, _, complaint = run("merge", a, "--base", base, "--method", "mean", "--out", tmp_path / "out")
+    assert code == 1 and "prefix" not in complaint
 
 
 def test_old_and_new_layouts_give_the_same_merge(tmp_path: Path, run: Run, base_state: StateDict) -> None:

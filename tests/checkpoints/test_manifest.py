@@ -46,6 +46,24 @@ def test_nothing_but_what_the_merge_wrote_is_published(merged: Path) -> None:
     assert publishable(merged) == ["README.md", "config.json", RECORD, "model.safetensors"]
 
 
+def test_files_in_folders_below_are_ours_too(tmp_path: Path) -> None:
+    for _ in range(2):
+        with atomic_folder(tmp_path / "merged", RECORD, overwrite=True) as folder:
+            (folder / RECORD).write_text(json.dumps(RECIPE))
+            (folder / "heads").mkdir()
+            for name in ("model.safetensors", "heads/dtd.safetensors"):
+                save_file({"a": torch.ones(300)}, folder / name)
+    merged = tmp_path / "merged"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]  # the first was replaced and is gone
+    assert find_foreign(merged) is None
+    (merged / "heads" / "of-mine.safetensors").write_text("mine")
+    assert publishable(merged) == ["heads/dtd.safetensors", RECORD, "model.safetensors"]
+    assert find_foreign(merged) == "heads/of-mine.safetensors was not written by hf-epimer"
+    (merged / "heads" / "dtd.safetensors").write_bytes(b"cut")
+    with pytest.raises(OutputError, match=r"heads/dtd\.safetensors has 3 bytes instead of"):
+        publishable(merged)
+
+
 def test_of_a_folder_from_before_manifests_the_names_of_a_merge_are_published(merged: Path) -> None:
     (merged / RECORD).write_text(json.dumps(RECIPE))
     (merged / ".env").write_text("secret")
@@ -92,6 +110,10 @@ def nonsense(folder: Path) -> None:
     (folder / RECORD).write_text('{"method": "mean"}')
 
 
+def no_models(folder: Path) -> None:
+    (folder / RECORD).write_text(json.dumps(RECIPE | {"models": 5}))
+
+
 DAMAGES: list[tuple[Callable[[Path], None], str, bool]] = [  # whether it is found without a manifest, too
     (cut, "model.safetensors", True),
     (emptied, "model.safetensors", True),
@@ -102,6 +124,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str, bool]] = [  # whether it is fou
     (without_config, "config.json.* is missing", False),
     (no_record, "there is no merge_config.json", True),
     (nonsense, "its merge_config.json is no recipe", True),
+    (no_models, "its merge_config.json is no recipe", True),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,19 @@ def test_the_traceback_is_there_for_those_who_ask(tiny_zoo: Path, monkeypatch: p
     monkeypatch.setenv("HF_EPIMER_DEBUG", "1")
     with pytest.raises(NotFoundError):
         main(["merge", str(tiny_zoo / "nowhere")])
+
+
+def test_what_libraries_warn_of_is_one_line_like_our_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    from hf_epimer.cli import main
+
+    def with_a_warning(words: list[str]) -> None:
+        warnings.warn("a card\nwithout metadata https://hub/x?key=secret", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(main, "_dispatch", with_a_warning)
+    assert run("merge") == (0, "", "warning: a card without metadata https://hub/x\n")
+    assert not recwarn.list
 
 
 def test_lists(run: Run) -> None:

@@ -30,6 +30,8 @@ def test_a_folder_and_a_label_may_have_letters_of_any_alphabet(tmp_path: Path) -
         ("https://ann:secret@huggingface.co/org/a", "https://huggingface.co/org/a is a URL"),
         ("huggingface.co/org/a", "huggingface.co/org/a is a URL"),
         ("hf://org/a", "hf://org/a is a URL"),
+        ("s3://bucket/a?signature=secret", "s3://bucket/a is a URL"),
+        ("file:///models/a", "file:///models/a is a URL"),
     ],
 )
 def test_an_address_is_called_one_and_its_secrets_are_not_shown(text: str, shown: str) -> None:

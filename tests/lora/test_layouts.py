@@ -51,6 +51,7 @@ LAYOUTS: dict[str, Callable[[str], str]] = {
     "no prefix": lambda key: key.removeprefix("base_model.model."),
     "the adapter's name": named,
     "another name": lambda key: named(key, "my_task"),
+    "a name with a hyphen": lambda key: named(key, "my-task"),
     "both": lambda key: "base_model.model." + named(key),
     "whole modules": lambda key: key.replace(".post_layernorm.", ".post_layernorm.modules_to_save."),
     "transformers 4": lambda key: key.replace("base_model.model.", "base_model.model.vision_model."),

@@ -123,6 +123,13 @@ def without_words(tokenizer: dict[str, object]) -> None:
     model["merges"] = []
 
 
+def without_unknown(tokenizer: dict[str, object]) -> None:
+    tokenizer["added_tokens"] = []
+    model = tokenizer["model"]
+    assert isinstance(model, dict)
+    model |= {"vocab": {}, "merges": []}
+
+
 def beyond_the_embedding(tokenizer: dict[str, object]) -> None:
     model = tokenizer["model"]
     assert isinstance(model, dict)
@@ -134,6 +141,7 @@ def beyond_the_embedding(tokenizer: dict[str, object]) -> None:
     [
         (without_words, "no difference between 'a' and 'b' of task 'a'"),
         (beyond_the_embedding, "tokens that its text tower does not have"),
+        (without_unknown, "base: its tokenizer cannot read 'a b.'"),
     ],
 )
 def test_a_tokenizer_that_does_not_belong_to_the_text_tower(

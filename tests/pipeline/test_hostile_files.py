@@ -81,6 +81,25 @@ def test_an_index_names_no_file_elsewhere(tiny_zoo: Path, run: Run) -> None:
         fails(run(*words), "shard .* is missing")
 
 
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [
+        ('{"weight_map": {}}', "it names no file"),
+        ('{"weight_map": {"a": 1, "b": "x"}}', "is not a safetensors index"),
+        ('{"weight_map": {"a": "' + "x" * 10**6 + '"}}', "shard x+ ... x* ?named by .* is missing"),
+        ('{"weight_map": {"a": "' + "x" * 17 * 2**20 + '"}}', "larger than 16 MiB"),
+    ],
+    ids=["empty", "numbers", "a long name", "a flood"],
+)
+def test_an_index_that_is_none_is_one_short_line(index: str, why: str, tiny_zoo: Path, run: Run) -> None:
+    (tiny_zoo / "a" / "model.safetensors").rename(tiny_zoo / "a" / "x.safetensors")
+    (tiny_zoo / "a" / "model.safetensors.index.json").write_text(index)
+    words = ["merge", tiny_zoo / "a", "--base", tiny_zoo / "base", "--method", "mean", "--out", tiny_zoo / "out"]
+    result = run(*words)
+    fails(result, why)
+    assert len(result[2]) < 3000
+
+
 @pytest.mark.parametrize("card", [BOMB + "---\n", f"---\na: {DEEP}\n---\n", "---\n" + "a: 1\n" * 500_000 + "---\n"])
 def test_a_card_that_would_fill_the_memory_is_not_read(card: str, tiny_zoo: Path, run: Run) -> None:
     (tiny_zoo / "a" / "README.md").write_text(card)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from helpers.command import Run, fails
 from hf_epimer import METHODS, MergeRecipe, ModelRef
 from hf_epimer.cli import merge as command
 from hf_epimer.pipeline.recipe import recipe_from_json
@@ -73,6 +74,30 @@ def old_recipe(folder: Path, method: str, options: dict[str, Any]) -> Path:
     content = {"method": method, "options": options, "base": "org/base", "models": ["org/a", "org/b"]}
     file.write_text(json.dumps(content))
     return file
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"models": "org/a"}, "models is a str, not a list"),
+        ({"models": [1]}, "models is no list of strings"),
+        ({"tasks": [1]}, "tasks is no list of strings"),
+        ({"base": None}, "base is a NoneType, not a str"),
+        ({"options": []}, "options is a list, not a dict"),
+        ({"method": ["mean"]}, "method is a list, not a str"),
+        ({"weights": 5}, "weights is a int, not a list"),
+        ({"weights": ["a", "b"]}, "--weights must be finite numbers"),
+        ({"weights": [[1], [2]]}, "--weights must be finite numbers"),
+        ({"evaluate": "no"}, "--evaluate is a switch, true or false, not 'no'"),
+        ({"calibrate": 1}, "--calibrate is a switch"),
+    ],
+)
+def test_values_that_no_recipe_has_are_wrong_usage(change: dict[str, Any], why: str, tmp_path: Path, run: Run) -> None:
+    file = old_recipe(tmp_path, "mean", {})
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    fails(run("merge", "--config", file, "--out", tmp_path / "out"), why, code=2)
+    file.write_text(json.dumps({"method": "mean"}))
+    fails(run("merge", "--config", file, "--out", tmp_path / "out"), "it has no 'options'", code=2)
 
 
 def test_a_recipe_from_before_a_method_was_renamed_means_what_it_meant(tmp_path: Path) -> None:
