@@ -45,6 +45,7 @@ from hf_epimer.numerics.subspace import capped_rank, projected_coordinates, task
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.planner import make_plan
+from hf_epimer.pipeline.processes import check_alone
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.dataset import Sampling, TaskImages
 
@@ -194,6 +195,7 @@ def diagnose(
         UsageError: fewer than two checkpoints, or a rank below 1.
         EpimerError: what `merge` raises before it writes; nothing half-written is left.
     """
+    check_alone("diagnose")
     if len(recipe.models) < 2:
         raise UsageError("diagnose compares checkpoints: give at least two")
     wanted = sorted(set(ranks))

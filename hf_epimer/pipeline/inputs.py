@@ -6,7 +6,6 @@ Names, shapes and types are compared with the base's config before any weight is
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -18,7 +17,7 @@ from hf_epimer.checkpoints.reader import Checkpoint, StateDict, TensorSource
 from hf_epimer.curvature.files import open_statistics
 from hf_epimer.curvature.origin import other_origin
 from hf_epimer.curvature.request import CurvatureRequest
-from hf_epimer.errors import MismatchError, UsageError
+from hf_epimer.errors import MismatchError
 from hf_epimer.hub.source import Source, fetch_all
 from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
@@ -52,13 +51,10 @@ def open_inputs(plan: Plan, progress: Progress) -> Ingredients:
 
     Raises:
         MismatchError, CheckpointError, StatisticsError: something is damaged or does not fit.
-        UsageError: in several processes, of which only `hf-epimer fisher` knows what to do.
     """
     if plan.treatment:
         return open_any(plan)
     ingredients = _open_weights(plan)
-    if plan.to_estimate and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("this runs in one process: estimate with `accelerate launch -m hf_epimer fisher` first")
     _measure_files(plan, progress)
     if plan.recipe.calibrate:
         ingredients = replace(ingredients, curvature=_open_curvature(plan, POSITIONS))

@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_epimer.errors import UsageError
 from hf_epimer.merging.report import totals_of
 from hf_epimer.models.source import PROCESSOR_FILES
 from hf_epimer.pipeline.any_architecture import COPIED
@@ -49,8 +48,6 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     usage, processes = Usage(), launched()
     with usage.stage("fetching"):
         plan = make_plan(recipe, any_architecture=True)
-        if processes.count > 1 and not plan.treatment:
-            raise UsageError(f"{plan.base} merges in one process; only models of no known family are shared out")
         with processes.main_first():
             fetch(plan, progress, COPIED if plan.treatment else PROCESSOR_FILES)
     if plan.recipe.calibrate:

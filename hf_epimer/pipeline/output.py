@@ -66,7 +66,8 @@ def write_merge(
     if plan.treatment:
         return write_any(folder, plan, plan.treatment, ingredients, launched(), on_layer, usage.note_memory), None
     if plan.writes_adapter:
-        _write_adapter(folder, plan, ingredients, noted(_updates(plan, ingredients, on_layer)))
+        updates = noted(_updates(plan, ingredients, on_layer))
+        _by_the_first(updates, lambda: _write_adapter(folder, plan, ingredients, updates))
         return tuple(reports), None
     dtype = dtype_of(plan, ingredients.base)
     layers: Iterator[MergedLayer] = dense_layers(plan, ingredients, dtype, on_layer)
@@ -80,8 +81,23 @@ def write_merge(
 
         refined, refinement = refined_layers(layers, plan, ingredients, progress)
         layers = iter(refined)
-    _write_checkpoint(folder, plan, dtype, noted(layers))
+    written = noted(layers)
+    _by_the_first(written, lambda: _write_checkpoint(folder, plan, dtype, written))
     return tuple(reports), refinement
+
+
+def _by_the_first(merged: Iterator[Merged], write: Callable[[], None]) -> None:
+    """What all processes have made is written by the first; then all go on.
+
+    Each makes every layer: what takes long, passes over images, has been shared out before.
+    """
+    processes = launched()
+    if processes.is_main:
+        write()
+    else:
+        for _ in merged:
+            pass
+    processes.gather(None)
 
 
 def dense_layers(plan: Plan, ingredients: Ingredients, dtype: torch.dtype, on_layer: OnLayer) -> Iterator[MergedLayer]:
@@ -95,7 +111,7 @@ def dense_layers(plan: Plan, ingredients: Ingredients, dtype: torch.dtype, on_la
         recipe.options,
         seed=recipe.seed,
         exact=recipe.exact,
-        device=recipe.device,
+        device=launched().device(recipe.device),
         dtype=dtype,
         on_layer=on_layer,
     )

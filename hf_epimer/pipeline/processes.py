@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hf_epimer.checkpoints.folders import atomic_folder
+from hf_epimer.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -55,6 +59,15 @@ class Processes:
         gathered: list[Value] = gather_object([value])
         return gathered
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of all processes' tensors of one shape, the same to the bit in each; all have to ask."""
+        if self.count == 1:
+            return values
+        from accelerate.utils import reduce
+
+        total: Tensor = reduce(values, "sum")
+        return total
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """One process does what is inside before the others, who find it done."""
@@ -81,16 +94,30 @@ class Processes:
             self.gather(None)
 
 
+ALONE = Processes()
+"""One process for everything."""
+
+
 @cache
 def launched() -> Processes:
     """The processes that were started together, with this one among them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes()
+        return ALONE
     from accelerate import Accelerator
 
     accelerator = Accelerator()
     gpu = str(accelerator.device) if accelerator.device.type == "cuda" else None
     return Processes(accelerator.process_index, accelerator.num_processes, gpu)
+
+
+def check_alone(command: str) -> None:
+    """Refuse several processes for what one does.
+
+    Raises:
+        UsageError: there are several.
+    """
+    if launched().count > 1:
+        raise UsageError(f"{command} runs in one process; what takes long may be measured by several before (fisher)")
 
 
 def leave() -> None:

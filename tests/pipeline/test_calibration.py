@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -363,6 +366,37 @@ def test_calibrate_from_the_command(words: tuple[object, ...], run: Run, tmp_pat
     plain = run(*words[:-1], "--out", tmp_path / "p")
     assert plain[0] == 0 and (tmp_path / "p" / "model.safetensors").read_bytes() != again
     assert not torch.equal(load_file(tmp_path / "p" / "model.safetensors")[entry["name"]], merged[entry["name"]])
+
+
+@pytest.mark.slow
+def test_two_processes_calibrate_as_one_does(
+    words: tuple[object, ...], run: Run, tmp_path: Path, clip_zoo: Path
+) -> None:
+    """Curvature, calibration and accuracies, each process with its share of the images."""
+    more = ("--evaluate", "--limit", 8, "--json")
+    code, output, complaint = run(*words, "--out", tmp_path / "one", *more)
+    assert (code, complaint) == (0, "")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_epimer"]
+    two = tmp_path / "two"
+    done = subprocess.run(
+        [*launcher, *map(str, (*words, "--out", two, *more))],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(tmp_path / "elsewhere"),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"]["tasks"] == json.loads(output)["results"]["tasks"]
+    base, *merges = (load_tower(folder).state_dict() for folder in (clip_zoo / "base", tmp_path / "one", two))
+    for name, start in base.items():
+        step, other = merges[0][name] - start, merges[1][name] - start
+        assert float((other - step).norm()) <= 1e-5 * float(start.norm() + step.norm()), name
+    left = list((tmp_path / "elsewhere" / "hf-epimer" / "calibration").iterdir())
+    assert left == []
 
 
 def test_calibration_brings_the_merge_closer_to_every_task(

@@ -42,6 +42,7 @@ from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.output import dtype_of
 from hf_epimer.pipeline.plan import CurvatureFile, Plan
 from hf_epimer.pipeline.planner import make_plan, with_method
+from hf_epimer.pipeline.processes import check_alone
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.images import Samples, read_samples
 from hf_epimer.types import Progress
@@ -72,6 +73,7 @@ def sweep(
         UsageError: a checkpoint without a task; statistics would be estimated on validation samples.
         EpimerError: what `merge` raises; nothing half-written is left.
     """
+    check_alone("sweep")
     grid = grid or Grid()
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be a whole number of at least 1, not {limit}")

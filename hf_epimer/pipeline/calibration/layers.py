@@ -14,6 +14,7 @@ from hf_epimer.models.loading import load_processor, preprocess
 from hf_epimer.pipeline.calibration.states import BATCH
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.tower import tower_of, with_weights_of
 from hf_epimer.pipeline.workspace import open_workspace
 from hf_epimer.tasks.images import ImageBatches, read_images
@@ -37,21 +38,24 @@ def calibrated_layers(
     layers = list(merged)
     tower = tower_of(layers, plan)
     pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
-    batches = [ImageBatches(read_images(model.images), pixels, BATCH) for model in plan.models if model.images]
+    processes = launched()
+    share = (processes.rank, processes.count)
+    batches = [ImageBatches(read_images(model.images), pixels, BATCH, share) for model in plan.models if model.images]
     tasks = [
         CalibrationTask(*entry)
         for entry in zip(ingredients.models, plan.weights, ingredients.curvature, batches, strict=True)
     ]
-    settings = [plan.recipe.views, plan.recipe.calibration_rho]
+    settings = [plan.recipe.views, plan.recipe.calibration_rho, share]
     workspace = open_workspace("calibration", plan, layers, settings, plan.calibration_bytes, "hidden states")
     sizes = calibrate(
-        tower.to(plan.recipe.device),
+        tower.to(processes.device(plan.recipe.device)),
         ingredients.base,
         tasks,
         plan.architecture,
         workspace,
         views=plan.recipe.views,
         rho=plan.recipe.calibration_rho,
+        processes=processes,
         on_step=lambda done, total: progress("calibrating", done, total),
     )
     shutil.rmtree(workspace)

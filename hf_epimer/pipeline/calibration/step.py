@@ -42,6 +42,7 @@ from hf_epimer.models.architecture import Architecture, Residual
 from hf_epimer.models.weights import Block, blocks_of, parameters_of, put_weights
 from hf_epimer.numerics.regression import anchored_step, gram, prior
 from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, stopped
+from hf_epimer.pipeline.processes import ALONE, Processes
 from hf_epimer.pipeline.views import crops
 from hf_epimer.tasks.images import Batch
 
@@ -80,9 +81,12 @@ def calibrate(
     views: int = 1,
     rho: float = 0.2,
     prior_weight: float = PRIOR,
+    processes: Processes = ALONE,
     on_step: OnStep = lambda done, total: None,
 ) -> dict[str, float]:
     """Solve every linear layer of a merged tower again, in place.
+
+    Several processes see a share of every task's images each, add up their sums, and solve the same equations.
 
     Args:
         tower: the merge, in evaluation mode, on the device where it is to be done.
@@ -92,17 +96,19 @@ def calibrate(
             left there is gone on with.
         views: of every image, at least 1.
         rho, prior_weight: as above; rho > 0.
+        processes: that call this together, each with a tower, images and a workspace of its own.
         on_step: progress; a step is one task in one residual of one block.
 
     Returns:
         Canonical name of every solved weight -> the step's norm relative to the weight's.
 
     Raises:
-        DataError: a task has no images.
+        DataError: a task has no images, or fewer than there are processes.
         NumericalError: a solution is not finite.
     """
     blocks = blocks_of(tower, architecture)
-    done = [load_file(path) for path in takewhile(Path.exists, (_finished(workspace, n) for n in range(len(blocks))))]
+    kept = list(takewhile(Path.exists, (_finished(workspace, n) for n in range(len(blocks)))))
+    done = [load_file(path) for path in kept[: min(processes.gather(len(kept)))]]
     steps = len(architecture.residuals) * len(tasks)
     on_step(0, len(blocks) * steps)
     states = [
@@ -120,7 +126,7 @@ def calibrate(
         for residual in architecture.residuals:
             passages = [_Passage(block, tuned, residual, *entry) for entry in zip(tasks, states, strict=True)]
             for layers in (residual.reads, (residual.writes,)):
-                moments = _pooled([passage.moments(layers) for passage in passages], tasks)
+                moments = _pooled((_of_all(processes, passage.moments(layers)) for passage in passages), tasks)
                 for layer in layers:
                     solved[f"{block.name}.{layer}.weight"] = _solve(
                         block, layer, moments, tasks, base, rho, prior_weight
@@ -131,6 +137,7 @@ def calibrate(
         for state in states:
             state.end_block()
         _keep(block, solved, _finished(workspace, number))
+        processes.gather(None)  # none overwrites the block's beginning before all have its end
         sizes |= solved
     return sizes
 
@@ -268,6 +275,13 @@ def _added(sums: _Moments | None, x: Tensor, targets: Mapping[str, Tensor], hear
 def _precise(sums: Tensor) -> Tensor:
     """In float64; on the CPU where the device has none (Apple's)."""
     return (sums.cpu() if sums.device.type == "mps" else sums).double()
+
+
+def _of_all(processes: Processes, moments: _Moments) -> _Moments:
+    """One task's sums over the images of all processes."""
+    return _Moments(
+        processes.sum(moments.gram), {layer: processes.sum(cross) for layer, cross in moments.cross.items()}
+    )
 
 
 def _pooled(moments: Iterable[_Moments], tasks: Sequence[CalibrationTask]) -> _Moments:
