@@ -86,7 +86,7 @@ class Zoo:
             task = load_task_file(folder / "task_files" / f"{name}.yaml")
             samples = read_samples(task, task.train_split)
             train, test = samples.rows, read_samples(task, task.test_split).rows
-            head = classifier_for(self.tower, base, task, samples.class_names).head
+            head = classifier_for(self.tower, base, base, task, samples.class_names).head
 
             def loaded(data: Any, rows: range, task: Any = task) -> tuple[Tensor, Tensor]:
                 part = data.select(rows)

@@ -156,7 +156,7 @@ def landscape(
     _check_names([*ingredients.models, *marked])
     plane = plane_of(ingredients, marked)
     with atomic_folder(local.target, REPORT, recipe.overwrite) as folder:
-        tower = Tower(plan.base, plan.tasks, samples, seed=recipe.seed, device=recipe.device)
+        tower = Tower(plan.base, plan.tuned_on, samples, seed=recipe.seed, device=recipe.device)
         models: dict[str, TensorSource] = {BASE: ingredients.base}
         models |= {model.label: model for model in (*ingredients.models, *marked)}
         first, second = grid(list(plane.positions.values()), steps, margin)
@@ -277,15 +277,15 @@ class Tower:
     """One vision tower that is moved about, behind the heads of all tasks, with every task's images decoded once.
 
     Args:
-        base: with text tower, tokenizer and processor.
-        tasks: what is measured, on their test splits.
+        base: with a processor; with a text tower and a tokenizer, where they are needed.
+        tasks: what is measured, on their test splits, each with the model whose classifier is used if it has one.
         samples: at most so many images a task, shuffled with `seed`: a split may be sorted by class.
     """
 
     def __init__(
         self,
         base: ModelSource,
-        tasks: Sequence[Task],
+        tasks: Sequence[tuple[Task, ModelSource]],
         samples: int,
         *,
         seed: int = 0,
@@ -296,9 +296,9 @@ class Tower:
         self.device = device
         self.classifiers: dict[str, Classifier] = {}
         self.batches: dict[str, list[Batch]] = {}
-        for task in tasks:
+        for task, tuned in tasks:
             chosen = read_samples(task, task.test_split, limit=samples, seed=seed)
-            classifier = classifier_for(self.tower, base, task, chosen.class_names).to(device)
+            classifier = classifier_for(self.tower, tuned, base, task, chosen.class_names).to(device)
             batches = ImageBatches(chosen, classifier.pixels, batch_size)
             self.batches[task.name] = list(batches)
             batches.report_broken()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal
-from hf_epimer.curvature.per_sample import Gradient, per_sample_gradients
+from hf_epimer.curvature.per_sample import Gradient, no_gradient, per_sample_gradients
 from hf_epimer.curvature.request import Labels, Precision
 from hf_epimer.errors import DataError, StatisticsError, UsageError
 from hf_epimer.merging.finite import is_finite
@@ -35,16 +35,28 @@ class Subject:
         model: in evaluation mode.
         names: parameter in the model -> its name in the result.
         logits: (forward, inputs of a batch) -> logits [n, classes]; `forward` stands for the model's own call.
+        unread: names in the result of parameters that the logits do not depend on, so that their gradients are zero.
     """
 
     model: nn.Module
     names: Mapping[str, str]
     logits: Callable[[Callable[..., Any], Any], Tensor] = lambda forward, inputs: forward(inputs)
+    unread: frozenset[str] = frozenset()
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Name in the result -> shape."""
         return {name: self.model.get_parameter(own).shape for own, name in self.names.items()}
+
+    @property
+    def read(self) -> dict[str, str]:
+        """Those of `names` that the logits depend on."""
+        return {own: name for own, name in self.names.items() if name not in self.unread}
+
+
+def subject_of(classifier: Classifier) -> Subject:
+    """The vision tower of a classifier, under the names it has on disk."""
+    return Subject(classifier, classifier.tower_names(), unread=classifier.unread())
 
 
 def accumulate(
@@ -84,12 +96,14 @@ def accumulate(
 
     subject.model.to(device)
     count = 0
-    with per_sample_gradients(subject.model, subject.names, consume) as forward:
+    with per_sample_gradients(subject.model, subject.read, consume) as forward:
         for batch in batches:
             _loss(subject, forward, batch, device, labels, seed, precision).backward()
             count += len(batch.labels)
             on_samples(len(batch.labels))
-    unreached = sorted(set(subject.names.values()) - seen)
+    for name in subject.unread:
+        accumulator.add(name, no_gradient(subject.shapes[name], device))
+    unreached = sorted(set(subject.read.values()) - seen)
     if count and unreached:
         raise StatisticsError(f"the loss does not depend on {unreached[0]} ({len(unreached)} such parameters)")
     sums, samples = _over_processes(accumulator.sums, count, accelerator)
@@ -132,7 +146,7 @@ def estimate_fisher(
         raise UsageError("batches that can be read only once cannot be probed: give a list or a loader, or probe=False")
     numbered = _Numbered(batches)
     everything = {name: name for name, _ in model.named_parameters()}
-    subject = Subject(model, model.tower_names() if isinstance(model, Classifier) else everything)
+    subject = subject_of(model) if isinstance(model, Classifier) else Subject(model, everything)
     was_training = model.training
     model.eval()
     try:
@@ -186,7 +200,7 @@ def _fingerprint(subject: Subject, batches: Iterable[Batch], accelerator: Accele
         return {}
     found = _Fingerprint()
     subject.model.to(accelerator.device)
-    with per_sample_gradients(subject.model, subject.names, found.add) as forward:
+    with per_sample_gradients(subject.model, subject.read, found.add) as forward:
         loss = _loss(subject, forward, batch, accelerator.device)
         loss.backward()
     tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]

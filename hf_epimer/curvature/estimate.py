@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_epimer.checkpoints.cache import keep
 from hf_epimer.curvature.accumulators import ACCUMULATORS, Accumulator, ProjectedFisher, Together, split
-from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism
+from hf_epimer.curvature.data_pass import Subject, accumulate, probe_determinism, subject_of
 from hf_epimer.curvature.files import StatisticsMetadata, save_statistics
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.methods.statistic import StatisticsFile
@@ -122,10 +122,10 @@ def load_subject(request: CurvatureRequest, batch_size: int, accelerator: Accele
     with accelerator.main_process_first():  # one process fetches, the others find everything in place
         folder = request.model.folder()
         samples = read_images(request.images)
-        model = classifier_for(load_tower(folder, request.base), request.base, task, samples.class_names)
-    subject = Subject(model, model.tower_names())
+        tower = load_tower(folder, request.base)
+        model = classifier_for(tower, request.model, request.base, task, samples.class_names)
     share = (accelerator.process_index, accelerator.num_processes)
-    return subject, ImageBatches(samples, model.pixels, batch_size, share)
+    return subject_of(model), ImageBatches(samples, model.pixels, batch_size, share)
 
 
 def _metadata(request: CurvatureRequest, samples: int) -> StatisticsMetadata:

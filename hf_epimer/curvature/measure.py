@@ -120,7 +120,7 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     if recipe.push and recipe.model.revision == model.ref.revision:
         raise UsageError(f"--push needs a branch to add to, and {recipe.model.revision} is a commit")
     base = base_of(model, recipe.base)
-    check_head(base, task)
+    check_head(model, base, task)
     sampling = recipe.sampling
     if sampling.streaming is None:
         sampling = replace(sampling, streaming=sampling.samples is not None and is_large(task))

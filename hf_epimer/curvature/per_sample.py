@@ -11,6 +11,7 @@ A layer called several times in one forward pass contributes the sum over its ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,15 @@ class Direct:
 
 
 Gradient = Outer | Direct
+
+
+def no_gradient(shape: torch.Size, device: torch.device) -> Gradient:
+    """That of a parameter which the loss does not depend on, for one sample."""
+    if len(shape) in (2, 4):
+        return Outer(torch.zeros(1, 1, shape[0], device=device), torch.zeros(1, 1, math.prod(shape[1:]), device=device))
+    return Direct(torch.zeros(1, *shape, device=device))
+
+
 Consume = Callable[[str, Gradient], None]
 """Takes the parameter's name and its gradients for the samples of one batch, in float32 or better."""
 
@@ -112,7 +122,7 @@ class _Observer:
                     continue
                 if _gradients_of(module) is not None:
                     self.owned.setdefault(module, {})[own] = names[full]
-                elif next(module.children(), None) is not None and _is_token(parameter):
+                elif _is_scale(module) or (next(module.children(), None) is not None and _is_token(parameter)):
                     self.bare[full] = names[full]
                 else:
                     raise StatisticsError(
@@ -166,6 +176,12 @@ class _Observer:
 def _is_token(parameter: Tensor) -> bool:
     """Whether a parameter that stands alone in a module is a row or rows put beside the tokens: w or 1 x ... x w."""
     return parameter.ndim == 1 or (parameter.ndim == 3 and len(parameter) == 1)
+
+
+def _is_scale(module: nn.Module) -> bool:
+    """Whether a layer has one vector and nothing else, by which it multiplies every position (LayerScale)."""
+    parameters = list(module.parameters())
+    return len(parameters) == 1 and parameters[0].ndim == 1 and next(module.children(), None) is None
 
 
 def _precise(tensor: Tensor) -> Tensor:

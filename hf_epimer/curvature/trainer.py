@@ -183,7 +183,10 @@ def _tower_subject(model: nn.Module) -> Subject:
             if classes.intersection(architecture.tower_classes):
                 names = parameter_names(module, architecture)
                 inside = f"{path}." if path else ""
-                return Subject(model, {inside + name: canonical for name, canonical in names.items()}, _logits)
+                found = {inside + name: canonical for name, canonical in names.items()}
+                kind = architecture.classification
+                trained = kind is not None and type(model).__name__ == kind.output_class
+                return Subject(model, found, _logits, architecture.unread_among(names.values(), by_classifier=trained))
     known = " or ".join(architecture.output_class for architecture in ARCHITECTURES)
     raise StatisticsError(f"{type(model).__name__} contains no {known} to measure")
 

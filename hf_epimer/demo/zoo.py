@@ -132,7 +132,7 @@ def _add_task(
     """Draw a task's data, tune a tower on it, and write the data set, the task file, the model and its Fisher."""
     _write_task_file(root / "tasks" / f"{name}.yaml", name)
     task = load_task_file(root / "tasks" / f"{name}.yaml")
-    model = classifier_for(load_tower(root / "base"), base, task, KINDS[name])
+    model = classifier_for(load_tower(root / "base"), base, base, task, KINDS[name])
     train, test = (_draw_split(name, count, model.processor, rng) for count in (size.train, size.test))
     zero_shot = _accuracy(model, test)
     _tune(model, train, size, report)

@@ -23,11 +23,11 @@ from torch import nn
 from hf_epimer.errors import DataError, UsageError
 from hf_epimer.evaluation.results import Results, Split, TaskResult
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.models.base import base_of
 from hf_epimer.models.classifier import Classifier
-from hf_epimer.models.head import check_head, classifier_for
+from hf_epimer.models.head import check_head, classifier_for, home_of
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.source import ModelSource, resolve_model
+from hf_epimer.models.trained_head import has_head
 from hf_epimer.models.zero_shot_check import BELIEVED, ENOUGH, warn_if_below_zero_shot
 from hf_epimer.tasks.dataset import is_large
 from hf_epimer.tasks.images import ImageBatches, Samples, read_samples
@@ -111,7 +111,8 @@ def evaluate(
     Args:
         model: a reference.
         tasks: built-in names, task files or `Task` objects.
-        base: whose heads and image processor are used; None to infer it as in a merge.
+        base: whose text tower and image processor are used; None for the model itself where it has classifiers for
+            all tasks and an image processor, else to infer it as in a merge.
         split: None for each task's test split.
         limit: at most so many samples a task, the first ones.
         batch_size: per process.
@@ -129,12 +130,12 @@ def evaluate(
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
     source = resolve_model(ModelRef.parse(model) if isinstance(model, str) else model)
-    home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
+    home = home_of(source, ModelRef.parse(base) if isinstance(base, str) else base, chosen)
     for task in chosen:
-        check_head(home, task)
+        check_head(source, home, task)
     with Accelerator().main_process_first():  # one process fetches, the others find everything in place
         tower = load_tower(source.folder(), home)
-    return _evaluate(tower, source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)
+    return _evaluate(tower, source, source.title, home, chosen, split, limit, batch_size, fine_tuned, progress)
 
 
 def evaluate_folder(
@@ -143,6 +144,7 @@ def evaluate_folder(
     tasks: Sequence[Task],
     *,
     name: str,
+    heads: Path | None = None,
     limit: int | None = None,
     on_task: Callable[[], None] = lambda: None,
 ) -> Results:
@@ -151,6 +153,7 @@ def evaluate_folder(
     Args:
         base: a folder, or a resolved reference.
         name: of the checkpoint, for results.json.
+        heads: the folder of the model whose classifiers are used, where it has some; None for the checkpoint itself.
         limit: the first so many samples of each split; None for all.
         on_task: called after every task.
     """
@@ -160,11 +163,13 @@ def evaluate_folder(
         if stage == "tasks":
             on_task()
 
-    return _evaluate(load_tower(folder, home), name, home, tasks, None, limit, 64, None, progress)
+    source = resolve_model(ModelRef(str(Path(heads or folder).absolute())))
+    return _evaluate(load_tower(folder, home), source, name, home, tasks, None, limit, 64, None, progress)
 
 
 def _evaluate(
     tower: nn.Module,
+    source: ModelSource,
     name: str,
     base: ModelSource,
     tasks: Sequence[Task],
@@ -181,7 +186,7 @@ def _evaluate(
         with accelerator.main_process_first():
             few = limit is not None and is_large(task)  # the same rows, without the rest of a large data set
             samples = read_samples(task, split or task.test_split, limit=limit, streaming=few)
-            model = classifier_for(tower, base, task, samples.class_names)
+            model = classifier_for(tower, source, base, task, samples.class_names)
         stage, total = f"evaluating {task.name}", len(samples)
         progress(stage, 0, total)
 
@@ -201,5 +206,5 @@ def _evaluate(
         )
         for task in tasks
     }
-    zero_shot = all(task.head is None for task in tasks)
+    zero_shot = not any(task.head or has_head(source, base.architecture, task) for task in tasks)
     return Results(name, base.title, rows, measured_on, fine_tuned or {}, zero_shot)

@@ -12,8 +12,7 @@ import torch
 
 from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef
-from hf_epimer.models.base import base_of
-from hf_epimer.models.head import classifier_for
+from hf_epimer.models.head import classifier_for, home_of
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.source import resolve_model
 from hf_epimer.tasks.images import read_samples
@@ -34,7 +33,7 @@ def predict(
         images: of any mode and size.
         task: a built-in name, a task file or a `Task`; of the latter, only class names and templates (or the head) are
             looked at where it has them.
-        base: whose head and image processor are used; None to infer it as in a merge.
+        base: whose text tower and image processor are used; None as in `evaluate`.
 
     Returns:
         For every picture: class -> probability, the most probable first.
@@ -47,7 +46,7 @@ def predict(
     chosen = task if isinstance(task, Task) else find_task(task)
     names = chosen.class_names or read_samples(chosen, chosen.test_split, limit=1).class_names
     source = resolve_model(ModelRef.parse(model) if isinstance(model, str) else model)
-    home = base_of(source, ModelRef.parse(base) if isinstance(base, str) else base)
-    classifier = classifier_for(load_tower(source.folder(), home), home, chosen, names)
+    home = home_of(source, ModelRef.parse(base) if isinstance(base, str) else base, [chosen])
+    classifier = classifier_for(load_tower(source.folder(), home), source, home, chosen, names)
     probabilities = classifier(classifier.pixels(images)).softmax(-1).tolist()
     return [dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])) for row in probabilities]

@@ -127,6 +127,10 @@ class Adapter:
         """Those of the base."""
         return self.base.shapes
 
+    def plain(self, key: str) -> str:
+        """The name in PEFT's plain layout of a tensor that is stored under this key."""
+        return next(name for name, stored in self._keys.items() if stored == key)
+
     def rank(self, name: str) -> int:
         """r of one matrix: of its factors, full where it is replaced as a whole, 0 where it is left alone."""
         if name in self._low:
@@ -371,11 +375,13 @@ def read_adapter(
     label: str | None = None,
     *,
     quiet: bool = False,
+    kept: Callable[[str], bool] | None = None,
 ) -> Adapter:
     """An adapter from a local folder.
 
     Args:
         quiet: do not warn of tensors that are left out.
+        kept: which of these, by their names in the trained model, somebody else reads; None for none.
 
     Raises:
         CheckpointError, MismatchError: as `Adapter`, `adapter_weights`, `read_json` and `Checkpoint` do.
@@ -384,12 +390,10 @@ def read_adapter(
     config = read_json(folder / ADAPTER_CONFIG, label)
     file = folder / adapter_weights([path.name for path in folder.iterdir()], label)
     adapter = Adapter(label, config, Checkpoint(label, [file]), base, canonical)
-    if adapter.foreign and not quiet:
+    lost = [key for key in adapter.foreign if not (kept and kept(adapter.plain(key)))]
+    if lost and not quiet:
         logger.warning(
-            "%s: %d of its tensors are no part of the vision tower and are left out (%s)",
-            label,
-            len(adapter.foreign),
-            adapter.foreign[0],
+            "%s: %d of its tensors are no part of the vision tower and are left out (%s)", label, len(lost), lost[0]
         )
     return adapter
 

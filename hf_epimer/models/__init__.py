@@ -12,8 +12,11 @@ from hf_epimer.errors import CheckpointError
 from hf_epimer.models.any_architecture import architecture_of_none
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.clip import CLIP
+from hf_epimer.models.deit import DEIT
+from hf_epimer.models.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from hf_epimer.models.vit import VIT
 
-ARCHITECTURES: tuple[Architecture, ...] = (CLIP,)
+ARCHITECTURES: tuple[Architecture, ...] = (CLIP, VIT, DEIT, DINOV2, DINOV2_WITH_REGISTERS)
 
 
 def find_architecture(config: Mapping[str, Any], where: str) -> Architecture:
@@ -29,9 +32,8 @@ def find_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     for architecture in ARCHITECTURES:
         if model_type in architecture.model_types:
             return architecture
-    names = " or a ".join(architecture.name for architecture in ARCHITECTURES)
     known = ", ".join(sorted(model_type for architecture in ARCHITECTURES for model_type in architecture.model_types))
-    raise CheckpointError(f"{where}: model type {model_type!r} is not a {names} ({known} are)")
+    raise CheckpointError(f"{where}: model type {model_type!r} is of no family that is known here ({known} are)")
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -8,8 +8,8 @@ of transformers to the next; `canonical` takes any of these, `module_name` leads
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_epimer.errors import CheckpointError
@@ -31,22 +31,47 @@ MOST_BLOCKS, LARGEST_COUNT = 1_000, 2**16
 
 @dataclass(frozen=True)
 class Residual:
-    """One of the sums that a block consists of: h + write(... read(norm(h)) ...).
+    """One of the sums that a block consists of: h + scale o write(... read(norm(h)) ...).
 
     Attributes:
         run: (block, hidden states [n, positions, w]) -> the sum.
         reads: the linear layers that read norm(h), by their canonical names within the block.
         writes: the linear layer whose output is added to h.
+        scale: the parameter [w] that multiplies that output (LayerScale); None where nothing does.
     """
 
     run: Callable[[nn.Module, Tensor], Tensor]
     reads: tuple[str, ...]
     writes: str
+    scale: str | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
         """All of them, in the order in which data runs through them."""
         return (*self.reads, self.writes)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How models of a family are trained as classifiers: by a linear layer that reads features of the tower.
+
+    Attributes:
+        output_class: the class of transformers with both; without classes it is the tower alone.
+        output_type: `model_type` in its config.json.
+        module_prefix: what it puts before the names of the tower's parameters in memory.
+        layer: what files call the linear layer, which has a weight [classes, d] and a bias [classes].
+        features: (tower, pixels [n, 3, height, width]) -> what it reads, [n, d].
+        parts: d in units of w.
+        unread: beginnings of names of parameters that these features do not depend on.
+    """
+
+    output_class: str
+    output_type: str
+    module_prefix: str
+    features: Callable[[nn.Module, Tensor], Tensor]
+    layer: str = "classifier"
+    parts: int = 1
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,10 +115,12 @@ class Architecture:
         nested: prefixes under which the parameters may lie in a file, one around the other; longest first.
         roots: first components of names.
         ignored: beginnings of names that belong to other parts of a full model, or to buffers.
-        classifiers: beginnings of names of a trained classifier, which a merge leaves out, too, but not without a word.
+        classifiers: beginnings of names of a trained classifier, which is not merged.
+        unread: beginnings of names of parameters that no features depend on, as a mask token: merged, and not measured.
         renamed: (name in the newest module, canonical name) of parts of a path, where they differ; tried in this order.
         library: the module of transformers with the classes.
         output_class: of a merged model, whose config.json is a vision config.
+        module_prefix: what it puts before the names of the tower's parameters in memory.
         since: the first transformers in which `output_class` has the names of `module_name`.
         tower_classes: classes with these parameters, for looking them up in a larger model.
         processors: classes of image processors, the first that the installed transformers has is used.
@@ -106,6 +133,9 @@ class Architecture:
         known: the values of `known_by` of well-known base models -> Hub id.
         known_by: fields by which a base is known.
         zero_shot: how classes are made out of texts; None where a task must bring its head.
+        unsupported: values of fields with which a model cannot be merged.
+        stretches: whether positions are stretched to pictures of any size.
+        classification: how models are trained as classifiers; None where such models are not known.
         data_free: whether nothing of all this is known, so that models merge without data.
     """
 
@@ -128,11 +158,16 @@ class Architecture:
     nested: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     classifiers: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    module_prefix: str = ""
     renamed: tuple[tuple[str, str], ...] = ()
     carried: tuple[str, ...] = ()
     known: Mapping[tuple[int, ...], str] | None = None
     known_by: tuple[str, ...] = ()
     zero_shot: ZeroShot | None = None
+    unsupported: Mapping[str, Any] = field(default_factory=dict)
+    stretches: bool = False
+    classification: Classification | None = None
     data_free: bool = False
     width: str = "hidden_size"
     depth: str = "num_hidden_layers"
@@ -147,7 +182,7 @@ class Architecture:
 
         A name that fits nowhere is returned as it is, so that the comparison of key sets reports it.
         """
-        stripped = self._unwrapped(name)
+        stripped = self.unwrapped(name)
         left_out = (*self.ignored, *self.classifiers)
         if name.startswith(left_out) or stripped.startswith(left_out):
             return None
@@ -159,9 +194,9 @@ class Architecture:
 
     def is_classifier(self, name: str) -> bool:
         """Whether a tensor belongs to a trained classifier."""
-        return self._unwrapped(name).startswith(self.classifiers)
+        return self.unwrapped(name).startswith(self.classifiers)
 
-    def _unwrapped(self, name: str) -> str:
+    def unwrapped(self, name: str) -> str:
         """A name without what programs have put before it, one around the other."""
         for _ in range(_DEEPEST):
             wrapper = next((prefix for prefix in (*_WRAPPERS, *self.nested) if name.startswith(prefix)), None)
@@ -175,27 +210,33 @@ class Architecture:
         canonical = self.canonical(name) or ""
         return canonical.startswith(self.prefix) and canonical.removeprefix(self.prefix).split(".")[0] in self.roots
 
-    def module_name(self, canonical: str) -> str:
-        """What the newest transformers' `output_class` calls a parameter (or a layer) in memory."""
+    def module_name(self, canonical: str, module_prefix: str | None = None) -> str:
+        """What the newest transformers calls a parameter (or a layer) in memory.
+
+        Args:
+            module_prefix: of the class that it is in; None for that of `output_class`.
+        """
         name = canonical.removeprefix(self.prefix)
         for newest, stored in self.renamed:
             name = _replaced(name, stored, newest)
-        return name
+        return (self.module_prefix if module_prefix is None else module_prefix) + name
 
     def vision_config(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The fields that matter from a config.json, with transformers' defaults filled in.
 
         Raises:
-            CheckpointError: a field is damaged.
+            CheckpointError: a field is damaged, or says that such a model cannot be merged.
         """
         section = self.section(config, where)
-        chosen = {field: section.get(field, default) for field, default in self.fields.items()}
-        for field, default in self.fields.items():
-            most = MOST_BLOCKS if field == self.depth else LARGEST_COUNT
-            if not _is_like(default, chosen[field], most):
-                shown = repr(chosen[field]) if len(repr(chosen[field])) < 40 else "something"
+        chosen = {name: section.get(name, default) for name, default in self.fields.items()}
+        for name, default in self.fields.items():
+            if name in self.unsupported and chosen[name] == self.unsupported[name]:
+                raise CheckpointError(f"{where}: a {self.name} with {name}: {chosen[name]} cannot be merged")
+            most = MOST_BLOCKS if name == self.depth else LARGEST_COUNT
+            if not _is_like(default, chosen[name], most):
+                shown = repr(chosen[name]) if len(repr(chosen[name])) < 40 else "something"
                 wanted = f"a positive number of at most {most}" if _is_count(default) else f"like {default!r}"
-                raise CheckpointError(f"{where}: {field} in config.json is {shown}, not {wanted}")
+                raise CheckpointError(f"{where}: {name} in config.json is {shown}, not {wanted}")
         return chosen
 
     def section(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -217,6 +258,16 @@ class Architecture:
     def known_base(self, vision_config: Mapping[str, Any]) -> str | None:
         """The Hub id of the well-known base model of this shape."""
         return (self.known or {}).get(tuple(vision_config[field] for field in self.known_by))
+
+    def features_for(self, *, by_classifier: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+        """(tower, pixels) -> the features that a trained classifier reads, or any other head: [n, d]."""
+        return self.classification.features if by_classifier and self.classification else self.features
+
+    def unread_among(self, names: Iterable[str], *, by_classifier: bool) -> frozenset[str]:
+        """Those of these canonical names that features do not depend on: a trained classifier's, or all others."""
+        kind = self.classification if by_classifier else None
+        unread = tuple(self.prefix + beginning for beginning in (*self.unread, *(kind.unread if kind else ())))
+        return frozenset(name for name in names if name.startswith(unread))
 
     def shapes(self, vision_config: Mapping[str, Any]) -> dict[str, Shape]:
         """Canonical name -> shape of every parameter, in the order of the model."""

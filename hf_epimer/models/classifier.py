@@ -3,7 +3,7 @@
     z = P f(x) / |P f(x)|        t_c = unit(mean over templates of unit(text(template with class c)))
     logits_c = exp(logit_scale) * <z, t_c>
 
-    logits = W f(x) + b          for families without a text tower
+    logits = W f(x) + b          for models that were trained with a classifier, and families without a text tower
 
 Only the tower's parameters are trained, merged or measured; P [d, w] and logit_scale are the base model's own.
 """
@@ -33,6 +33,7 @@ class ZeroShotHead(nn.Module):
     projection: Tensor
     rows: Tensor
     scale: Tensor
+    is_trained = False
 
     def __init__(self, projection: Tensor, rows: Tensor, logit_scale: Tensor) -> None:
         super().__init__()
@@ -56,13 +57,18 @@ class ZeroShotHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Features [n, w] to logits [n, classes]; `weight` is [classes, w] and `bias` [classes]."""
+    """Features [n, d] to logits [n, classes]; `weight` is [classes, d] and `bias` [classes].
+
+    Args:
+        is_trained: whether it is a model's own classifier, which may read other features than other heads do.
+    """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, *, is_trained: bool = False) -> None:
         super().__init__()
+        self.is_trained = is_trained
         self.register_buffer("weight", weight.detach().clone())
         self.register_buffer("bias", bias.detach().clone())
 
@@ -98,7 +104,8 @@ class Classifier(nn.Module):
         return self.head.classes
 
     def forward(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.architecture.features(self.tower, pixels))
+        features = self.architecture.features_for(by_classifier=self.head.is_trained)
+        logits: Tensor = self.head(features(self.tower, pixels))
         return logits
 
     @torch.inference_mode()
@@ -121,6 +128,10 @@ class Classifier(nn.Module):
         """Name of each of the tower's parameters in this module -> its canonical name."""
         names = parameter_names(self.tower, self.architecture)
         return {f"tower.{name}": canonical for name, canonical in names.items()}
+
+    def unread(self) -> frozenset[str]:
+        """Canonical names of the tower's parameters that the logits do not depend on."""
+        return self.architecture.unread_among(self.tower_names().values(), by_classifier=self.head.is_trained)
 
     def tower_parameters(self) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter of the tower."""

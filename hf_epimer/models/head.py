@@ -1,4 +1,4 @@
-"""The head of a task, made once: from the base's text tower, or from the file that the task names.
+"""The head of a task: from the file that it names, the model's own training, else the base's text tower.
 
 The text tower of a ViT-L/14 with eight benchmarks embeds some fifty thousand prompts; what comes out are a few numbers.
 They are kept, with the projection and the logit scale, under the base's commit, the class names and the templates.
@@ -22,42 +22,54 @@ from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.checkpoints.cache import cached_path, keep
 from hf_epimer.checkpoints.reader import check_whole, read_json
 from hf_epimer.errors import CheckpointError, StatisticsError, TaskError
+from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.words import one_line
 from hf_epimer.merging.finite import check_weights, is_finite
 from hf_epimer.models.architecture import ZeroShot
+from hf_epimer.models.base import base_of
 from hf_epimer.models.classifier import Classifier, Head, LinearHead, ZeroShotHead
 from hf_epimer.models.loading import load_full, load_processor
-from hf_epimer.models.source import ModelSource
+from hf_epimer.models.source import PROCESSOR_FILES, ModelSource
+from hf_epimer.models.trained_head import has_head, trained_head
 from hf_epimer.tasks.task import Task
 
 
-def classifier_for(tower: nn.Module, base: ModelSource, task: Task, class_names: Sequence[str]) -> Classifier:
+def classifier_for(
+    tower: nn.Module, model: ModelSource, base: ModelSource, task: Task, class_names: Sequence[str]
+) -> Classifier:
     """A tower behind the head of a task, ready to be evaluated.
 
     Args:
-        tower: shared, not copied.
+        tower: shared, not copied; it need not have the weights of the model.
+        model: whose classifier it is, where it was trained with one.
         class_names: in the order of the labels.
 
     Raises:
         StatisticsError, TaskError, CheckpointError: as in `load_head`.
     """
-    head = load_head(base, task, class_names)
+    head = load_head(model, base, task, class_names)
     return Classifier(tower, base.architecture, head, load_processor(base.folder_with_processor())).eval()
 
 
-def load_head(base: ModelSource, task: Task, class_names: Sequence[str]) -> Head:
-    """The head of a task, out of the cache, or made and kept there.
+def load_head(model: ModelSource, base: ModelSource, task: Task, class_names: Sequence[str]) -> Head:
+    """The head of a task: its own, else the classifier that the model was trained with, else one made out of texts.
+
+    The last is kept in the cache.
 
     Raises:
         StatisticsError: as in `check_head`.
-        TaskError: the task's own head does not fit.
-        CheckpointError: the base cannot be read.
+        TaskError: a head does not fit the classes, or the tower.
+        CheckpointError: the model or the base cannot be read.
     """
-    check_head(base, task)
+    check_head(model, base, task)
+    trained = None if task.head else trained_head(model, base.architecture, task)
+    if trained:
+        weight, bias = _of_width(trained.in_order_of(class_names, task), trained.where, base)
+        return LinearHead(weight, bias, is_trained=True)
     given = _read_head(task, class_names) if task.head else None
     if base.architecture.zero_shot is None:
         assert given is not None
-        head: Head = LinearHead(*_of_width(given, base, task))
+        head: Head = LinearHead(*_of_width(given, str(task.head), base))
     else:
         parts = base_parts(base, task, class_names)
         head = ZeroShotHead(parts["projection"], given[0] if given else parts["head"], parts["logit_scale"])
@@ -67,13 +79,15 @@ def load_head(base: ModelSource, task: Task, class_names: Sequence[str]) -> Head
     return head
 
 
-def check_head(base: ModelSource, task: Task) -> None:
-    """Refuse what cannot work before anything is downloaded.
+def check_head(model: ModelSource, base: ModelSource, task: Task) -> None:
+    """Refuse what cannot work before anything large is downloaded.
 
     Raises:
-        StatisticsError: there is nothing to classify with: a text tower, its projection and tokenizer, or the task's
-            own head.
+        StatisticsError: there is nothing to classify with: the task's own head, a classifier of the model, or a text
+            tower, its projection and tokenizer.
     """
+    if not task.head and has_head(model, base.architecture, task):
+        return
     zero_shot = base.architecture.zero_shot
     if not base.has_text_tower and (task.head is None or zero_shot is not None):
         remedy = (
@@ -84,7 +98,7 @@ def check_head(base: ModelSource, task: Task) -> None:
         raise StatisticsError(
             f"{base}: it has no text tower and no projection to classify {task.name!r} with: {remedy}"
         )
-    if not can_classify(base, task):
+    if not can_classify(model, base, task):
         raise StatisticsError(
             f"{base}: it has no tokenizer to read the classes of {task.name!r} with: save the files of the one that it "
             "was trained with beside it (CLIPProcessor.from_pretrained(...).save_pretrained(folder)), or name another "
@@ -92,11 +106,26 @@ def check_head(base: ModelSource, task: Task) -> None:
         )
 
 
-def can_classify(base: ModelSource, task: Task) -> bool:
-    """Whether images of a task can be classified behind this base: it makes heads, or takes the task's own."""
+def can_classify(model: ModelSource, base: ModelSource, task: Task) -> bool:
+    """Whether images of a task can be classified: the model or the task has a head, or the base makes one."""
+    if task.head is None and has_head(model, base.architecture, task):
+        return True
     if task.head is None:
         return base.has_text_tower and base.has_tokenizer
     return base.has_text_tower or base.architecture.zero_shot is None
+
+
+def home_of(model: ModelSource, given: ModelRef | None, tasks: Sequence[Task]) -> ModelSource:
+    """Where the text tower and the image processor of a model come from: its base, or the model itself where it needs
+    no other.
+
+    Raises:
+        MismatchError, UsageError: as in `base_of`.
+    """
+    is_complete = not model.is_adapter and any(name in model.files for name in PROCESSOR_FILES)
+    if given is None and is_complete and all(has_head(model, model.architecture, task) for task in tasks):
+        return model
+    return base_of(model, given)
 
 
 # --- from texts -----------------------------------------------------------------------------------------------------
@@ -240,8 +269,10 @@ def _read_head(task: Task, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _of_width(head: tuple[Tensor, Tensor], base: ModelSource, task: Task) -> tuple[Tensor, Tensor]:
-    width = base.vision_config[base.architecture.width]
-    if head[0].shape[1] != width:
-        raise TaskError(f"{task.head}: its rows have {head[0].shape[1]} numbers, the features of {base} {width}")
+def _of_width(head: tuple[Tensor, Tensor], where: str, base: ModelSource) -> tuple[Tensor, Tensor]:
+    """A linear head, known to read as many numbers as a tower of the base's shape gives."""
+    kind = base.architecture.classification
+    size = base.vision_config[base.architecture.width] * (kind.parts if kind else 1)
+    if head[0].shape[1] != size:
+        raise TaskError(f"{where}: its rows have {head[0].shape[1]} numbers, the features of {base} {size}")
     return head

@@ -93,7 +93,8 @@ def load_processor(folder: str | Path) -> Any:
             "processor of the model that it comes from beside it, or name another base"
         )
     read_json(folder / found, str(folder), LARGEST_PROCESSOR)
-    size = architecture.vision_config(config, str(folder)).get("image_size")
+    described = architecture.vision_config(config, str(folder))
+    size = None if architecture.stretches else described.get("image_size")
     try:
         processor = processor_class(architecture).from_pretrained(folder)
         made = list(preprocess(processor, [Image.new("RGB", (64, 48))]).shape[-2:])
@@ -146,8 +147,9 @@ def _empty_tower(source: ModelSource) -> nn.Module:
     from accelerate import init_empty_weights
 
     kind = getattr(import_module(source.architecture.library), source.architecture.output_class)
+    described = source.architecture.section(source.config, str(source)) | {"id2label": {}, "label2id": {}}
     with init_empty_weights(include_buffers=False):
-        tower: nn.Module = kind(kind.config_class.from_dict(source.architecture.section(source.config, str(source))))
+        tower: nn.Module = kind(kind.config_class.from_dict(described))
     return tower
 
 

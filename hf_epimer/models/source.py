@@ -31,6 +31,9 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 LARGEST_PROCESSOR = 2**20
 """Bytes of an image processor's settings."""
 
+HEADS = "heads"
+"""The folder beside a merge in which the classifiers of its tasks lie."""
+
 
 def resolve_model(ref: ModelRef) -> ModelSource:
     """Look a reference to a model up, as `hf_epimer.hub.resolve.resolve` does. Nothing is downloaded.
@@ -97,6 +100,17 @@ class ModelSource(Source):
     def _read_index(self, name: str) -> str:
         return read_text(self.fetch(name), LARGEST_LISTING)
 
+    @cached_property
+    def head_files(self) -> tuple[str, ...]:
+        """The names of the classifiers that lie beside a merge."""
+        if self.ref.is_local:
+            names = [
+                path.relative_to(self.ref.location).as_posix() for path in Path(self.ref.location).glob(f"{HEADS}/*")
+            ]
+        else:
+            names = [name for name in self.files if name.startswith(f"{HEADS}/")]
+        return tuple(sorted(name for name in names if name.endswith(".safetensors") and name.count("/") == 1))
+
     @property
     def _listing(self) -> str:
         """What is there instead of what was looked for, and what to do about it."""
@@ -138,10 +152,20 @@ class ModelSource(Source):
         return self.architecture.vision_config(self.config, str(self))
 
     @property
+    def is_classification_class(self) -> bool:
+        """Whether transformers loads it as its family's classifier, which has a vision tower and no text tower."""
+        kind = self.architecture.classification
+        return kind is not None and kind.output_class in (self.config.get("architectures") or [])
+
+    @property
     def has_text_tower(self) -> bool:
         """Whether it is a full model that a zero-shot head can be made from."""
         zero_shot = self.architecture.zero_shot
-        return zero_shot is not None and self.config.get("model_type") in zero_shot.model_types
+        return (
+            zero_shot is not None
+            and self.config.get("model_type") in zero_shot.model_types
+            and not self.is_classification_class
+        )
 
     @cached_property
     def tensors(self) -> Stored:
@@ -195,6 +219,17 @@ class ModelSource(Source):
             if isinstance(found, dict) and found:
                 return found
         return None
+
+    @property
+    def positions(self) -> int:
+        """Length of the sequence of hidden states, for pictures as its image processor makes them."""
+        config = dict(self.vision_config)
+        if self.architecture.stretches:
+            settings = self.processor_config() or {}
+            size = settings.get("crop_size") or settings.get("size")
+            side = size.get("height") if isinstance(size, dict) else size
+            config["image_size"] = side if isinstance(side, int) else config["image_size"]
+        return self.architecture.positions(config)
 
     def folder(self) -> Path:
         """A folder with its config and weights, fetched."""

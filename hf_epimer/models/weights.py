@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_epimer.checkpoints.reader import TensorSource
-from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.architecture import Architecture, Residual
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Block:
     module: nn.Module
     layers: Mapping[str, nn.Module]
     parameters: Mapping[str, nn.Parameter]
+
+    def residuals(self, architecture: Architecture) -> list[Residual]:
+        """Those of the architecture's whose layers it has: some families have blocks of several kinds."""
+        return [residual for residual in architecture.residuals if self.layers.keys() >= {*residual.layers}]
 
 
 def parameter_names(tower: nn.Module, architecture: Architecture) -> dict[str, str]:

@@ -7,6 +7,7 @@ folder appears under the folder's name.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -26,20 +27,28 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def merge_card(plan: Plan, report: MergeReport, results: Results | None = None, picture: str | None = None) -> str:
+def merge_card(
+    plan: Plan,
+    report: MergeReport,
+    results: Results | None = None,
+    picture: str | None = None,
+    heads: Sequence[str] = (),
+) -> str:
     """The README.md of a merged folder.
 
     Args:
         results: accuracies, where it was evaluated; of a part of the test images (`recipe.limit`) they are in the body
             only, where their number stands beside them.
         picture: the name of the file that shows them, if there is one.
+        heads: the labels of the classifiers that lie beside the weights.
     """
     recipe, method, architecture, as_adapter = plan.recipe, plan.method, plan.architecture, plan.writes_adapter
     name = recipe.push_to.split("/")[1] if recipe.push_to else recipe.target.resolve().name
     parents = [plan.base] if as_adapter else [model.source for model in plan.models]
     on_hub = [source.title for source in parents if not source.ref.is_local]
     rank = {"out_rank": recipe.out_rank} if recipe.out_rank else {}
-    full = architecture.zero_shot
+    output = plan.output
+    full = None if plan.has_heads else architecture.zero_shot
     data = ModelCardData(
         base_model=on_hub or None,
         base_model_relation="adapter" if as_adapter else "merge",
@@ -58,8 +67,10 @@ def merge_card(plan: Plan, report: MergeReport, results: Results | None = None, 
         as_adapter=as_adapter,
         method=method,
         architecture=architecture,
+        output=output,
         full=full,
-        classes=", ".join(sorted({architecture.output_class, *([full.model_class] if full else [])})),
+        heads=heads,
+        classes=", ".join(sorted({output.output_class, *([full.model_class] if full else [])})),
         base=_row(plan.base),
         treatment=plan.treatment.summary() if plan.treatment else None,
         has_tokenizer=architecture.library == "transformers" and "tokenizer_config.json" in plan.base.files,

@@ -94,7 +94,7 @@ def with_images(
                 f"{model}: to {purpose}, its task must be known: label it (dtd={model.source.ref.location}) or add "
                 "--task FILE"
             )
-        check_head(base, model.task)
+        check_head(model.source, base, model.task)
         data_revision(model.task)  # whether it can be reached is found out now
         seen.append(replace(model, images=_images(recipe, model.task)))
     return tuple(seen)
@@ -110,7 +110,7 @@ def _find_curvature(
     """
     if needs.file and needs.file.name in model.source.files:
         return CurvatureFile(model.source, needs.file.name)
-    if model.task is None or not can_classify(base, model.task):
+    if model.task is None or not can_classify(model.source, base, model.task):
         return None
     request = CurvatureRequest(model.source, base, _images(recipe, model.task))
     if needs.file is None:

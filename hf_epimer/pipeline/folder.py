@@ -26,6 +26,7 @@ from hf_epimer.hub.refs import check_new_repo_id
 from hf_epimer.hub.rights import check_not_an_input, check_push_access
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
 from hf_epimer.methods.statistic import STATISTICS_FILES
+from hf_epimer.models.source import HEADS
 from hf_epimer.pipeline.card import merge_card
 from hf_epimer.pipeline.eval_results import write_eval_results
 from hf_epimer.pipeline.picture import accuracy_bars
@@ -51,7 +52,8 @@ def write_records(folder: Path, plan: Plan, report: MergeReport, results: Result
     if results and plan.recipe.eval_results:
         write_eval_results(folder, plan.recipe.eval_results, plan.tasks, results)
     picture = _draw(folder, plan, results) if results else None
-    (folder / CARD).write_text(merge_card(plan, report, results, picture), encoding="utf-8")
+    heads = sorted(file.stem for file in (folder / HEADS).glob("*.safetensors"))
+    (folder / CARD).write_text(merge_card(plan, report, results, picture, heads), encoding="utf-8")
 
 
 def _draw(folder: Path, plan: Plan, results: Results) -> str | None:

@@ -23,6 +23,7 @@ from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import tagged_bases
 from hf_epimer.methods.statistic import POSITIONS, PROJECTED_FISHER, StatisticKind, StatisticsFile
+from hf_epimer.models.trained_head import is_classifier
 from hf_epimer.pipeline.any_architecture import open_any
 from hf_epimer.pipeline.plan import CurvatureFile, Plan
 from hf_epimer.types import Progress
@@ -38,6 +39,7 @@ def fetch(plan: Plan, progress: Progress, more: Sequence[str] = ()) -> None:
     """
     files: list[tuple[Source, str]] = [(plan.base, name) for name in plan.base.weight_files] if plan.reads_base else []
     files += [(model.source, name) for model in plan.models for name in model.source.weight_files]
+    files += [(model.source, name) for model in plan.models for name in model.source.head_files]
     files += [(file.source, file.name) for file in plan.measured]
     files += [(plan.base, name) for name in more if name in plan.base.files]
     remote = [(source, name) for source, name in files if not source.ref.is_local]
@@ -127,13 +129,15 @@ def _open_weights(plan: Plan) -> Ingredients:
     models: list[TensorSource] = []
     for model in plan.models:
         if model.source.is_adapter:
-            adapter = read_adapter(model.source.folder(), base, plan.architecture.canonical, model.label)
+            kept = plan.architecture.is_classifier if plan.has_heads else None
+            adapter = read_adapter(model.source.folder(), base, plan.architecture.canonical, model.label, kept=kept)
             if adapter.is_zero():
                 raise MismatchError(f"{model.label}: its adapter is zero: there is nothing to merge")
             models.append(adapter)
         else:
             checkpoint = model.source.open(plan.shapes)
-            if any(map(plan.architecture.is_classifier, checkpoint.left_out)):
+            is_kept = is_classifier(model.source, plan.architecture)
+            if not is_kept and any(map(plan.architecture.is_classifier, checkpoint.left_out)):
                 logger.warning("%s: its classifier is left out; what is merged is the vision tower", model.label)
             _check_not_the_base(base, checkpoint)
             models.append(checkpoint)

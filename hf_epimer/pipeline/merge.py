@@ -112,9 +112,10 @@ def _evaluate(folder: Path, plan: Plan, progress: Progress) -> Results:
     total = len(plan.tasks) * (2 if recipe.compare else 1) + len(specialists)
     progress("evaluating", 0, total)
 
-    def measured(folder: Path, name: str, tasks: Sequence[Task]) -> Results:
+    def measured(tuned: Path, name: str, tasks: Sequence[Task]) -> Results:
         done = lambda: progress("evaluating", 1, total)  # noqa: E731
-        return evaluate_folder(folder, plan.base, tasks, name=name, limit=recipe.limit, on_task=done)
+        heads = folder if plan.has_heads else None
+        return evaluate_folder(tuned, plan.base, tasks, name=name, heads=heads, limit=recipe.limit, on_task=done)
 
     results = measured(folder, recipe.push_to or recipe.target.name, plan.tasks)
     if not recipe.compare:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from hf_epimer.lora import Adapter, MergedUpdate, fold_updates, merge_adapters, 
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import MergedLayer, merge_layers
+from hf_epimer.models.trained_head import TrainedHead, heads_of, write_heads
 from hf_epimer.pipeline.any_architecture import write_any
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.processes import launched
@@ -65,6 +67,8 @@ def write_merge(
     progress("merging", 0, len(plan.shapes))
     if plan.treatment:
         return write_any(folder, plan, plan.treatment, ingredients, launched(), on_layer, usage.note_memory), None
+    if plan.has_heads:
+        write_heads(folder, _heads(plan))
     if plan.writes_adapter:
         updates = noted(_updates(plan, ingredients, on_layer))
         _by_the_first(updates, lambda: _write_adapter(folder, plan, ingredients, updates))
@@ -153,8 +157,8 @@ def _write_adapter(folder: Path, plan: Plan, ingredients: Ingredients, updates: 
         folder,
         updates,
         ingredients.base,
-        module_name=plan.architecture.module_name,
-        model_class=(plan.architecture.output_class, plan.architecture.library),
+        module_name=partial(plan.architecture.module_name, module_prefix=plan.output.module_prefix),
+        model_class=(plan.output.output_class, plan.architecture.library),
         base_name=plan.base.ref.location,
         base_revision=plan.base.ref.revision,
         dtype=getattr(torch, plan.recipe.dtype or "float32"),
@@ -172,12 +176,25 @@ def _write_checkpoint(folder: Path, plan: Plan, dtype: torch.dtype, layers: Iter
     write_json(folder / "config.json", _config(plan, dtype))
 
 
+def _heads(plan: Plan) -> dict[str, TrainedHead]:
+    """The classifiers of all models, by label; where a label is taken already, by the model that brings the second."""
+    found: dict[str, TrainedHead] = {}
+    for model in plan.models:
+        for label, head in heads_of(model.source, plan.architecture, model.task).items():
+            found[f"{model.label}-{label}" if label in found else label] = head
+    return found
+
+
 def _config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    base = plan.base.config
+    base, output = plan.base.config, plan.output
+    section = plan.architecture.model_types[output.output_type]
+    vision = dict(plan.base.vision_config)
+    has_classes = plan.architecture.classification and plan.architecture.classification.output_class
     return {
-        "architectures": [plan.architecture.output_class],
-        "model_type": plan.architecture.output_type,
-        **plan.base.vision_config,
+        "architectures": [output.output_class],
+        "model_type": output.output_type,
+        **({section: vision} if section else vision),
+        **({"id2label": {}, "label2id": {}} if output.output_class == has_classes else {}),
         **{field: base[field] for field in plan.architecture.carried if isinstance(base.get(field), int)},
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 5

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from hf_epimer.lora import works_in_core
 from hf_epimer.methods import Method
 from hf_epimer.methods.statistic import StatisticKind
 from hf_epimer.models.any_architecture import Treatment
-from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.architecture import Architecture, Classification
 from hf_epimer.models.source import ModelSource
+from hf_epimer.models.trained_head import is_classifier
 from hf_epimer.numerics.subspace import capped_rank
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.dataset import TaskImages
@@ -121,7 +123,26 @@ class Plan:
     @property
     def tasks(self) -> list[Task]:
         """The tasks that are known, each once, in the order of the models."""
-        return list({model.task.name: model.task for model in self.models if model.task}.values())
+        return [task for task, _ in self.tuned_on]
+
+    @property
+    def tuned_on(self) -> list[tuple[Task, ModelSource]]:
+        """The tasks that are known, each with the first model that was tuned on it: its classifier is the task's."""
+        first: dict[str, tuple[Task, ModelSource]] = {}
+        for model in self.models:
+            if model.task:
+                first.setdefault(model.task.name, (model.task, model.source))
+        return list(first.values())
+
+    @cached_property
+    def has_heads(self) -> bool:
+        """Whether a model has a classifier of its own, so that such lie beside the merge."""
+        return any(model.source.head_files or is_classifier(model.source, self.architecture) for model in self.models)
+
+    @property
+    def output(self) -> Architecture | Classification:
+        """What the merge is written as: with classifiers beside it the family's class for them, without classes."""
+        return (self.has_heads and self.architecture.classification) or self.architecture
 
     @property
     def statistic(self) -> StatisticKind | None:
@@ -170,9 +191,8 @@ class Plan:
         if not self.recipe.calibrate:
             return 0
         images = sum(model.images.sampling.samples or 0 for model in self.models if model.images)
-        config = self.base.vision_config
-        width = int(config[self.architecture.width])
-        return 16 * images * self.recipe.views * self.architecture.positions(config) * width
+        width = int(self.base.vision_config[self.architecture.width])
+        return 16 * images * self.recipe.views * self.base.positions * width
 
     @property
     def refinement_bytes(self) -> int:

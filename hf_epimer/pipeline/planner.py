@@ -198,7 +198,7 @@ def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Seque
     full = [model.source for model in models if not model.source.is_adapter]
     for model in models:
         if recipe.evaluate and model.task:
-            check_head(base, model.task)
+            check_head(model.source, base, model.task)
     if recipe.out_rank is not None and full:
         raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
     benchmarks(recipe.eval_results, [model.task for model in models if model.task])

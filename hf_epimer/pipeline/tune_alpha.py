@@ -59,7 +59,8 @@ def divergences(plan: Plan, ingredients: Ingredients, progress: Progress) -> dic
     for planned, model in zip(plan.models, ingredients.models, strict=True):
         assert planned.images  # by the planner
         samples = read_images(planned.images)
-        classifier = classifier_for(tower, plan.base, planned.images.task, samples.class_names).to(plan.recipe.device)
+        classifier = classifier_for(tower, planned.source, plan.base, planned.images.task, samples.class_names)
+        classifier = classifier.to(plan.recipe.device)
         pictures = ImageBatches(samples, classifier.pixels, BATCH)
         batches = list(pictures)
         pictures.report_broken()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_epimer.errors import DataError
 from hf_epimer.tasks.dataset import TaskImages
-from hf_epimer.tasks.task import Task
+from hf_epimer.tasks.task import Task, plain_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -239,7 +239,7 @@ def class_names_of(task: Task, features: Any) -> tuple[str, ...]:
     if stored is not None and len(stored) != len(names):
         raise DataError(f"task {task.name!r} names {len(names)} classes, the labels of {task.dataset} {len(stored)}")
     if stored is not None:
-        ours, theirs = [_plain(name) for name in names], [_plain(name) for name in stored]
+        ours, theirs = [plain_name(name) for name in names], [plain_name(name) for name in stored]
         if ours != theirs and sorted(ours) == sorted(theirs):
             place = next(index for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
             raise DataError(
@@ -253,10 +253,6 @@ def _reason(error: Exception) -> str:
     """What is wrong with a picture, without the address of the object that it was read from."""
     line = (str(error).splitlines() or [""])[0]
     return re.sub(r"\s*<[\w.]+ object at 0x[0-9a-f]+>", "", line) or type(error).__name__
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", " ").replace("-", " ").strip()
 
 
 def _checked_label(label: Any, samples: Samples, index: int) -> int:

@@ -118,6 +118,11 @@ def infer_task(
     return max(named, key=lambda task: (len(_words(task.name)), len(task.name)), default=None)
 
 
+def plain_name(class_name: str) -> str:
+    """A class's name without what differs from one data set's copy to the next: case, underscores and hyphens."""
+    return class_name.lower().replace("_", " ").replace("-", " ").strip()
+
+
 def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[-_/.\s]", name.lower()) if word]
 

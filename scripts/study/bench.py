@@ -78,7 +78,7 @@ class Bench:
         for name in tasks:
             task = load_task_file(zoo / ("task_files" if nested else "tasks") / f"{name}.yaml")
             self.samples.append(read_samples(task, task.train_split, seed=0))
-            self.models.append(classifier_for(self.tower, home, task, self.samples[-1].class_names))
+            self.models.append(classifier_for(self.tower, home, home, task, self.samples[-1].class_names))
         self._statistics: dict[tuple[StatisticsFile | None, Look], list[Tensors]] = {}
 
     def pictures(self, number: int, start: int, count: int) -> ImageBatches:

@@ -78,7 +78,7 @@ def main() -> None:
         task = load_task_file(shortened(load_task_file(file), file, options.out, options.classes))
         samples = read_samples(task, task.train_split)
         tower: Any = load_tower(options.out / "base")
-        model = classifier_for(tower, home, task, samples.class_names)
+        model = classifier_for(tower, home, home, task, samples.class_names)
         before = accuracy(model, task, task.test_split).accuracy
         tune(model.train(), list(ImageBatches(samples, model.pixels, 64)), options.steps)
         after = accuracy(model.eval(), task, task.test_split).accuracy

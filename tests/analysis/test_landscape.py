@@ -136,7 +136,8 @@ def loss_of(folder: Path, zoo: Path, name: str) -> float:
 
 @pytest.fixture(scope="module")
 def tower(clip_zoo: Path, found: Landscape) -> Tower:
-    tower = Tower(source_of(clip_zoo / "base"), [load_task_file(clip_zoo / f"{name}.json") for name in "ab"], 20)
+    base = source_of(clip_zoo / "base")
+    tower = Tower(base, [(load_task_file(clip_zoo / f"{name}.json"), base) for name in "ab"], 20)
     base, *tuned = [
         Checkpoint(name, [clip_zoo / name / "model.safetensors"], CLIP.canonical) for name in ("base", "a", "b")
     ]

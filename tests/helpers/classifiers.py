@@ -21,11 +21,11 @@ def source_of(folder: Path) -> ModelSource:
 
 def load_classifier(folder: Path, base: Path, task: Task, class_names: tuple[str, ...]) -> Classifier:
     """The tower of a checkpoint or adapter behind the head of a task."""
-    return classifier_for(load_tower(folder, source_of(base)), source_of(base), task, class_names)
+    return classifier_for(load_tower(folder, source_of(base)), source_of(folder), source_of(base), task, class_names)
 
 
 def zero_shot_rows(base: Path, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
     """The zero-shot head of these classes: [classes, d]."""
-    head = load_head(source_of(base), Task("any", "org/any", templates=templates), class_names)
+    head = load_head(source_of(base), source_of(base), Task("any", "org/any", templates=templates), class_names)
     assert isinstance(head, ZeroShotHead)
     return head.rows

@@ -95,14 +95,14 @@ def test_a_tasks_own_head_is_used_and_checked(base: Path, tmp_path: Path) -> Non
     weight = torch.arange(30.0).reshape(3, 10)
     save_file({"weight": weight}, file)
     task = Task("own", "org/own", head=str(file))
-    head = load_head(source_of(base), task, CLASSES)
+    head = load_head(source_of(base), source_of(base), task, CLASSES)
     assert isinstance(head, ZeroShotHead)
     torch.testing.assert_close(head.rows, normalize(weight, dim=-1))
     with pytest.raises(TaskError, match="3 rows for the 2 classes"):
-        load_head(source_of(base), task, CLASSES[:2])
+        load_head(source_of(base), source_of(base), task, CLASSES[:2])
     save_file({"bias": weight}, file)
     with pytest.raises(TaskError, match="weight"):
-        load_head(source_of(base), task, CLASSES)
+        load_head(source_of(base), source_of(base), task, CLASSES)
     save_file({"weight": torch.ones(3, 7)}, file)
     with pytest.raises(TaskError, match="projects to 10"):
-        load_head(source_of(base), task, CLASSES)
+        load_head(source_of(base), source_of(base), task, CLASSES)

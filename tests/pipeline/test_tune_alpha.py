@@ -52,7 +52,7 @@ def test_the_chosen_alpha_is_the_one_with_the_nearest_predictions(
         for name, weight in (("a", 0.75), ("b", 0.25)):
             task = load_task_file(clip_zoo / f"{name}.json")
             samples = read_samples(task, task.train_split, limit=24, seed=0)
-            model = classifier_for(load_tower(clip_zoo / "base"), home, task, samples.class_names)
+            model = classifier_for(load_tower(clip_zoo / "base"), home, home, task, samples.class_names)
             pictures = torch.cat([batch.inputs for batch in ImageBatches(samples, model.pixels, 7)])
             own, ours = (
                 predictions(model, load_file(where / "model.safetensors"), pictures)

@@ -82,8 +82,8 @@ def sweep(
     plans, candidates = _plans(local, grid)
     settings = {setting: number for number, candidate in enumerate(candidates) for setting in grid.settings(candidate)}
     plan = plans[0][0]
-    for task in plan.tasks:
-        check_head(plan.base, task)
+    for task, model in plan.tuned_on:
+        check_head(model, plan.base, task)
     chosen = {task.name: validation_samples(task, recipe.seed, limit) for task in plan.tasks}
     data = {name: samples for name, (samples, _) in chosen.items()}
     unseen = {task.name: read_samples(task, task.test_split) for task in plan.tasks} if test else {}
@@ -201,8 +201,8 @@ class _Bench:
         dtype: torch.dtype,
         progress: Progress,
     ) -> None:
-        self.tasks, self.stored, self.settings, self.dtype, self.progress = (
-            plan.tasks,
+        self.tuned_on, self.stored, self.settings, self.dtype, self.progress = (
+            plan.tuned_on,
             stored,
             settings,
             dtype,
@@ -217,8 +217,8 @@ class _Bench:
         total = len(settings) * sum(map(len, data.values()))
         self.progress(stage, 0, total)
         results: dict[str, list[TaskResult]] = {}
-        for task in self.tasks:
-            model = classifier_for(self.tower, self.home, task, data[task.name].class_names).to(self.device)
+        for task, tuned in self.tuned_on:
+            model = classifier_for(self.tower, tuned, self.home, task, data[task.name].class_names).to(self.device)
             parameters = model.tower_parameters()
             self.base = self.base or {name: value.detach().clone() for name, value in parameters.items()}
             loaders = [partial(self._load, parameters, setting) for setting in settings]

@@ -31,16 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_epimer.checkpoints.atomic import atomic_file, write_text
+from hf_epimer.checkpoints.atomic import write_text
 from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.errors import DataError
 from hf_epimer.merging.finite import check_merged
 from hf_epimer.models.architecture import Architecture, Residual
 from hf_epimer.models.weights import Block, blocks_of, parameters_of, put_weights
 from hf_epimer.numerics.regression import anchored_step, gram, prior
+from hf_epimer.pipeline.calibration.finished import block_file, keep_block, restore_block
 from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, stopped
 from hf_epimer.pipeline.processes import ALONE, Processes
 from hf_epimer.pipeline.views import crops
@@ -107,9 +108,9 @@ def calibrate(
         NumericalError: a solution is not finite.
     """
     blocks = blocks_of(tower, architecture)
-    kept = list(takewhile(Path.exists, (_finished(workspace, n) for n in range(len(blocks)))))
+    kept = list(takewhile(Path.exists, (block_file(workspace, n) for n in range(len(blocks)))))
     done = [load_file(path) for path in kept[: min(processes.gather(len(kept)))]]
-    steps = len(architecture.residuals) * len(tasks)
+    steps = len(blocks[0].residuals(architecture)) * len(tasks)
     on_step(0, len(blocks) * steps)
     states = [
         _first_states(tower, task, views, architecture, workspace / str(number), len(done))
@@ -119,24 +120,25 @@ def calibrate(
     sizes: dict[str, float] = {}
     for number, block in enumerate(blocks):
         if number < len(done):
-            sizes |= _restored(block, done[number])
+            sizes |= restore_block(block, done[number])
             on_step(steps, len(blocks) * steps)
             continue
         solved: dict[str, float] = {}
-        for residual in architecture.residuals:
+        for residual in block.residuals(architecture):
             passages = [_Passage(block, tuned, residual, *entry) for entry in zip(tasks, states, strict=True)]
             for layers in (residual.reads, (residual.writes,)):
                 moments = _pooled((_of_all(processes, passage.moments(layers)) for passage in passages), tasks)
                 for layer in layers:
+                    scale = residual.scale if layer == residual.writes else None
                     solved[f"{block.name}.{layer}.weight"] = _solve(
-                        block, layer, moments, tasks, base, rho, prior_weight
+                        block, layer, scale, moments, tasks, base, rho, prior_weight
                     )
             for passage in passages:
                 passage.advance()
                 on_step(1, len(blocks) * steps)
         for state in states:
             state.end_block()
-        _keep(block, solved, _finished(workspace, number))
+        keep_block(block, solved, block_file(workspace, number))
         processes.gather(None)  # none overwrites the block's beginning before all have its end
         sizes |= solved
     return sizes
@@ -304,52 +306,40 @@ def _pooled(moments: Iterable[_Moments], tasks: Sequence[CalibrationTask]) -> _M
 def _solve(
     block: Block,
     layer: str,
+    scale: str | None,
     moments: _Moments,
     tasks: Sequence[CalibrationTask],
     base: TensorSource,
     rho: float,
     prior_weight: float,
 ) -> float:
-    """One layer's step, added to it; its norm relative to the weight's."""
+    """One layer's step, added to it; its norm relative to the weight's.
+
+    A layer whose outputs are scaled (LayerScale) is solved as the one layer diag(scale) W that both are.
+    """
     name = f"{block.name}.{layer}.weight"
     linear: Any = block.layers[layer]
     parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
-    before = torch.cat(parts, dim=1).to(moments.gram)
+    factor = linear.weight.new_ones(1, 1) if scale is None else block.parameters[f"{block.name}.{scale}"][:, None]
+    before = (factor * torch.cat(parts, dim=1)).to(moments.gram)
     size, width = before.shape[1], linear.weight.shape[1]
     sums = moments.gram[:size, :size].clone()
     cross = moments.cross[layer][:, :size] - before @ sums
     for task in tasks:
-        tuned, start = (source.tensor(name).to(linear.weight) for source in (task.tuned, base))
-        extra_gram, extra_cross = prior(tuned - start, tuned - linear.weight)
+        tuned, start = (_scaled(block, name, scale, source).to(linear.weight) for source in (task.tuned, base))
+        extra_gram, extra_cross = prior(tuned - start, tuned - factor * linear.weight)
         sums[:width, :width] += prior_weight * task.weight * extra_gram
         cross[:, :width] += prior_weight * task.weight * extra_cross
     step = anchored_step(sums, cross, rho)
     check_merged(step, name, "calibration")
-    linear.weight += step[:, :width].to(linear.weight)
+    unscaled = (step / factor).where(factor != 0, 0.0)
+    linear.weight += unscaled[:, :width].to(linear.weight)
     if linear.bias is not None:
-        linear.bias += step[:, -1].to(linear.bias)
+        linear.bias += unscaled[:, -1].to(linear.bias)
     return float(step[:, :width].norm() / before[:, :width].norm())
 
 
-# --- finished blocks ------------------------------------------------------------------------------------------------
-
-
-def _finished(workspace: Path, number: int) -> Path:
-    return workspace / f"block-{number}.safetensors"
-
-
-def _keep(block: Block, sizes: Mapping[str, float], path: Path) -> None:
-    """A solved block, for a run that is begun again."""
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in block.parameters.items()}
-    with atomic_file(path) as unfinished:
-        save_file(
-            tensors | {f"{name}.size": torch.tensor(size, dtype=torch.float64) for name, size in sizes.items()},
-            unfinished,
-        )
-
-
-def _restored(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Put a solved block's weights in place; the sizes of its steps."""
-    for name, parameter in block.parameters.items():
-        parameter.copy_(tensors[name])
-    return {name.removesuffix(".size"): float(size) for name, size in tensors.items() if name.endswith(".size")}
+def _scaled(block: Block, weight: str, scale: str | None, source: TensorSource) -> Tensor:
+    """diag(scale) W of a checkpoint."""
+    values = source.tensor(weight).float()
+    return values if scale is None else source.tensor(f"{block.name}.{scale}").float()[:, None] * values

@@ -44,9 +44,9 @@ def refined_layers(
     for model, tuned in zip(plan.models, ingredients.models, strict=True):
         assert model.images  # by the planner
         samples = read_images(model.images)
-        head = load_head(plan.base, model.images.task, samples.class_names).to(recipe.device)
+        head = load_head(model.source, plan.base, model.images.task, samples.class_names).to(recipe.device)
         batches.append(ImageBatches(samples, pixels, BATCH))
-        tasks.append(RefinementTask(model.label, tuned, model.weight, batches[-1], head.embed))
+        tasks.append(RefinementTask(model.label, tuned, model.weight, batches[-1], head.embed, head.is_trained))
     settings = [recipe.refine_steps, recipe.seed]
     workspace = open_workspace("refinement", plan, layers, settings, plan.refinement_bytes, "pictures and weights")
     report = refine(

@@ -64,6 +64,7 @@ class RefinementTask:
         weight: l_t; those of all tasks sum to 1.
         images: in batches, read once.
         embed: z_t: features [n, w] -> what the task's head reads [n, d].
+        by_classifier: whether that head is the model's own classifier.
     """
 
     label: str
@@ -71,6 +72,7 @@ class RefinementTask:
     weight: float
     images: Iterable[Batch]
     embed: Callable[[Tensor], Tensor]
+    by_classifier: bool = False
 
 
 def refine(
@@ -214,8 +216,8 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def _embedded(tower: nn.Module, architecture: Architecture, task: RefinementTask, pixels: Tensor) -> Tensor:
     """z_t(f(x)), [n, d], of pixels [n, 3, h, w]."""
-    features = architecture.features(tower, pixels.to(next(tower.parameters()).device))
-    return task.embed(features.float())
+    features = architecture.features_for(by_classifier=task.by_classifier)
+    return task.embed(features(tower, pixels.to(next(tower.parameters()).device)).float())
 
 
 @torch.no_grad()

@@ -1,0 +1,209 @@
+"""docs/families.md at its word: every `yes` of its table is a case here, compared with what transformers does."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from helpers.classifiers import load_classifier, source_of
+from helpers.command import Run, strict
+from helpers.data import CLASSES
+from helpers.families import FAMILIES, SIDE, TUNED, Family, logits_of, lora_adapter, write_family
+from hf_epimer.evaluation.accuracy import evaluate
+from hf_epimer.methods import METHODS
+from hf_epimer.models.weights import blocks_of, parameter_names
+from hf_epimer.tasks.images import ImageBatches, read_samples
+from hf_epimer.tasks.task import load_task_file
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+TASKS = ("--task", "a.yaml", "--task", "b.yaml", "--samples", "8")
+
+
+def cells() -> Iterator[tuple[str, str]]:
+    """(family, ability) of every `yes` on the page."""
+    header, _, *rows = re.findall(r"^\|(.*)\|$", PAGE.read_text(encoding="utf-8"), re.M)
+    abilities = [cell.strip() for cell in header.split("|")][2:]
+    for row in rows:
+        name, _, *said = (cell.strip() for cell in row.split("|"))
+        assert set(said) <= {"yes", "no"}
+        yield from ((name.strip("`"), ability) for ability, cell in zip(abilities, said, strict=True) if cell == "yes")
+
+
+@pytest.fixture(scope="module")
+def zoos(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's models, made when it is first asked for. Read only."""
+    return cache(lambda tag: write_family(tmp_path_factory.mktemp(tag), FAMILIES[tag]))
+
+
+@pytest.mark.parametrize(("tag", "ability"), cells())
+def test_every_yes_of_the_table(
+    tag: str,
+    ability: str,
+    zoos: Callable[[str], Path],
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(zoos(tag))
+
+    def command(*words: object) -> None:
+        code, _, complaint = run(*words)
+        assert (code, complaint) == (0, ""), complaint
+
+    def merge(*words: object, out: str = "merged", models: tuple[str, ...] = TUNED) -> Path:
+        named = [f"{label}={model}" for label, model in zip(TUNED, models, strict=True)]
+        command("merge", *named, "--base", "base", *words, "--out", tmp_path / out)
+        return tmp_path / out
+
+    CHECKS[ability](FAMILIES[tag], zoos(tag), merge, command)
+
+
+def test_the_page_speaks_of_every_family() -> None:
+    assert {tag for tag, _ in cells()} == FAMILIES.keys()
+    assert {ability for _, ability in cells()} == CHECKS.keys()
+
+
+# --- one check for each column --------------------------------------------------------------------------------------
+
+Merge = Callable[..., Path]  # of the two fine-tuned models, with these words: the folder
+Command = Callable[..., None]  # which must end well and say nothing
+
+
+def check_merge(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
+    """A mean of two is that, whatever class reads it; its classifiers are those of the models."""
+    folder = merge("--method", "mean")
+    kind = getattr(transformers, family.model_class)
+    model, report = kind.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tuned = [kind.from_pretrained(zoo / name).state_dict() for name in TUNED]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, (tuned[0][name] + tuned[1][name]) / 2)
+    for number, name in enumerate(TUNED):
+        head = load_file(folder / "heads" / f"{name}.safetensors")
+        assert torch.equal(head["weight"], tuned[number]["classifier.weight"])
+        assert torch.equal(head["bias"], tuned[number]["classifier.bias"])
+    card = (folder / "README.md").read_text()
+    assert f"vision = {family.model_class}.from_pretrained" in card and "heads/b.safetensors" in card
+    for name, method in METHODS.items():
+        if method.needs is None and method.core == "neither":
+            merge("--method", name, out=name)
+
+
+def check_statistics(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
+    """Fisher information by autograd alone, sample by sample; and a merge by each statistic there is."""
+    task = load_task_file(zoo / "a.yaml")
+    classifier = load_classifier(zoo / "a", zoo / "base", task, CLASSES)
+    batches = ImageBatches(read_samples(task, "train", limit=6, seed=0), classifier.pixels, 6)
+    (batch,) = batches
+    model = getattr(transformers, family.model_class).from_pretrained(zoo / "a").eval()
+    names = parameter_names(model, family.architecture)
+    expected: dict[str, Any] = dict.fromkeys(names.values(), 0.0)
+    for pixels, label in zip(batch.inputs, batch.labels, strict=True):
+        model.zero_grad()
+        cross_entropy(model(pixel_values=pixels[None]).logits, label[None]).backward()
+        for name, canonical in names.items():
+            gradient = model.get_parameter(name).grad
+            expected[canonical] += 0.0 if gradient is None else gradient.square() / len(batch.labels)
+    measured = merge("--method", "fisher", *TASKS).parent / "fisher.safetensors"
+    command("fisher", "a", "--base", "base", "--task", "a.yaml", "--samples", "6", "--out", measured)
+    found = load_file(measured)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, torch.zeros_like(value) + expected[name], rtol=1e-3, atol=1e-9)
+    for method in ("epimer", "regmean", "kronecker-core"):
+        merge("--method", method, *TASKS, *(["--rank", "4"] if method == "epimer" else []), out=method)
+
+
+def check_calibrate(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
+    """The residuals of a block are what the block computes, and all their layers are solved again."""
+    task = load_task_file(zoo / "a.yaml")
+    tower = load_classifier(zoo / "a", zoo / "base", task, CLASSES).tower
+    blocks = blocks_of(tower, family.architecture)
+    hidden = torch.randn(2, source_of(zoo / "a").positions, 16)
+    assert source_of(zoo / "base").positions == _positions_seen(tower, blocks[0].module)
+    with torch.no_grad():
+        for block in blocks:
+            expected = block.module(hidden, None)
+            hidden_after = hidden
+            for residual in block.residuals(family.architecture):
+                hidden_after = residual.run(block.module, hidden_after)
+            torch.testing.assert_close(hidden_after, expected[0] if isinstance(expected, tuple) else expected)
+    totals = strict(merge(*TASKS, "--calibrate") / "merge_report.json")["totals"]
+    assert totals["calibrated"] == 2 * 6
+
+
+def _positions_seen(tower: Any, block: nn.Module) -> int:
+    """Length of the sequence that really runs through a block."""
+    lengths: list[int] = []
+    hook = block.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1]))
+    tower(pixel_values=torch.zeros(1, 3, SIDE, SIDE))
+    hook.remove()
+    return lengths[0]
+
+
+def check_refine(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
+    """What is trained is nearer to what each model's classifier reads."""
+    report = strict(merge(*TASKS, "--method", "mean", "--refine", "--refine-steps", "4") / "merge_report.json")
+    refinement = report["totals"]["refinement"]
+    assert sum(refinement["after"][name] / refinement["before"][name] for name in TUNED) < len(TUNED)
+
+
+def check_evaluate(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
+    """Logits as transformers computes them, of a model and of a merge; and the accuracies that follow from them."""
+    pixels = torch.randn(3, 3, SIDE, SIDE)
+    task = load_task_file(zoo / "b.yaml")
+    model = getattr(transformers, family.model_class).from_pretrained(zoo / "b").eval()
+    order = [model.config.label2id[name] for name in CLASSES]
+    assert order == [2, 1, 0]
+    with torch.no_grad():
+        ours = load_classifier(zoo / "b", zoo / "base", task, CLASSES)(pixels)
+        torch.testing.assert_close(ours, model(pixel_values=pixels).logits[:, order])
+    folder = merge("--method", "mean", *TASKS, "--evaluate", "--compare")
+    row = strict(folder / "results.json")["tasks"]["b"]
+    assert row.keys() >= {"base", "fine_tuned"}  # measured with the same classifier
+    with torch.no_grad():
+        ours = load_classifier(folder, zoo / "base", task, CLASSES)(pixels)
+        torch.testing.assert_close(ours, logits_of(family, folder, "b", pixels)[:, order])
+    assert not evaluate(str(folder), [task]).zero_shot
+
+
+def check_adapters(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
+    """What PEFT makes of the merged adapter is what `--dense` writes; classifiers are kept from both."""
+    import peft
+
+    adapters = tuple(str(lora_adapter(family, zoo, name)) for name in TUNED)
+    words = ("--method", "tsv-m")
+    dense = merge(*words, "--dense", out="dense", models=adapters)
+    sparse = merge(*words, out="sparse", models=adapters)
+    kind = getattr(transformers, family.model_class)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter keys.*")
+        base = kind.from_pretrained(zoo / "base", num_labels=0)
+        merged = peft.PeftModel.from_pretrained(base, sparse).merge_and_unload()
+    expected, found = kind.from_pretrained(dense).state_dict(), merged.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    for folder in (dense, sparse):
+        assert sorted(path.name for path in (folder / "heads").iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+CHECKS: dict[str, Callable[[Family, Path, Merge, Command], None]] = {
+    "merge": check_merge,
+    "statistics": check_statistics,
+    "calibrate": check_calibrate,
+    "refine": check_refine,
+    "evaluate": check_evaluate,
+    "adapters": check_adapters,
+}
