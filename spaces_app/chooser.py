@@ -62,7 +62,17 @@ def build_chooser(session: Session) -> Chooser:
         return gr.update(visible=from_zoo), gr.update(visible=not from_zoo), zoo_strip(session) if from_zoo else ""
 
     def look_up(source: str, zoo_models: list[str], typed: str, base: str) -> str:
-        """What would be merged: every checkpoint at its commit, the base, the size. Nothing large is downloaded."""
+        """Look checkpoints up before a merge: their commits, tasks, base and size. Nothing large is downloaded.
+
+        Args:
+            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
+            zoo_models: of the zoo: shapes, digits, textures, signs.
+            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
+            base: the checkpoints' common base; empty to find it through their model cards.
+
+        Returns:
+            A table as HTML, or what is wrong, in a sentence.
+        """
         try:
             plan = jobs.wait_for("look_up", session.selection(source, zoo_models, typed, base), seconds=LOOK_SECONDS)
         except (EpimerError, jobs.JobError) as error:

@@ -35,7 +35,17 @@ def build_diagnosis_tab(session: Session, chooser: Chooser) -> None:
     def run(
         source: str, zoo_models: list[str], typed: str, base: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """Diagnose the chosen checkpoints; the last value is diagnosis.json, or {"error": ...}."""
+        """Look at fine-tuned CLIP vision models before merging: do their tasks pull in different directions?
+
+        Args:
+            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
+            zoo_models: of the zoo: shapes, digits, textures, signs.
+            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
+            base: the checkpoints' common base; empty to find it through their model cards.
+
+        Returns:
+            A verdict as HTML, and all numbers; {"error": a sentence} if it failed.
+        """
 
         def arguments() -> tuple[Any, ...]:
             return session.selection(source, zoo_models, typed, base), RANKS

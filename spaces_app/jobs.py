@@ -5,6 +5,8 @@
 Children are forked from a server that has imported everything already (`warm_up`) and has never computed anything, so a
 job starts at once. Ending one is SIGTERM, upon which the child unwinds as after Ctrl-C and removes what it had begun;
 one that does not listen is killed.
+
+On a ZeroGPU Space what needs a GPU (`ON_GPU`) has its weights fetched in a child and then runs as zero_gpu.py says.
 """
 
 from __future__ import annotations
@@ -15,17 +17,23 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from settings import on_zero_gpu
+
 logger = logging.getLogger(__name__)
 
 GRACE = 5.0
 """Seconds for a child to clean up after itself."""
+
+ON_GPU = ("merge_and_measure", "diagnosis", "swept", "classify")
+"""Functions of `work` that compute; their first argument is the selection."""
 
 HEARTBEAT = 0.5
 """Seconds after which `Job.events` says that nothing has changed."""
@@ -90,25 +98,21 @@ def run(function: str, *arguments: Any, ticket: Ticket | None = None, seconds: f
     if ticket.cancelled.is_set():
         yield Failed("Cancelled before it began.")
         return
-    context = _context()
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_in_child, args=(theirs, function, arguments), daemon=True)
-    process.start()
-    theirs.close()
     started = time.monotonic()
     last: Event = Progress()
+    stream = _with_gpu(function, arguments) if function in ON_GPU and on_zero_gpu() else _child(function, arguments)
     try:
-        while isinstance(last, Progress):
+        for last in stream:
             if ticket.cancelled.is_set():
                 last = Failed("Cancelled. Nothing was left behind.")
-            elif seconds is not None and time.monotonic() - started > seconds:
+                break
+            if seconds is not None and time.monotonic() - started > seconds:
                 last = Failed(f"This took longer than the {seconds:g} seconds allowed here, and was stopped.")
-            else:
+                break
+            if isinstance(last, Progress):
                 yield last
-                last = _next_event(ours, last)
     finally:  # also when the page stops listening
-        _end(process)
-        ours.close()
+        stream.close()
     yield last
 
 
@@ -149,6 +153,36 @@ def _context() -> Any:
     return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
 
+def _child(function: str, arguments: tuple[Any, ...]) -> Generator[Event]:
+    """The events of a child, which is ended when this is closed."""
+    context = _context()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_in_child, args=(theirs, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    event: Event = Progress()
+    try:
+        while isinstance(event, Progress):
+            yield event
+            event = _next_event(ours, event)
+        yield event
+    finally:
+        _end(process)
+        ours.close()
+
+
+def _with_gpu(function: str, arguments: tuple[Any, ...]) -> Generator[Event]:
+    """The events of a worker with a GPU, once a child without one has fetched what it reads."""
+    from zero_gpu import on_gpu
+
+    event: Event = Progress()
+    for event in _child("fetch", arguments[:1]):
+        if not isinstance(event, Done):
+            yield event
+    if isinstance(event, Done):
+        yield from on_gpu(function, arguments, event.value)
+
+
 def _next_event(ours: Connection, last: Progress) -> Event:
     try:
         if not ours.poll(HEARTBEAT):
@@ -172,12 +206,10 @@ def _end(process: Any) -> None:
     process.close()
 
 
-# --- in the child ---------------------------------------------------------------------------------------------------
+# --- in the child, or the worker ------------------------------------------------------------------------------------
 
 
 def _in_child(pipe: Connection, function: str, arguments: tuple[Any, ...]) -> None:
-    from hf_epimer import EpimerError
-
     stopped, sent = False, 0.0
 
     def stop(number: int, frame: Any) -> None:
@@ -195,14 +227,20 @@ def _in_child(pipe: Connection, function: str, arguments: tuple[Any, ...]) -> No
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the page, which then ends its children
+    with suppress(KeyboardInterrupt):  # nobody listens any more
+        pipe.send(outcome(function, report, arguments))
+
+
+def outcome(function: str, report: Callable[[float, str], None], arguments: tuple[Any, ...]) -> Done | Failed:
+    """What comes of `work.function(report, *arguments)`, called here."""
+    from hf_epimer import EpimerError
+
     try:
-        pipe.send(Done(getattr(import_module("work"), function)(report, *arguments)))
+        return Done(getattr(import_module("work"), function)(report, *arguments))
     except (EpimerError, ArithmeticError) as error:
-        pipe.send(Failed(as_sentence(error)))
+        return Failed(as_sentence(error))
     except MemoryError:
-        pipe.send(Failed("The machine has not enough memory for this."))
-    except KeyboardInterrupt:
-        pass  # nobody listens any more
+        return Failed("The machine has not enough memory for this.")
     except Exception:
         logger.exception("unexpected error in %s", function)
-        pipe.send(Failed("Something went wrong that nobody foresaw. It has been logged; please try something else."))
+        return Failed("Something went wrong that nobody foresaw. It has been logged; please try something else.")

@@ -71,7 +71,21 @@ def build_merge_tab(session: Session, chooser: Chooser) -> gr.State:
         request: gr.Request,
         **values: Any,
     ) -> Iterator[tuple[Any, ...]]:
-        """Merge the chosen checkpoints and measure the result; the last value is what it found, or {"error": ...}."""
+        """Merge fine-tuned CLIP vision models into one, without training, and measure it on their tasks.
+
+        Args:
+            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
+            zoo_models: of the zoo: shapes, digits, textures, signs.
+            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
+            base: the checkpoints' common base; empty to find it through their model cards.
+            method: such as epimer, epimer-core, tsv-m, mean or ties.
+            calibrate: solve every layer again on training images of each task: slower, and loses far less.
+            images: test images per task to measure accuracy on; 0 to measure nothing.
+            values: options of the method, such as rank and alpha; those of other methods are not looked at.
+
+        Returns:
+            A table as HTML, the merged model as a zip, its card, and all numbers; {"error": a sentence} if it failed.
+        """
 
         def arguments() -> tuple[Any, ...]:
             selection, options = session.selection(source, zoo_models, typed, base), chosen_options(method, values)

@@ -37,11 +37,27 @@ def build_push_box(session: Session, merged: gr.State) -> None:
     status = gr.HTML("", elem_id="push-status")
 
     def push_here(repo: str, private: bool, merged: dict[str, Any] | None) -> str:
-        """Push the merge of this session with the token of this machine."""
+        """Push the merge of this session to the Hub, with the token of this machine.
+
+        Args:
+            repo: your-name/model.
+            private: create the repo private.
+
+        Returns:
+            Where it is, or what is wrong, as HTML.
+        """
         return _push(merged, repo, private, None)
 
     def push_signed_in(repo: str, private: bool, merged: dict[str, Any] | None, token: gr.OAuthToken | None) -> str:
-        """Push the merge of this session to the account of who is signed in."""
+        """Push the merge of this session to the Hub, to the account of who is signed in.
+
+        Args:
+            repo: your-name/model.
+            private: create the repo private.
+
+        Returns:
+            Where it is, or what is wrong, as HTML.
+        """
         if token is None:
             return charts.notice("Sign in with Hugging Face first: the button is above.", "bad")
         return _push(merged, repo, private, token.token)

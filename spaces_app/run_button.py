@@ -67,7 +67,7 @@ def wire(
         return charts.progress_bar(0, text), gr.update(visible=False), gr.update(visible=True)
 
     def cancel(request: gr.Request) -> str:
-        """End this session's work, queued or running."""
+        """End this session's work of this kind, queued or running; nothing is left behind."""
         session.cancel(request, button.what)
         return charts.progress_bar(0, "Cancelling")
 

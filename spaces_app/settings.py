@@ -46,6 +46,11 @@ class Settings:
         )
 
 
+def on_zero_gpu() -> bool:
+    """Whether this is a Space whose GPU is lent for seconds; what `spaces` looks at, too."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
 def _number(name: str, otherwise: float | None) -> float | None:
     word = os.environ.get(name)
     return float(word) if word else otherwise

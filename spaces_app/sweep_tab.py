@@ -57,7 +57,20 @@ def build_sweep_tab(session: Session, chooser: Chooser) -> None:
         images: float,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
-        """Try every method at every rank and alpha; the last value is sweep.json, or {"error": ...}."""
+        """Find the best method, rank and alpha for a merge, on validation images.
+
+        Args:
+            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
+            zoo_models: of the zoo: shapes, digits, textures, signs.
+            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
+            base: the checkpoints' common base; empty to find it through their model cards.
+            methods: such as epimer, tsv-m and ties.
+            ranks: directions per task and layer.
+            images: validation images per task.
+
+        Returns:
+            Maps of accuracies as HTML, and all numbers; {"error": a sentence} if it failed.
+        """
 
         def arguments() -> tuple[Any, ...]:
             return session.selection(source, zoo_models, typed, base), methods, ranks, ALPHAS, int(images)
@@ -74,7 +87,15 @@ def build_sweep_tab(session: Session, chooser: Chooser) -> None:
     )
 
     def at(alpha: float, rank: int | None, swept: dict[str, Any] | None) -> str:
-        """Every task's accuracy at one alpha and rank of the last sweep."""
+        """Show every task's accuracy at one alpha and rank of this session's last sweep.
+
+        Args:
+            alpha: the scale of the merged task vector.
+            rank: directions per task and layer.
+
+        Returns:
+            A table as HTML; empty before a sweep.
+        """
         return table_at(swept, alpha, rank) if swept else ""
 
     gr.on(

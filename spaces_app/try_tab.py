@@ -66,7 +66,20 @@ def build_try_tab(session: Session, chooser: Chooser, merged: gr.State) -> gr.Ga
         merged: dict[str, Any] | None,
         truth: str,
     ) -> tuple[Any, ...]:
-        """The classes of a picture by the base, every model and the merge; the last value has all probabilities."""
+        """Classify a picture by the base, every fine-tuned model and the merge of this session, side by side.
+
+        Args:
+            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
+            zoo_models: of the zoo: shapes, digits, textures, signs.
+            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
+            base: the checkpoints' common base; empty to find it through their model cards.
+            image: the picture.
+            task: whose classes to choose from, such as digits, or "my own classes".
+            classes: one's own, with commas between them.
+
+        Returns:
+            Cards as HTML, and all probabilities; {"error": a sentence} if it failed.
+        """
         try:
             if image is None:
                 raise EpimerError("choose a picture first, or bring your own")

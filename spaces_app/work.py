@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from PIL import Image
@@ -68,6 +69,17 @@ def look_up(report: Report, selection: Selection) -> dict[str, Any]:
     return _described(_checked_plan(selection, selection.recipe(), statistics_optional=True))
 
 
+def fetch(report: Report, selection: Selection) -> dict[str, Any]:
+    """Download the weights that any work on a selection reads: how many models there are, and all their bytes."""
+    report(0.0, "Checking the checkpoints")
+    plan = _checked_plan(selection, selection.recipe(), statistics_optional=True)
+    sources = [plan.base, *(model.source for model in plan.models)]
+    for number, source in enumerate(sources):
+        report(0.02 + 0.2 * number / len(sources), f"Downloading {source.title}")
+        source.folder()
+    return {"models": len(plan.models), "bytes": plan.summary()["bytes_to_read"]}
+
+
 def merge_and_measure(
     report: Report,
     selection: Selection,
@@ -93,6 +105,7 @@ def merge_and_measure(
     recipe = selection.recipe(
         method=method,
         options=METHODS[method].config(**options),
+        device=_device(),
         calibrate=calibrate,
         evaluate=images is not None,
         limit=images,
@@ -130,7 +143,7 @@ def merge_and_measure(
 def diagnosis(report: Report, selection: Selection, ranks: Sequence[int], home: str) -> dict[str, Any]:
     """What is known before a merge; diagnosis.json."""
     report(0.0, "Checking the checkpoints")
-    recipe = selection.recipe()
+    recipe = selection.recipe(device=_device())
     _checked_plan(selection, recipe, statistics_optional=True)
     diagnosis = diagnose(recipe, ranks, str(Path(home) / "diagnosis"), _on_scale(report, 0.02, 1.0))
     return diagnosis.to_json()
@@ -147,7 +160,7 @@ def swept(
 ) -> dict[str, Any]:
     """Methods x ranks x alphas on validation images; sweep.json."""
     report(0.0, "Checking the checkpoints")
-    recipe = selection.recipe(method=methods[0] if methods else "epimer")
+    recipe = selection.recipe(method=methods[0] if methods else "epimer", device=_device())
     grid = Grid(tuple(methods), tuple(ranks), tuple(alphas))
     _checked_plan(selection, recipe)
     return sweep(recipe, grid, str(Path(home) / "sweep"), _on_scale(report, 0.02, 1.0), limit=images).to_json()
@@ -170,7 +183,7 @@ def classify(
         classes: names to choose from.
         shared: where the default merge is kept.
     """
-    recipe = selection.recipe(method="epimer")
+    recipe = selection.recipe(method="epimer", device=_device())
     plan = _checked_plan(selection, recipe)
     assert plan.recipe.base
     chosen = Task("own", dataset="", class_names=tuple(classes), templates=("a photo of a {}.",)) if classes else task
@@ -206,6 +219,11 @@ def build_zoo(report: Report, folder: str) -> None:
             report(min(0.99, 0.5 + 0.125 * (len(seen) - 2 + fraction)), f"fine-tuning on {stage}")
 
     make_zoo(Path(folder), show)
+
+
+def _device() -> str:
+    """Where layers are solved: the GPU of paid hardware or of a ZeroGPU worker, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # --- checking -------------------------------------------------------------------------------------------------------

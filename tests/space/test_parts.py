@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,9 @@ import workspace
 from settings import Settings
 
 SPACE = Path(selection.__file__).parent
+ZERO_GPU_PYTHONS = ("3.10.13", "3.12.12")
+ZERO_GPU_TORCHES = ("2.8.0", "2.9.1", "2.10.0", "2.11.0")
+"""What a Space on ZeroGPU can have (https://huggingface.co/docs/hub/spaces-zerogpu)."""
 
 
 @pytest.mark.slow
@@ -138,6 +142,7 @@ def test_the_header_and_requirements_of_the_space() -> None:
     assert content["sdk"] == "gradio" and content["app_file"] == "app.py" and content["hf_oauth"] is True
     assert content["hf_oauth_scopes"] == ["contribute-repos"]  # what it makes itself, and no other repo of the visitor
     assert len(content["short_description"]) <= 60
+    assert content["python_version"] in ZERO_GPU_PYTHONS
     pins = dict(line.split("==") for line in (SPACE / "requirements.txt").read_text().splitlines() if "==" in line)
     tested = dict(
         line.split("==") for line in (SPACE.parent / "constraints.txt").read_text().splitlines() if "==" in line
@@ -145,7 +150,28 @@ def test_the_header_and_requirements_of_the_space() -> None:
     assert content["sdk_version"] == tested["gradio"]
     for name, version in pins.items():
         plain = name.split("[")[0]
-        assert version == (hf_epimer.__version__ if plain == "hf-epimer" else tested[plain]), name
+        if plain == "torch":
+            assert version in ZERO_GPU_TORCHES
+        else:
+            assert version == (hf_epimer.__version__ if plain == "hf-epimer" else tested[plain]), name
+
+
+def test_every_endpoint_tells_an_agent_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gradio makes tools of them and takes the words from the docstrings."""
+    from page import build_page
+    from session import Session
+    from zoo_maker import ZooMaker
+
+    monkeypatch.setattr(workspace.tempfile, "tempdir", str(tmp_path))
+    zoo = selection.Zoo(tmp_path)
+    page = build_page(Session(Settings(False, None, None, None), workspace.Workspace(), zoo), ZooMaker(zoo))
+    endpoints = {f.api_name: f.fn for f in page.fns.values() if f.api_visibility == "public" and f.api_name}
+    assert {"merge", "classify", "diagnose", "sweep", "look_up", "push", "cancel_merge"} <= set(endpoints)
+    for name, function in endpoints.items():
+        words = inspect.getdoc(function) or ""
+        assert words.split("\n")[0].endswith((".", "?")), name
+        for parameter in set(inspect.signature(function).parameters) - {"request", "merged", "truth", "swept", "token"}:
+            assert f"    {parameter}: " in words, (name, parameter)
 
 
 def test_a_page_uses_public_names_only() -> None:

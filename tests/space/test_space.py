@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import zipfile
 from collections.abc import Iterator
@@ -214,6 +215,19 @@ def space(hub: StandInHub, space_home: Path, tmp_path_factory: pytest.TempPathFa
     (home / "hf-epimer").symlink_to(space_home / "hf-epimer")
     with SpaceApp(home, tmp_path_factory.mktemp("space"), hub.url, **environment) as app:
         yield app
+
+
+def test_the_example_of_the_readme(space: SpaceApp, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(selection.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
+    for named, served in (("OWNER/epimer", space.url), ("org/vit-b32-dtd", "org/a"), ("org/vit-b32-svhn", "org/b")):
+        assert named in example
+        example = example.replace(named, served)
+    names: dict[str, Any] = {}
+    exec(example.replace("Client(", "Client(verbose=False, src="), names)
+    assert [model["name"] for model in names["numbers"]["models"]] == ["org/a", "org/b"]
+    assert "model.safetensors" in " ".join(zipfile.ZipFile(names["archive"]).namelist())
+    assert names["card"].startswith("# merged-tsv-m") and names["archive"] in capsys.readouterr().out
 
 
 FROM_HUB = {"source": "Hugging Face Hub", "method": "mean", "images": 0}
