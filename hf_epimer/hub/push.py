@@ -107,7 +107,7 @@ def _open_pull_request(
 ) -> str:
     """The address of the open pull request with these contents: that of an earlier, interrupted push, or a new one,
     whose description says by what it is known again."""
-    author = persist(api.whoami, repo_id, "whose token this is")["name"]
+    author = persist(lambda: api.whoami()["name"], repo_id, "whose token this is")
     marker = f"hf-epimer push {_digest(contents)}"
 
     def request() -> str:

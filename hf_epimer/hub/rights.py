@@ -36,7 +36,7 @@ def check_push_access(repo_id: str, *, create_pr: bool = False, private: bool = 
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"{where}: HF_HUB_OFFLINE is set")
     try:
-        user = persist(huggingface_hub.HfApi().whoami, where, "whose token this is")
+        user = persist(_whoami, where, "whose token this is")
     except LocalTokenNotFoundError as error:
         raise AccessError(f"{where}: there is no token; run `hf auth login` or set HF_TOKEN") from error
     info = existing_repo(repo_id, where)
@@ -44,8 +44,7 @@ def check_push_access(repo_id: str, *, create_pr: bool = False, private: bool = 
         persist(lambda: _check_rights(info.id, write=not create_pr), where, "write access")
         if private and not create_pr and not info.private:
             raise UsageError(f"{where}: the repo exists and is public; push without --private, or to another repo")
-    token = user.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read":
+    if user["token"].get("role") == "read":
         raise AccessError(f"{where}: the token of {user['name']} is read-only; create one with write access")
     if create_pr and not info:
         raise AccessError(f"{where}: a pull request needs a repo that exists")
@@ -82,8 +81,14 @@ def _check_rights(repo_id: str, *, write: bool) -> None:
     hf_raise_for_status(get_session().get(path, headers=build_hf_headers()))
 
 
+def _whoami() -> dict[str, Any]:
+    """Whose token is in use, its own description under `token`; a KeyError and its like for an answer of no Hub."""
+    user = huggingface_hub.HfApi().whoami()
+    return {**user, "name": user["name"], "token": (user.get("auth") or {}).get("accessToken") or {}}
+
+
 def _may_create(user: dict[str, Any], namespace: str) -> bool:
-    token = user.get("auth", {}).get("accessToken", {})
+    token = user["token"]
     if token.get("role") == "fineGrained":
         scopes = token.get("fineGrained", {}).get("scoped", [])
         return any(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_epimer.checkpoints.reader import read_json
-from hf_epimer.errors import MismatchError, UsageError
+from hf_epimer.errors import AccessError, MismatchError, NotFoundError, UsageError
 from hf_epimer.hub.refs import ModelRef, is_repo_id, same_repo
 from hf_epimer.hub.source import Source
 from hf_epimer.lora.adapter import ADAPTER_CONFIG
@@ -33,7 +33,12 @@ def find_base(given: ModelRef | None, models: Sequence[ModelSource]) -> ModelSou
         return resolve_model(given)
     ref, why = base_from_cards([(model, _what_it_says(model)) for model in models])
     if ref is not None:
-        return resolve_model(ref)
+        try:
+            return resolve_model(ref)
+        except (NotFoundError, AccessError) as error:
+            raise type(error)(
+                f"{error}; it is what the checkpoints name as their base: name another with --base"
+            ) from error
     if "disagree" in why:
         raise MismatchError(f"{why}; name the right one with --base")
     full = next((model for model in models if not model.is_adapter), None)

@@ -6,6 +6,7 @@ the samples asked for, then it is an error. Shuffling is seeded; row i of a spli
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import re
@@ -281,6 +282,13 @@ def _load(task: Task, split: str, revision: str | None, streaming: bool) -> Any:
         )
 
 
+def _is_about_cache(error: OSError) -> bool:
+    """Whether the disk is full, or a file of the cache of `datasets` cannot be written."""
+    from datasets import config
+
+    return error.errno == errno.ENOSPC or str(error.filename or "").startswith(str(config.HF_DATASETS_CACHE))
+
+
 @contextmanager
 def _explained(task: Task, split: str) -> Iterator[None]:
     """What `datasets` raises as one line that names the data set, the split and the task."""
@@ -304,4 +312,6 @@ def _explained(task: Task, split: str) -> Iterator[None]:
                 "it is a loading script, which `datasets` no longer runs; convert it to parquet, or name a copy "
                 "in parquet in a task file"
             )
+        if isinstance(cause, OSError) and _is_about_cache(cause):
+            reason += "; set HF_HOME to a folder with room that you may write to"
         raise DataError(f"{task.dataset}, split {split!r} of task {task.name!r}: {reason}") from error

@@ -95,6 +95,13 @@ def test_a_base_that_is_no_string_is_an_error_of_one_line(value: str, hub: Stand
     assert run(*MERGE, "--base", "org/base")[0] == 0
 
 
+def test_a_base_that_is_not_there_is_said_to_be_the_cards(hub: StandInHub, run: Run) -> None:
+    for name in ("dtd", "svhn"):
+        hub.commit(f"org/vit-b32-{name}", {"README.md": b"---\nbase_model: org/gone\n---\n"})
+    said = "org/gone: there is no such repo.*; it is what the checkpoints name as their base: name another with --base"
+    fails(run("merge", "org/vit-b32-dtd", "org/vit-b32-svhn", "--method", "mean", "--out", "o"), said)
+
+
 def test_a_card_that_is_no_text_is_a_warning(hub: StandInHub, run: Run) -> None:
     hub.commit("org/vit-b32-svhn", {"README.md": b"---\nbase_model: \xff\xfe\n---\n"})
     code, _, complaint = run(*MERGE)

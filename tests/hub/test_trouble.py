@@ -143,6 +143,15 @@ def test_an_answer_that_is_no_hubs_is_one_line(answer: bytes, hub: StandInHub, r
     fails(run(*MERGE), "org/base: the endpoint http.* did not answer like a Hub")
 
 
+@pytest.mark.parametrize("answer", [b"{}", b"[]", b"null", b'{"name": "ann", "auth": null}'])
+def test_who_asks_is_not_told_by_an_answer_that_is_no_hubs(answer: bytes, hub: StandInHub, run: Run) -> None:
+    hub.inject(Fault(path="/whoami-v2", status=200, body=answer, times=None))
+    result = run(*MERGE, "--push-to", "org/new")
+    fails(
+        result, "did not answer like a Hub to the request for whose token" if b"ann" not in answer else "may not create"
+    )
+
+
 def test_a_page_instead_of_a_file(hub: StandInHub, run: Run, patient: None) -> None:
     hub.inject(Fault(path=WEIGHTS, status=200, body=PAGE, times=None))
     fails(run(*MERGE), "vit-b32-dtd.*the endpoint .* did not answer like a Hub to the request for model.safetensors")

@@ -258,6 +258,16 @@ def test_unreadable_data_sets(tmp_path: Path) -> None:
         read_samples(task(folder), "train")
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_data(tmp_path / "data", rows=4)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    with pytest.raises(DataError, match=r"data, split 'train' of task 'tiny': .*cache.*; set HF_HOME to a folder"):
+        read_samples(task(folder), "train")
+
+
 def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     folder = write_data(tmp_path, rows=4)
     data = datasets.load_dataset(str(folder), split="train")
