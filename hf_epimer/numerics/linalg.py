@@ -1,6 +1,6 @@
 """Truncated SVD, polar factor, conjugate gradients and extreme eigenvalues.
 
-    truncated_svd       A ~ U diag(s) V^T, top k triples                     block Krylov or LAPACK
+    truncated_svd       A ~ U diag(s) V^T, top k triples                     block Krylov, Gram matrix or LAPACK
     polar_factor        argmin_{Q^T Q = I} ||M - Q||_F                       orthogonal Procrustes whitening
     conjugate_gradient  H x = b for a symmetric positive definite operator
     extreme_eigenvalues smallest and largest of a symmetric operator          Lanczos
@@ -38,7 +38,8 @@ def truncated_svd(a: Tensor, k: int, *, tolerance: float = 2e-4, exact: bool = F
 
     Randomised block Krylov iteration (Musco and Musco, NeurIPS 2015) on the smaller side, with the basis grown until
     the residual says that U diag(s) V^T is right to about `tolerance`. Where k is a large part of min(m, n), the matrix
-    is small, or the singular values decay too slowly to be told apart, a dense decomposition takes over.
+    is small, or the singular values decay too slowly to be told apart, the eigenvectors of the smaller Gram matrix take
+    over, as far as squaring has left their images orthogonal to `tolerance`; else a dense decomposition.
 
     Args:
         a: m x n, finite, float32 or float64.
@@ -53,13 +54,36 @@ def truncated_svd(a: Tensor, k: int, *, tolerance: float = 2e-4, exact: bool = F
     smaller = min(a.shape)
     if not 1 <= k <= smaller:
         raise ValueError(f"rank {k} is outside 1..{smaller}")
-    if exact or smaller < 128 or 3 * k > KRYLOV_SHARE * smaller:
+    if exact:
         return _dense_svd(a, k)
     wide = a.shape[0] < a.shape[1]
-    found = _block_krylov(a.mT if wide else a, k, tolerance, seed)
+    tall, found = a.mT if wide else a, None
+    if smaller >= 128 and 3 * k <= KRYLOV_SHARE * smaller:
+        found = _block_krylov(tall, k, tolerance, seed)
+    if found is None:
+        found = _from_gram(tall, k, tolerance)
     if found is None:
         return _dense_svd(a, k)
     return SVD(found.v, found.s, found.u) if wide else found
+
+
+def _from_gram(a: Tensor, k: int, tolerance: float) -> SVD | None:
+    """From the eigenvectors of A^T A, for m >= n: half the work of a decomposition of A, and less.
+
+    The A v_i are orthogonal in exact arithmetic; None where rounding has left them further from it than `tolerance`, as
+    happens with singular values far below the largest.
+    """
+    _, vectors = torch.linalg.eigh(a.mT @ a)
+    v = vectors[:, -k:].flip(-1)
+    image = a @ v
+    s = image.norm(dim=0)
+    if not bool((s > 0).all()):
+        return None
+    u = image / s
+    if float((u.mT @ u).fill_diagonal_(0.0).norm()) > tolerance * math.sqrt(k):
+        return None
+    s, order = s.sort(descending=True)
+    return SVD(u[:, order], s, v[:, order])
 
 
 def _dense_svd(a: Tensor, k: int) -> SVD:

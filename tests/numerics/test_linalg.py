@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,6 +44,27 @@ def test_truncated_svd_is_deterministic_and_survives_low_rank() -> None:
     first, second = truncated_svd(a, 32), truncated_svd(a, 32)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert ((first.u * first.s) @ first.v.mT - a).norm() / a.norm() < 1e-5
+
+
+@pytest.mark.parametrize(("m", "n"), [(256, 256), (640, 192), (192, 640)])
+@pytest.mark.parametrize("last", [0.3, 1e-2, 1e-4, 1e-7])
+def test_a_large_part_of_the_triples_is_orthonormal_and_right(m: int, n: int, last: float) -> None:
+    """From the Gram matrix, where squaring leaves them so; with small singular values it does not."""
+    a = matrix_with_spectrum(m, n, torch.logspace(0, math.log10(last), 192))
+    u, s, v = truncated_svd(a, 96)
+    ru, rs, rvh = torch.linalg.svd(a.double(), full_matrices=False)
+    best = (ru[:, :96] * rs[:96]) @ rvh[:96]
+    assert ((u * s) @ v.mT - best).norm() / best.norm() < 1e-4
+    for vectors in (u, v):
+        assert (vectors.mT @ vectors - torch.eye(96)).norm() < 5e-3
+    assert bool((s[:-1] >= s[1:]).all())
+
+
+def test_triples_of_a_matrix_of_low_rank_are_no_copies_of_the_leading_ones() -> None:
+    a = matrix_with_spectrum(256, 200, torch.linspace(1, 0.5, 5))
+    u, s, _ = truncated_svd(a, 96)
+    assert float(s[5]) < 1e-5
+    assert (u.mT @ u - torch.eye(96)).norm() < 1e-3
 
 
 @settings(max_examples=25, deadline=None)
