@@ -32,7 +32,7 @@ def build_diagnosis_tab(session: Session, chooser: Chooser) -> None:
     with gr.Accordion("All numbers", open=False, visible=False) as after:
         numbers = gr.JSON(show_label=False)
 
-    def run(
+    def diagnose(
         source: str, zoo_models: list[str], typed: str, base: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Look at fine-tuned CLIP vision models before merging: do their tasks pull in different directions?
@@ -53,7 +53,7 @@ def build_diagnosis_tab(session: Session, chooser: Chooser) -> None:
         for shown, report in steps(session, request, "diagnose", PLACES, "diagnosis", arguments):
             yield shown or ("", _shown(report), gr.update(visible=True), report)
 
-    wire(session, button, run, chooser.inputs, [button.status, result, after, numbers])
+    wire(session, button, diagnose, chooser.inputs, [button.status, result, after, numbers])
 
 
 def _shown(report: dict[str, Any]) -> str:

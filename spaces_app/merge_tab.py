@@ -60,7 +60,7 @@ def build_merge_tab(session: Session, chooser: Chooser) -> gr.State:
                 with gr.Accordion("All numbers", open=False):
                     numbers = gr.JSON(show_label=False)
 
-    def run(
+    def merge(
         source: str,
         zoo_models: list[str],
         typed: str,
@@ -105,7 +105,7 @@ def build_merge_tab(session: Session, chooser: Chooser) -> gr.State:
     wire(
         session,
         button,
-        run,
+        merge,
         [*chooser.inputs, method, calibrate, images],
         [button.status, merged, result, after, download, card, numbers],
         inputs,

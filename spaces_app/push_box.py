@@ -16,6 +16,16 @@ from session import Session
 SECONDS = 1800
 """For a push: large files on a slow line."""
 
+PUSH = """Push the merge of this session to the Hub, in one commit with its card; on a Space after signing in.
+
+Args:
+    repo: your-name/model.
+    private: create the repo private.
+
+Returns:
+    Where it is, or what is wrong, as HTML.
+"""
+
 
 def build_push_box(session: Session, merged: gr.State) -> None:
     """Lay it out and wire it."""
@@ -37,36 +47,21 @@ def build_push_box(session: Session, merged: gr.State) -> None:
     status = gr.HTML("", elem_id="push-status")
 
     def push_here(repo: str, private: bool, merged: dict[str, Any] | None) -> str:
-        """Push the merge of this session to the Hub, with the token of this machine.
-
-        Args:
-            repo: your-name/model.
-            private: create the repo private.
-
-        Returns:
-            Where it is, or what is wrong, as HTML.
-        """
         return _push(merged, repo, private, None)
 
     def push_signed_in(repo: str, private: bool, merged: dict[str, Any] | None, token: gr.OAuthToken | None) -> str:
-        """Push the merge of this session to the Hub, to the account of who is signed in.
-
-        Args:
-            repo: your-name/model.
-            private: create the repo private.
-
-        Returns:
-            Where it is, or what is wrong, as HTML.
-        """
         if token is None:
             return charts.notice("Sign in with Hugging Face first: the button is above.", "bad")
         return _push(merged, repo, private, token.token)
+
+    push = push_signed_in if on_space else push_here
+    push.__name__, push.__doc__ = "push", PUSH  # what an agent reads
 
     if on_space:  # without triggers: when the page is opened
         gr.on(None, suggest_repo, None, repo, api_visibility="private", queue=False, show_progress="hidden")
     gr.on(
         [go.click, repo.submit],
-        push_signed_in if on_space else push_here,
+        push,
         [repo, private, merged],
         status,
         api_name="push",

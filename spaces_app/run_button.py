@@ -71,6 +71,8 @@ def wire(
         session.cancel(request, button.what)
         return charts.progress_bar(0, "Cancelling")
 
+    cancel.__name__ = f"cancel_{button.what}"  # what an agent reads
+
     def reset() -> tuple[Any, ...]:
         return gr.update(visible=True), gr.update(visible=False)
 

@@ -47,7 +47,7 @@ def build_sweep_tab(session: Session, chooser: Chooser) -> None:
         with gr.Accordion("All numbers", open=False):
             numbers = gr.JSON(show_label=False)
 
-    def run(
+    def sweep(
         source: str,
         zoo_models: list[str],
         typed: str,
@@ -81,12 +81,12 @@ def build_sweep_tab(session: Session, chooser: Chooser) -> None:
     wire(
         session,
         button,
-        run,
+        sweep,
         [*chooser.inputs, methods, ranks, images],
         [button.status, swept, result, after, alpha, rank, numbers],
     )
 
-    def at(alpha: float, rank: int | None, swept: dict[str, Any] | None) -> str:
+    def sweep_at(alpha: float, rank: int | None, swept: dict[str, Any] | None) -> str:
         """Show every task's accuracy at one alpha and rank of this session's last sweep.
 
         Args:
@@ -100,7 +100,7 @@ def build_sweep_tab(session: Session, chooser: Chooser) -> None:
 
     gr.on(
         [alpha.change, rank.change, swept.change],
-        at,
+        sweep_at,
         [alpha, rank, swept],
         table,
         api_name="sweep_at",

@@ -169,6 +169,7 @@ def test_every_endpoint_tells_an_agent_what_it_does(tmp_path: Path, monkeypatch:
     assert {"merge", "classify", "diagnose", "sweep", "look_up", "push", "cancel_merge"} <= set(endpoints)
     for name, function in endpoints.items():
         words = inspect.getdoc(function) or ""
+        assert function.__name__ == name  # gradio's name of the tool
         assert words.split("\n")[0].endswith((".", "?")), name
         for parameter in set(inspect.signature(function).parameters) - {"request", "merged", "truth", "swept", "token"}:
             assert f"    {parameter}: " in words, (name, parameter)
