@@ -194,6 +194,11 @@ class Plan:
         width = int(self.base.vision_config[self.architecture.width])
         return 16 * images * self.recipe.views * self.base.positions * width
 
+    def learnt_from(self, count: int) -> range:
+        """Which of so many images of a task calibration and refinement learn from: all, but for the tenth that a
+        refinement is judged by, if there is one."""
+        return range(count - max(1, count // 10) if self.recipe.refine else count)
+
     @property
     def refinement_bytes(self) -> int:
         """Of what a refinement keeps on the disk: pictures in float16, and its state in float32; 0 without one."""

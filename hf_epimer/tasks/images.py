@@ -73,6 +73,7 @@ class ImageBatches:
         samples: all of them; a process reads its `share` = (its number, number of processes).
         pixels: pictures -> the model's input.
         size: of a batch.
+        only: the indices of those that are read; None for all.
         broken: what was left out in the last reading, named.
     """
 
@@ -80,12 +81,14 @@ class ImageBatches:
     pixels: Callable[[list[Image.Image]], Tensor]
     size: int
     share: tuple[int, int] = (0, 1)
+    only: range | None = None
     broken: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
         self.broken = []
         rank, processes = self.share
-        decoded = self._decoded(range(rank, len(self.samples), processes))
+        indices = range(len(self.samples)) if self.only is None else self.only
+        decoded = self._decoded(indices[rank::processes])
         while chunk := list(islice(decoded, self.size)):
             indices, images, labels = zip(*chunk, strict=True)
             yield Batch(self.pixels(list(images)), torch.tensor(labels), indices)

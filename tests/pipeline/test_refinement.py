@@ -27,6 +27,8 @@ from hf_epimer.models.classifier import LinearHead, ZeroShotHead
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.weights import parameters_of
+from hf_epimer.pipeline.calibration import layers as calibration_layers
+from hf_epimer.pipeline.refinement import layers as refinement_layers
 from hf_epimer.pipeline.refinement import training
 from hf_epimer.pipeline.refinement.objective import squared_distances, task_gains
 from hf_epimer.pipeline.refinement.pictures import Pictures, read_pictures, write_pictures
@@ -70,16 +72,15 @@ def images(seed: int, count: int = 40, batch: int = 16) -> list[Batch]:
     ]
 
 
-def numbered(count: int, views: int) -> Pictures:
-    """Picture i is full of i; target v, i is (v, i)."""
-    pixels = torch.arange(count).half().view(-1, 1, 1, 1).expand(count, 3, 4, 4)
-    targets = torch.stack([torch.tensor([[float(v), float(i)] for i in range(count)]) for v in range(views)])
-    return Pictures(pixels.contiguous(), targets)
+def numbered(count: int, views: int, held_out: int = 2) -> Pictures:
+    """Picture i is full of i, those that are held out come last; target v, i is (v, i)."""
+    pixels = torch.arange(count + held_out).half().view(-1, 1, 1, 1).expand(count + held_out, 3, 4, 4)
+    targets = torch.tensor([[[float(v), float(i)] for i in range(count + held_out)] for v in range(views)])
+    return Pictures(pixels[:count], targets[:, :count], pixels[count:], targets[:1, count:])
 
 
 def test_every_picture_has_its_turn_and_every_view_of_it() -> None:
-    pictures = numbered(23, views=3)
-    assert pictures.trained_on == 21
+    pictures = numbered(21, views=3)
     seen = [pictures.batch(step, 7, seed=0, share=(0, 1)) for step in range(3 * 3)]
     for turn in range(3):
         pixels, targets = (torch.cat(parts) for parts in zip(*seen[3 * turn : 3 * turn + 3]))
@@ -96,7 +97,7 @@ def test_every_picture_has_its_turn_and_every_view_of_it() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 9])
 def test_processes_share_a_batch(processes: int) -> None:
-    pictures = numbered(23, views=2)
+    pictures = numbered(21, views=2)
     whole = pictures.batch(5, 7, seed=0, share=(0, 1))[1].tolist()
     shares = [pictures.batch(5, 7, seed=0, share=(rank, processes)) for rank in range(processes)]
     assert sorted(row for _, targets in shares for row in targets.tolist()) == sorted(whole)
@@ -109,7 +110,7 @@ def test_a_target_is_what_the_model_makes_of_that_very_view(tmp_path: Path) -> N
     def embed(pixels: Tensor) -> Tensor:
         return pixels.flatten(1)[:, :5]
 
-    write_pictures(tmp_path / "p", "a", images(1), embed, views=3)
+    write_pictures(tmp_path / "p", "a", images(1), images(2, 20), embed, views=3)
     pictures = read_pictures(tmp_path / "p")
     assert pictures.targets.shape == (3, 40, 5)
     for step in range(8):
@@ -118,12 +119,16 @@ def test_a_target_is_what_the_model_makes_of_that_very_view(tmp_path: Path) -> N
     whole = torch.cat([batch.inputs for batch in images(1)])
     assert torch.equal(pictures.targets[0], embed(whole))
     assert torch.allclose(pictures.targets[2], embed(crops(whole, range(40), 2)), atol=1e-6)
+    held_out = torch.cat([batch.inputs for batch in images(2, 20)])
+    found = [torch.cat(parts) for parts in zip(*pictures.held_out((0, 1)))]
+    assert torch.equal(found[0], held_out) and torch.equal(found[1], embed(held_out))
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_few_images_are_an_error(count: int, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"a: {count} images; a refinement needs at least 2"):
-        write_pictures(tmp_path / "p", "a", images(1, count, 1) if count else [], lambda pixels: pixels.flatten(1), 1)
+@pytest.mark.parametrize("counts", [(0, 1), (1, 0)])
+def test_too_few_images_are_an_error(counts: tuple[int, int], tmp_path: Path) -> None:
+    learnt, held_out = (images(1, count) if count else [] for count in counts)
+    with pytest.raises(DataError, match="a: a refinement needs at least 2 images of every task"):
+        write_pictures(tmp_path / "p", "a", learnt, held_out, lambda pixels: pixels.flatten(1), 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -151,7 +156,8 @@ def embed(features: Tensor) -> Tensor:
 
 def task_of(tower: nn.Module, seed: int, weight: float = 0.5, **options: Any) -> RefinementTask:
     weights = {name: value.detach().clone() for name, value in parameters_of(tower, CLIP).items()}
-    return RefinementTask(f"task {seed}", StateDict(f"task {seed}", weights), weight, images(seed, **options), embed)
+    tuned = StateDict(f"task {seed}", weights)
+    return RefinementTask(f"task {seed}", tuned, weight, images(seed, **options), images(seed + 100, 20), embed)
 
 
 def refined(
@@ -171,10 +177,10 @@ def test_features_come_nearer_to_those_of_every_model(clip_base: Path, tmp_path:
     start, towers = load_tower(clip_base), [tuned_tower(clip_base, seed) for seed in (1, 2)]
     tasks = [task_of(tower, seed, count=200) for seed, tower in enumerate(towers, 1)]
     found, report = refined(start, tasks, tmp_path / "w", steps=40)
-    assert report.steps == 40 and report.best_step > 0 and report.images == {"task 1": 180, "task 2": 180}
+    assert report.steps == 40 and report.best_step > 0 and report.images == {"task 1": 200, "task 2": 200}
     assert not found.training and start.training is False
     for seed, tower in enumerate(towers, 1):
-        pixels = torch.cat([batch.inputs for batch in images(seed, count=200)])
+        held_out = torch.cat([batch.inputs for batch in images(seed + 100, 20)])
         unseen = torch.cat([batch.inputs for batch in images(seed + 10)])
         with torch.no_grad():
             held, before, after = (
@@ -182,7 +188,7 @@ def test_features_come_nearer_to_those_of_every_model(clip_base: Path, tmp_path:
                     1 - (embed(CLIP.features(own, x)) * embed(CLIP.features(tower, x))).sum(1).mean()
                     for own in (start, found)
                 ]
-                for x in (pixels[180:], unseen, unseen)
+                for x in (held_out, unseen, unseen)
             )
         label = f"task {seed}"
         assert [report.before[label] / 2, report.after[label] / 2] == pytest.approx([float(x) for x in held], rel=1e-3)
@@ -269,7 +275,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(clip_base: Pat
 
         with pytest.raises(KeyboardInterrupt):
             refined(start, tasks, folder, steps=20, on_step=stop)
-        unread = [replace(task, images=never()) for task in tasks]
+        unread = [replace(task, images=never(), held_out=never()) for task in tasks]
         on_step = Mock()
         again, found = refined(start, unread, folder, steps=20, on_step=on_step)
         assert on_step.call_args_list[0].args == (steps - steps % 2, 20)
@@ -301,8 +307,9 @@ tasks = []
 for seed, name in enumerate("ab"):
     pixels = torch.randn(33, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     tuned = StateDict(name, load_file(zoo / name / "model.safetensors"))
-    images = [Batch(pixels, torch.zeros(33), list(range(33)))]
-    tasks.append(training.RefinementTask(name, tuned, 0.5, images, lambda features: normalize(features, dim=-1)))
+    images, held_out = ([Batch(part, torch.zeros(len(part)), range(len(part)))] for part in (pixels[:28], pixels[28:]))
+    embed = lambda features: normalize(features, dim=-1)
+    tasks.append(training.RefinementTask(name, tuned, 0.5, images, held_out, embed))
 tower = load_tower(zoo / "base")
 report = training.refine(tower, tasks, CLIP, folder, steps=6)
 weights = {name: value.detach().clone() for name, value in parameters_of(tower, CLIP).items()}
@@ -375,6 +382,21 @@ def test_a_calibrated_merge_is_refined_and_a_plan_says_so(words: tuple[object, .
     code, out, err = run(*words, "--calibrate", "--out", "m")
     assert code == 0, err
     assert "calibrated layers: 12" in out and "refined: trained" in out
+
+
+def test_nothing_is_fitted_to_what_a_refinement_is_judged_by(
+    words: tuple[object, ...], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate, refine = Mock(wraps=calibration_layers.calibrate), Mock(wraps=refinement_layers.refine)
+    monkeypatch.setattr(calibration_layers, "calibrate", calibrate)
+    monkeypatch.setattr(refinement_layers, "refine", refine)
+    code, _, err = run(*words, "--calibrate", "--refine-steps", 1, "--out", "m")
+    assert code == 0, err
+    for calibrated, refined in zip(calibrate.call_args.args[2], refine.call_args.args[1], strict=True):
+        learnt, held_out = (part.only for part in (refined.images, refined.held_out))
+        assert calibrated.images.only == learnt == range(36) and held_out == range(36, 40)
+    assert run(*words[:-3], "--calibrate", "--out", "n")[0] == 0
+    assert calibrate.call_args.args[2][0].images.only == range(40)
 
 
 def test_a_refinement_that_gains_nothing_is_left_out_with_a_word(

@@ -48,6 +48,15 @@ def rows(samples: Samples, size: int = 7, share: tuple[int, int] = (0, 1)) -> di
     return found
 
 
+def test_some_of_the_samples_are_read_alone(folder: Path) -> None:
+    plain = read_samples(task(folder), "train")
+    parts = [ImageBatches(plain, mean_colour, 7, only=part) for part in (range(25), range(25, 30))]
+    indices = [[index for batch in part for index in batch.indices] for part in parts]
+    assert indices == [list(range(25)), list(range(25, 30))]
+    shares = [ImageBatches(plain, mean_colour, 7, (rank, 2), range(25, 30)) for rank in (0, 1)]
+    assert [[index for batch in share for index in batch.indices] for share in shares] == [[25, 27, 29], [26, 28]]
+
+
 def test_rows_come_in_order_or_shuffled_by_seed(folder: Path) -> None:
     plain = read_samples(task(folder), "train")
     assert len(plain) == 30

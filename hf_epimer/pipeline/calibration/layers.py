@@ -40,12 +40,13 @@ def calibrated_layers(
     pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
     processes = launched()
     share = (processes.rank, processes.count)
-    batches = [ImageBatches(read_images(model.images), pixels, BATCH, share) for model in plan.models if model.images]
+    samples = [read_images(model.images) for model in plan.models if model.images]
+    batches = [ImageBatches(chosen, pixels, BATCH, share, plan.learnt_from(len(chosen))) for chosen in samples]
     tasks = [
         CalibrationTask(*entry)
         for entry in zip(ingredients.models, plan.weights, ingredients.curvature, batches, strict=True)
     ]
-    settings = [plan.recipe.views, plan.recipe.calibration_rho, share]
+    settings = [plan.recipe.views, plan.recipe.calibration_rho, plan.recipe.refine, share]
     workspace = open_workspace("calibration", plan, layers, settings, plan.calibration_bytes, "hidden states")
     sizes = calibrate(
         tower.to(processes.device(plan.recipe.device)),

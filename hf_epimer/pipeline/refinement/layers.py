@@ -45,8 +45,10 @@ def refined_layers(
         assert model.images  # by the planner
         samples = read_images(model.images)
         head = load_head(model.source, plan.base, model.images.task, samples.class_names).to(recipe.device)
-        batches.append(ImageBatches(samples, pixels, BATCH))
-        tasks.append(RefinementTask(model.label, tuned, model.weight, batches[-1], head.embed, head.is_trained))
+        learnt = plan.learnt_from(len(samples))
+        parts = [ImageBatches(samples, pixels, BATCH, only=part) for part in (learnt, range(len(learnt), len(samples)))]
+        batches += parts
+        tasks.append(RefinementTask(model.label, tuned, model.weight, *parts, head.embed, head.is_trained))
     settings = [recipe.refine_steps, recipe.seed]
     workspace = open_workspace("refinement", plan, layers, settings, plan.refinement_bytes, "pictures and weights")
     report = refine(

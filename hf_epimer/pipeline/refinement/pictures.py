@@ -24,29 +24,25 @@ from hf_epimer.tasks.images import Batch
 BATCH = 32
 """Pictures at a time where nothing is trained."""
 
-HELD_OUT = 10
-"""One picture in so many is not trained on."""
-
 Part = tuple[Tensor, Tensor]
 """Pixels [n, 3, h, w] and what is to be made of them [n, d]."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of a task, the last of them held out.
+    """Pictures of a task: N to be trained on and M held out. Pixels are whole, in float16: half a grey level is more.
 
     Attributes:
-        pixels: [N, 3, h, w], whole, in float16: half a grey level is more than what that loses.
+        pixels: [N, 3, h, w].
         targets: [views, N, d], of every view by the task's own model.
+        held_out_pixels: [M, 3, h, w].
+        held_out_targets: [1, M, d].
     """
 
     pixels: Tensor
     targets: Tensor
-
-    @property
-    def trained_on(self) -> int:
-        """How many are not held out."""
-        return len(self.pixels) - max(1, len(self.pixels) // HELD_OUT)
+    held_out_pixels: Tensor
+    held_out_targets: Tensor
 
     def batch(self, step: int, size: int, seed: int, share: tuple[int, int]) -> Part:
         """A process's share of what is trained on in a step.
@@ -60,8 +56,8 @@ class Pictures:
         rank, processes = share
         chosen = []
         for place in range(step * size + rank, (step + 1) * size, processes):
-            turn, position = divmod(place, self.trained_on)
-            index = int(np.random.default_rng([seed, turn]).permutation(self.trained_on)[position])
+            turn, position = divmod(place, len(self.pixels))
+            index = int(np.random.default_rng([seed, turn]).permutation(len(self.pixels))[position])
             chosen.append(((turn + index) % len(self.targets), index))
         chosen.sort()  # by view
         pixels = [self.pixels[:0].float()]
@@ -74,25 +70,44 @@ class Pictures:
     def held_out(self, share: tuple[int, int]) -> Iterator[Part]:
         """A process's share of what is not trained on, whole."""
         rank, processes = share
-        indices = range(self.trained_on + rank, len(self.pixels), processes)
-        for start in range(0, len(indices), BATCH):
-            some = list(indices[start : start + BATCH])
-            yield self.pixels[some].float(), self.targets[0, some]
+        mine = range(rank, len(self.held_out_pixels), processes)
+        for start in range(0, len(mine), BATCH):
+            some = list(mine[start : start + BATCH])
+            yield self.held_out_pixels[some].float(), self.held_out_targets[0, some]
 
 
 def write_pictures(
-    file: Path, label: str, images: Iterable[Batch], embed: Callable[[Tensor], Tensor], views: int
+    file: Path,
+    label: str,
+    images: Iterable[Batch],
+    held_out: Iterable[Batch],
+    embed: Callable[[Tensor], Tensor],
+    views: int,
 ) -> None:
-    """Read images and have the task's own model embed every view of them.
+    """Read images and have the task's own model embed them, those to be trained on in every view.
 
     Args:
         label: of the task, for messages.
         embed: pixels [n, 3, h, w] -> [n, d].
 
     Raises:
-        DataError: there are too few to hold one of them out.
+        DataError: there are none to be trained on, or none held out.
         OutputError: the disk is full.
     """
+    pictures = Pictures(*_embedded(label, images, embed, views), *_embedded(label, held_out, embed, 1))
+    with atomic_file(file) as unfinished:
+        save_file(vars(pictures), unfinished)
+
+
+def read_pictures(file: Path) -> Pictures:
+    """What `write_pictures` has written; it stays on the disk until it is used."""
+    return Pictures(**load_file(file))
+
+
+def _embedded(
+    label: str, images: Iterable[Batch], embed: Callable[[Tensor], Tensor], views: int
+) -> tuple[Tensor, Tensor]:
+    """All images in float16, [n, 3, h, w], and what becomes of their views, [views, n, d]."""
     kept: list[Tensor] = []
     embedded: list[Tensor] = []
     count = 0
@@ -102,12 +117,6 @@ def write_pictures(
         embedded.append(torch.stack([embed(crops(pixels.float(), indices, view)).cpu() for view in range(views)]))
         kept.append(pixels)
         count += len(pixels)
-    if count < 2:
-        raise DataError(f"{label}: {count} images; a refinement needs at least 2, one of them to hold out")
-    with atomic_file(file) as unfinished:
-        save_file({"pixels": torch.cat(kept), "targets": torch.cat(embedded, dim=1)}, unfinished)
-
-
-def read_pictures(file: Path) -> Pictures:
-    """What `write_pictures` has written; it stays on the disk until it is used."""
-    return Pictures(**load_file(file))
+    if not count:
+        raise DataError(f"{label}: a refinement needs at least 2 images of every task, one of them to be judged by")
+    return torch.cat(kept), torch.cat(embedded, dim=1)

@@ -62,7 +62,8 @@ class RefinementTask:
         label: of the model.
         tuned: theta_t.
         weight: l_t; those of all tasks sum to 1.
-        images: in batches, read once.
+        images: to be trained on, in batches, read once.
+        held_out: to be judged by, of those that nothing before was fitted to either; read once.
         embed: z_t: features [n, w] -> what the task's head reads [n, d].
         by_classifier: whether that head is the model's own classifier.
     """
@@ -71,6 +72,7 @@ class RefinementTask:
     tuned: TensorSource
     weight: float
     images: Iterable[Batch]
+    held_out: Iterable[Batch]
     embed: Callable[[Tensor], Tensor]
     by_classifier: bool = False
 
@@ -139,7 +141,7 @@ def refine(
     return RefinementReport(
         steps=steps,
         best_step=state.best_step,
-        images={label: seen.trained_on for label, seen in zip(labels, pictures, strict=True)},
+        images={label: len(seen.pixels) for label, seen in zip(labels, pictures, strict=True)},
         before=dict(zip(labels, state.distances[0], strict=True)),
         after=dict(zip(labels, state.distances[state.best_step], strict=True)),
         seconds=time.monotonic() - started,
@@ -237,7 +239,8 @@ def _embedded_by_their_own(
         with accelerator.main_process_first():  # one writes, the others find it in place
             if not file.exists():
                 put_weights(parameters, task.tuned)
-                write_pictures(file, task.label, task.images, partial(_embedded, tower, architecture, task), VIEWS)
+                own = partial(_embedded, tower, architecture, task)
+                write_pictures(file, task.label, task.images, task.held_out, own, VIEWS)
         found.append(read_pictures(file))
     put_weights(parameters, StateDict("start", start))
     return found
