@@ -87,8 +87,8 @@ class ImageBatches:
     def __iter__(self) -> Iterator[Batch]:
         self.broken = []
         rank, processes = self.share
-        indices = range(len(self.samples)) if self.only is None else self.only
-        decoded = self._decoded(indices[rank::processes])
+        read = range(len(self.samples)) if self.only is None else self.only
+        decoded = self._decoded(read[rank::processes])
         while chunk := list(islice(decoded, self.size)):
             indices, images, labels = zip(*chunk, strict=True)
             yield Batch(self.pixels(list(images)), torch.tensor(labels), indices)

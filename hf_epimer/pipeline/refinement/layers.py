@@ -12,6 +12,7 @@ from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.models.head import load_head
 from hf_epimer.models.loading import load_processor, preprocess
 from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.refinement.pictures import BATCH
 from hf_epimer.pipeline.refinement.training import RefinementTask, refine
 from hf_epimer.pipeline.report import RefinementReport
@@ -37,30 +38,34 @@ def refined_layers(
         OutputError: there is no room for the pictures.
         NumericalError: the loss is not finite, or a value does not fit into the merge's type.
     """
-    recipe, layers = plan.recipe, list(merged)
+    recipe, processes, layers = plan.recipe, launched(), list(merged)
+    device = processes.device(recipe.device)
     tower = tower_of(layers, plan)
     pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
     batches, tasks = [], []
     for model, tuned in zip(plan.models, ingredients.models, strict=True):
         assert model.images  # by the planner
         samples = read_images(model.images)
-        head = load_head(model.source, plan.base, model.images.task, samples.class_names).to(recipe.device)
+        head = load_head(model.source, plan.base, model.images.task, samples.class_names).to(device)
         learnt = plan.learnt_from(len(samples))
-        parts = [ImageBatches(samples, pixels, BATCH, only=part) for part in (learnt, range(len(learnt), len(samples)))]
-        batches += parts
-        tasks.append(RefinementTask(model.label, tuned, model.weight, *parts, head.embed, head.is_trained))
+        images = ImageBatches(samples, pixels, BATCH, only=learnt)
+        held_out = ImageBatches(samples, pixels, BATCH, only=range(len(learnt), len(samples)))
+        batches += [images, held_out]
+        tasks.append(RefinementTask(model.label, tuned, model.weight, images, held_out, head.embed, head.is_trained))
     settings = [recipe.refine_steps, recipe.seed]
     workspace = open_workspace("refinement", plan, layers, settings, plan.refinement_bytes, "pictures and weights")
     report = refine(
-        tower.to(recipe.device),
+        tower.to(device),
         tasks,
         plan.architecture,
         workspace,
         steps=recipe.refine_steps,
         seed=recipe.seed,
+        processes=processes,
         on_step=lambda done, total: progress("refining", done, total),
     )
-    shutil.rmtree(workspace)
+    if processes.is_main:
+        shutil.rmtree(workspace)
     for seen in batches:
         seen.report_broken()
     if not report.best_step:

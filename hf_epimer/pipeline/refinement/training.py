@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
@@ -30,6 +29,7 @@ from hf_epimer.checkpoints.reader import StateDict, TensorSource
 from hf_epimer.errors import NumericalError
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.weights import parameters_of, put_weights
+from hf_epimer.pipeline.processes import ALONE, Processes
 from hf_epimer.pipeline.refinement.objective import squared_distances, task_gains
 from hf_epimer.pipeline.refinement.pictures import Pictures, read_pictures, write_pictures
 from hf_epimer.pipeline.refinement.state import State, read_state, write_state
@@ -85,7 +85,7 @@ def refine(
     *,
     steps: int,
     seed: int = 0,
-    accelerator: Accelerator | None = None,
+    processes: Processes = ALONE,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> RefinementReport:
     """Train a merged tower in place.
@@ -97,7 +97,7 @@ def refine(
             is gone on with.
         steps: at least 1.
         seed: of the order of the pictures.
-        accelerator: of the processes that share the work.
+        processes: that share the work, this one among them.
         on_step: progress: (steps done since the last call, steps in all).
 
     Raises:
@@ -106,10 +106,9 @@ def refine(
         OutputError: the disk is full.
     """
     started = time.monotonic()
-    accelerator = accelerator or Accelerator()
     parameters = parameters_of(tower, architecture)
-    pictures = _embedded_by_their_own(tower, parameters, tasks, architecture, workspace, accelerator)
-    loop = _Loop(tower, architecture, tasks, pictures, accelerator)
+    pictures = _embedded_by_their_own(tower, parameters, tasks, architecture, workspace, processes)
+    loop = _Loop(tower, architecture, tasks, pictures, processes)
     tower.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -133,7 +132,7 @@ def refine(
         if state.step % max(1, steps // MEASURED) == 0 or state.step == steps:
             state.distances[state.step] = loop.distances()
             _keep_best(state, gains, parameters)
-            if accelerator.is_main_process:
+            if processes.is_main:
                 write_state(file, state, parameters, optimizer)
         on_step(1, steps)
     put_weights(parameters, StateDict("best", state.best))
@@ -156,11 +155,12 @@ class _Loop:
     architecture: Architecture
     tasks: Sequence[RefinementTask]
     pictures: Sequence[Pictures]
-    accelerator: Accelerator
+    processes: Processes
 
     @property
     def share(self) -> tuple[int, int]:
-        return self.accelerator.process_index, self.accelerator.num_processes
+        """(number of this process, number of processes)."""
+        return self.processes.rank, self.processes.count
 
     def backward(self, step: int, seed: int, gains: Sequence[float]) -> None:
         """Give the parameters the gradient of a step, that of all processes."""
@@ -172,7 +172,7 @@ class _Loop:
             (gain / PICTURES * distances.sum()).backward()
         for parameter in self.tower.parameters():
             if parameter.grad is not None:  # as of what features do not depend on
-                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+                parameter.grad = self.processes.sum(parameter.grad)
 
     @torch.no_grad()
     def distances(self) -> list[float]:
@@ -180,9 +180,10 @@ class _Loop:
         sums = []
         for task, seen in zip(self.tasks, self.pictures, strict=True):
             parts = list(seen.held_out(self.share))
-            total = math.fsum(float(self._distances(task, *part).sum()) for part in parts)
-            sums.append([total, sum(len(pixels) for pixels, _ in parts)])
-        total, count = self.accelerator.reduce(torch.tensor(sums, device=self.accelerator.device), "sum").unbind(1)
+            together = math.fsum(float(self._distances(task, *part).sum()) for part in parts)
+            sums.append([together, sum(len(pixels) for pixels, _ in parts)])
+        device = next(self.tower.parameters()).device
+        total, count = self.processes.sum(torch.tensor(sums, device=device)).unbind(1)
         found: list[float] = (total / count).tolist()
         return found
 
@@ -229,14 +230,14 @@ def _embedded_by_their_own(
     tasks: Sequence[RefinementTask],
     architecture: Architecture,
     workspace: Path,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> list[Pictures]:
     """Every task's pictures, embedded with its own weights in the tower, whose weights come back then."""
     start = _copied(parameters)
     found = []
     for number, task in enumerate(tasks):
         file = workspace / f"pictures-{number}.safetensors"
-        with accelerator.main_process_first():  # one writes, the others find it in place
+        with processes.main_first():  # one writes, the others find it in place
             if not file.exists():
                 put_weights(parameters, task.tuned)
                 own = partial(_embedded, tower, architecture, task)
