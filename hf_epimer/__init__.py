@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_epimer.analysis.diagnosis import Diagnosis, diagnose
+    from hf_epimer.analysis.diagnosis import diagnose
+    from hf_epimer.analysis.diagnosis_report import Diagnosis
     from hf_epimer.analysis.landscape import Landscape, landscape
     from hf_epimer.analysis.sweep.grid import Grid
     from hf_epimer.analysis.sweep.report import SweepReport
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Diagnosis": "analysis.diagnosis",
+    "Diagnosis": "analysis.diagnosis_report",
     "EpiMerConfig": "methods.epimer",
     "FisherCallback": "curvature.trainer",
     "EpimerError": "errors",

@@ -12,7 +12,7 @@ from hf_epimer.cli.terminal import Command, progress_bar, without_layers
 from hf_epimer.errors import OutputError
 
 if TYPE_CHECKING:
-    from hf_epimer.analysis.diagnosis import Diagnosis
+    from hf_epimer.analysis.diagnosis_report import Diagnosis
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(namespace: argparse.Namespace) -> None:
     recipe = recipe_of(namespace, "diagnose", **({} if namespace.samples is None else {"samples": namespace.samples}))
-    from hf_epimer.analysis.diagnosis import REPORT, diagnose
+    from hf_epimer.analysis.diagnosis import diagnose
+    from hf_epimer.analysis.diagnosis_report import REPORT
     from hf_epimer.plotting import MISSING
 
     with progress_bar(namespace.quiet or namespace.json) as progress:

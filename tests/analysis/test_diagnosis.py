@@ -11,7 +11,8 @@ from torch import Tensor
 from helpers import reference
 from hf_epimer import EpiMerConfig, merge_state_dicts
 from hf_epimer.analysis import plots as plots
-from hf_epimer.analysis.diagnosis import LayerDiagnosis, diagnose_layers, rank_totals, spike_totals
+from hf_epimer.analysis.diagnosis import diagnose_layers, rank_totals, spike_totals
+from hf_epimer.analysis.diagnosis_report import LayerDiagnosis
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.methods.epimer_core import EpiMerCoreConfig
