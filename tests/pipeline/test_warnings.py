@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import StateDict, card, rewrite, tiny_fisher, tiny_state, write_checkpoint
-from helpers.command import Run
+from helpers.command import Run, fails
 from helpers.hub_server import StandInHub
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.models.clip import CLIP
@@ -43,6 +46,25 @@ def test_the_same_weights_under_two_names(tiny_zoo: Path, run: Run) -> None:
     warned(run(*mean(tiny_zoo, *models)), "a and copy=.*copy have the same weights under two names")
     code, _, complaint = run(*mean(tiny_zoo, *models[:2]), "--overwrite")
     assert (code, complaint) == (0, "")
+
+
+def test_weights_that_may_not_be_read_are_called_that(
+    tiny_zoo: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def denied(path: object, *flags: Any, **more: Any) -> int:
+        if str(path) == str(tiny_zoo / "a" / "model.safetensors"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *flags, **more)  # type: ignore[arg-type]
+
+    def refused(*pair: object, **how: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", denied)  # root may read everything
+    monkeypatch.setattr(filecmp, "cmp", refused)
+    words = ["merge", tiny_zoo / "a", tiny_zoo / "b", "--base", tiny_zoo / "base", "--method", "mean"]
+    fails(run(*words, "--out", tiny_zoo / "out"), r"a: .*model.safetensors may not be read \(permission denied\)")
 
 
 def test_the_same_weights_in_two_repos(empty_hub: StandInHub, tmp_path: Path, run: Run, base_state: StateDict) -> None:
