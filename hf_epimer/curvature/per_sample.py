@@ -3,8 +3,9 @@
 A layer's input and the gradient of its output are all that is needed; no gradient of a weight is computed by autograd
 and no copy of the model per sample is ever held. Every gradient comes in one of two forms, for N samples:
 
-    Outer    G_n = sum_t left[n, t] right[n, t]^T       Linear, convolution (unfolded), Embedding (left one-hot)
-    Direct   G_n = values[n]                            biases, LayerNorm, parameters that stand alone
+    Outer    G_n = sum_t left[n, t] right[n, t]^T       Linear, convolution (unfolded), Embedding (left one-hot), and
+                                                        nn.MultiheadAttention, projection by projection
+    Direct   G_n = values[n]                            biases, LayerNorm, LayerScale, parameters that stand alone
 
 A layer called several times in one forward pass contributes the sum over its calls, as it must before squaring.
 """
@@ -15,13 +16,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import layer_norm, one_hot, unfold
+from torch.nn.functional import layer_norm, linear, one_hot, pad, scaled_dot_product_attention, unfold
 
 from hf_epimer.errors import StatisticsError
 
@@ -147,18 +147,42 @@ class _Observer:
         copies.register_hook(deliver)
         return copies
 
-    def on_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def on_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if not torch.is_grad_enabled():  # the first of the two forward passes of gradient checkpointing
             return None
+        if isinstance(module, nn.MultiheadAttention):
+            return self._attended(module, *arguments[:3]), None
         replaced = None
         if isinstance(module, nn.Embedding) and len(output) == 1 and self.samples > 1:
             # one lookup for the whole batch, as for positions: without a copy per sample their gradients arrive summed
             output = replaced = output.expand(self.samples, *output.shape[1:])
+        self._await(module, arguments[0], output)
+        return replaced
+
+    def _attended(self, layer: nn.MultiheadAttention, *inputs: Tensor) -> Tensor:
+        """What it gives for queries, keys and values, computed anew by its projections, which are observed one by one:
+        it has them in one matrix, and none of them is a layer."""
+        width = layer.embed_dim
+        heads = []
+        for part, read in enumerate(inputs):
+            rows = slice(part * width, (part + 1) * width)
+            projected = linear(read, layer.in_proj_weight[rows], layer.in_proj_bias[rows])
+            self._await(layer, read, projected, (part * width, (len(inputs) - 1 - part) * width))
+            heads.append(projected.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2))
+        attended: Tensor = layer.out_proj(scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return attended
+
+    def _await(self, module: nn.Module, inputs: Tensor, output: Tensor, beside: tuple[int, int] = (0, 0)) -> None:
+        """Have the gradient of an output delivered.
+
+        Args:
+            beside: how many rows of the module's matrix lie before and after those that gave this output.
+        """
         if not output.requires_grad:
             output.requires_grad_(True)
         self.waiting[module] = self.waiting.get(module, 0) + 1
-        output.register_hook(partial(self._on_gradient, module, arguments[0].detach()))
-        return replaced
+        read = inputs.detach()
+        output.register_hook(lambda gradient: self._on_gradient(module, read, pad(gradient, beside)))
 
     def _on_gradient(self, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
         gradients_of = _gradients_of(module)
@@ -214,7 +238,8 @@ def _linear(layer: Any, inputs: Tensor, gradient: Tensor) -> dict[str, Gradient]
 
 def _convolution(layer: Any, inputs: Tensor, gradient: Tensor) -> dict[str, Gradient]:
     left = gradient.flatten(2).mT
-    patches = unfold(inputs.to(gradient.dtype), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    padding = 0 if layer.padding == "valid" else layer.padding
+    patches = unfold(inputs.to(gradient.dtype), layer.kernel_size, layer.dilation, padding, layer.stride)
     return {"weight": Outer(left, patches.mT), "bias": Direct(left.sum(1))}
 
 
@@ -232,15 +257,33 @@ def _embedding(layer: Any, inputs: Tensor, gradient: Tensor) -> dict[str, Gradie
     return {"weight": Outer(looked_up.expand(len(gradient), -1, -1), _tokens(gradient))}
 
 
+def _fused_projections(layer: Any, inputs: Tensor, gradient: Tensor) -> dict[str, Gradient]:
+    return {f"in_proj_{name}": found for name, found in _linear(layer, inputs, gradient).items()}
+
+
 _KINDS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], dict[str, Gradient]]] = {
     nn.Linear: _linear,
     nn.Conv2d: _convolution,
     nn.LayerNorm: _layer_norm,
     nn.Embedding: _embedding,
+    nn.MultiheadAttention: _fused_projections,
 }
 
 
 def _gradients_of(module: nn.Module) -> Callable[[Any, Tensor, Tensor], dict[str, Gradient]] | None:
-    if isinstance(module, nn.Conv2d) and (module.groups != 1 or isinstance(module.padding, str)):
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding == "same"):
+        return None
+    if isinstance(module, nn.MultiheadAttention) and not _is_plain(module):
         return None
     return next((found for kind, found in _KINDS.items() if isinstance(module, kind)), None)
+
+
+def _is_plain(attention: nn.MultiheadAttention) -> bool:
+    """Whether queries, keys and values have one width and biases, samples come first, and no token is added."""
+    added = attention.bias_k is not None or attention.add_zero_attn
+    return (
+        attention.batch_first
+        and attention.in_proj_weight is not None
+        and attention.in_proj_bias is not None
+        and not added
+    )

@@ -185,7 +185,7 @@ def _tower_subject(model: nn.Module) -> Subject:
                 inside = f"{path}." if path else ""
                 found = {inside + name: canonical for name, canonical in names.items()}
                 kind = architecture.classification
-                trained = kind is not None and type(model).__name__ == kind.output_class
+                trained = kind is not None and type(model).__name__ == kind.trained_class
                 return Subject(model, found, _logits, architecture.unread_among(names.values(), by_classifier=trained))
     known = " or ".join(architecture.output_class for architecture in ARCHITECTURES)
     raise StatisticsError(f"{type(model).__name__} contains no {known} to measure")

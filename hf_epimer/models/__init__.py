@@ -14,9 +14,10 @@ from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.deit import DEIT
 from hf_epimer.models.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from hf_epimer.models.siglip import SIGLIP
 from hf_epimer.models.vit import VIT
 
-ARCHITECTURES: tuple[Architecture, ...] = (CLIP, VIT, DEIT, DINOV2, DINOV2_WITH_REGISTERS)
+ARCHITECTURES: tuple[Architecture, ...] = (CLIP, SIGLIP, VIT, DEIT, DINOV2, DINOV2_WITH_REGISTERS)
 
 
 def find_architecture(config: Mapping[str, Any], where: str) -> Architecture:
@@ -37,9 +38,10 @@ def find_architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The family of a model; for one of none that is known here, what little can be said of it."""
+    """The family of a model; for one of none, or of a kind that its family does not support, what little can be said."""
     known = {model_type: family for family in ARCHITECTURES for model_type in family.model_types}
-    return known.get(str(config.get("model_type"))) or architecture_of_none(config)
+    family = known.get(str(config.get("model_type")))
+    return family if family and family.supports(config) else architecture_of_none(config)
 
 
 def recognise(names: Iterable[str]) -> Architecture | None:

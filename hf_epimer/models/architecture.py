@@ -56,22 +56,31 @@ class Classification:
     """How models of a family are trained as classifiers: by a linear layer that reads features of the tower.
 
     Attributes:
-        output_class: the class of transformers with both; without classes it is the tower alone.
-        output_type: `model_type` in its config.json.
-        module_prefix: what it puts before the names of the tower's parameters in memory.
+        trained_class: the class of transformers with both.
+        output_type: `model_type` in the config.json of a merge, whose classifiers lie beside it.
+        module_prefix: what the merge's class puts before the names of the tower's parameters in memory.
+        features: (tower, pixels [n, 3, height, width]) -> what the linear layer reads, [n, d].
+        trunk_class: of a merge, where transformers cannot make the other without classes.
+        attribute: of what the merge's class returns: the features again, in Python, for cards.
         layer: what files call the linear layer, which has a weight [classes, d] and a bias [classes].
-        features: (tower, pixels [n, 3, height, width]) -> what it reads, [n, d].
         parts: d in units of w.
         unread: beginnings of names of parameters that these features do not depend on.
     """
 
-    output_class: str
+    trained_class: str
     output_type: str
     module_prefix: str
     features: Callable[[nn.Module, Tensor], Tensor]
+    trunk_class: str | None = None
+    attribute: str = "logits"
     layer: str = "classifier"
     parts: int = 1
     unread: tuple[str, ...] = ()
+
+    @property
+    def output_class(self) -> str:
+        """The class of a merge."""
+        return self.trunk_class or self.trained_class
 
 
 @dataclass(frozen=True)
@@ -85,9 +94,11 @@ class ZeroShot:
         files: names of those that a tokenizer is stored in.
         tokenizers: which of them are enough, each set by itself.
         tokenizer_classes: that give the tokens it was trained on.
-        projection: name of the parameter [d, w] that takes a vision tower's features to the space of texts.
+        projection: name of the parameter [d, w] that takes a vision tower's features to the space of texts; None where
+            they are in it already.
         logit_scale: name of the parameter [], the logarithm of what cosines are multiplied by.
         embed: (full model, tokens) -> projected text features [n, d], not normalised.
+        is_padded: whether all texts are padded to the longest that the text tower takes, as in its training.
     """
 
     model_types: tuple[str, ...]
@@ -96,9 +107,10 @@ class ZeroShot:
     files: frozenset[str]
     tokenizers: tuple[frozenset[str], ...]
     tokenizer_classes: tuple[str, ...]
-    projection: str
+    projection: str | None
     logit_scale: str
     embed: Callable[[nn.Module, Any], Tensor]
+    is_padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class Architecture:
         known: the values of `known_by` of well-known base models -> Hub id.
         known_by: fields by which a base is known.
         zero_shot: how classes are made out of texts; None where a task must bring its head.
-        unsupported: values of fields with which a model cannot be merged.
+        unsupported: values of fields with which a model is not what is described here.
         stretches: whether positions are stretched to pictures of any size.
         classification: how models are trained as classifiers; None where such models are not known.
         data_free: whether nothing of all this is known, so that models merge without data.
@@ -225,19 +237,24 @@ class Architecture:
         """The fields that matter from a config.json, with transformers' defaults filled in.
 
         Raises:
-            CheckpointError: a field is damaged, or says that such a model cannot be merged.
+            CheckpointError: a field is damaged.
         """
         section = self.section(config, where)
         chosen = {name: section.get(name, default) for name, default in self.fields.items()}
         for name, default in self.fields.items():
-            if name in self.unsupported and chosen[name] == self.unsupported[name]:
-                raise CheckpointError(f"{where}: a {self.name} with {name}: {chosen[name]} cannot be merged")
             most = MOST_BLOCKS if name == self.depth else LARGEST_COUNT
             if not _is_like(default, chosen[name], most):
                 shown = repr(chosen[name]) if len(repr(chosen[name])) < 40 else "something"
                 wanted = f"a positive number of at most {most}" if _is_count(default) else f"like {default!r}"
                 raise CheckpointError(f"{where}: {name} in config.json is {shown}, not {wanted}")
         return chosen
+
+    def supports(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model with this config.json, of a `model_type` of this family, is what is described here."""
+        section = config.get(self.model_types[str(config.get("model_type"))] or "", config)
+        return not isinstance(section, dict) or all(
+            section.get(name) != kind for name, kind in self.unsupported.items()
+        )
 
     def section(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The part of a config.json that is the vision config: all of it, or what a full model's has under a key.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_epimer.models.architecture import Architecture, Residual, ZeroShot
+from hf_epimer.models.architecture import Architecture, Classification, Residual, ZeroShot
 from hf_epimer.types import Shape
 
 if TYPE_CHECKING:
@@ -17,14 +17,23 @@ if TYPE_CHECKING:
 
 
 def _parameters(config: Mapping[str, Any]) -> dict[str, Shape]:
-    width, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
-    shapes: dict[str, Shape] = {
+    width, patch = config["hidden_size"], config["patch_size"]
+    return {
         "embeddings.class_embedding": (width,),
         "embeddings.patch_embedding.weight": (width, config["num_channels"], patch, patch),
         "embeddings.position_embedding.weight": (_positions(config), width),
         "pre_layrnorm.weight": (width,),
         "pre_layrnorm.bias": (width,),
+        **block_parameters(config),
+        "post_layernorm.weight": (width,),
+        "post_layernorm.bias": (width,),
     }
+
+
+def block_parameters(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Those of all blocks, which are SigLIP's, too."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, Shape] = {}
     for index in range(config["num_hidden_layers"]):
         block = f"encoder.layers.{index}."
         linear = {
@@ -38,8 +47,6 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Shape]:
         for part, shape in linear.items():
             shapes[f"{block}{part}.weight"] = shape
             shapes[f"{block}{part}.bias"] = shape[:1]
-    shapes["post_layernorm.weight"] = (width,)
-    shapes["post_layernorm.bias"] = (width,)
     return shapes
 
 
@@ -51,6 +58,11 @@ def _positions(config: Mapping[str, Any]) -> int:
 def _features(tower: Any, pixels: Tensor) -> Tensor:
     features: Tensor = tower(pixel_values=pixels).pooler_output
     return features
+
+
+def _mean_of_patches(tower: Any, pixels: Tensor) -> Tensor:
+    mean: Tensor = tower(pixel_values=pixels).last_hidden_state[:, 1:].mean(1)
+    return mean
 
 
 def _attention(block: Any, hidden: Tensor) -> Tensor:
@@ -68,6 +80,11 @@ def _embed(model: Any, tokens: Any) -> Tensor:
     embedded: Tensor = model.text_projection(model.text_model(**tokens).pooler_output)
     return embedded
 
+
+RESIDUALS = (
+    Residual(_attention, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"),
+    Residual(_mlp, ("mlp.fc1",), "mlp.fc2"),
+)
 
 CLIP = Architecture(
     name="CLIP vision model",
@@ -99,10 +116,7 @@ CLIP = Architecture(
     features=_features,
     positions=_positions,
     blocks="encoder.layers",
-    residuals=(
-        Residual(_attention, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"),
-        Residual(_mlp, ("mlp.fc1",), "mlp.fc2"),
-    ),
+    residuals=RESIDUALS,
     known={
         (768, 12, 12, 32, 224): "openai/clip-vit-base-patch32",
         (768, 12, 12, 16, 224): "openai/clip-vit-base-patch16",
@@ -121,5 +135,12 @@ CLIP = Architecture(
         projection="visual_projection.weight",
         logit_scale="logit_scale",
         embed=_embed,
+    ),
+    classification=Classification(
+        "CLIPForImageClassification",
+        "clip",
+        "vision_model.",
+        _mean_of_patches,
+        unread=("post_layernorm.",),
     ),
 )

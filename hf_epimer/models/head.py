@@ -146,10 +146,9 @@ def base_parts(base: ModelSource, task: Task, class_names: Sequence[str]) -> dic
         pass  # not there yet, damaged, or kept by a release that did not look: it is made again
     folder = base.folder_with_tokenizer()
     model, zero_shot = load_full(folder)
-    parts = {
-        "projection": model.get_parameter(zero_shot.projection).detach(),
-        "logit_scale": model.get_parameter(zero_shot.logit_scale).detach(),
-    }
+    width = base.vision_config[base.architecture.width]
+    projection = model.get_parameter(zero_shot.projection).detach() if zero_shot.projection else torch.eye(width)
+    parts = {"projection": projection, "logit_scale": model.get_parameter(zero_shot.logit_scale).detach()}
     if not task.head:
         tokenizer = _load_tokenizer(base, folder, zero_shot)
         try:
@@ -228,7 +227,7 @@ def _cached(base: ModelSource, task: Task, class_names: Sequence[str]) -> Path:
 
 @torch.no_grad()
 def text_head(
-    model: nn.Module,
+    model: Any,
     zero_shot: ZeroShot,
     tokenizer: Callable[..., Any],
     class_names: Iterable[str],
@@ -236,10 +235,16 @@ def text_head(
 ) -> Tensor:
     """One unit row per class: [classes, d]."""
     device = next(model.parameters()).device
+    length: dict[str, Any] = {"padding": True}
+    if zero_shot.is_padded:
+        length = {
+            "padding": "max_length",
+            "max_length": int(model.config.text_config.max_position_embeddings),
+        }
     rows = []
     for name in class_names:
         prompts = [template.replace("{}", name) for template in templates]
-        tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
+        tokens = tokenizer(prompts, **length, truncation=True, return_tensors="pt").to(device)
         rows.append(normalize(normalize(zero_shot.embed(model, tokens), dim=-1).mean(0), dim=-1))
     return torch.stack(rows)
 

@@ -155,7 +155,7 @@ class ModelSource(Source):
     def is_classification_class(self) -> bool:
         """Whether transformers loads it as its family's classifier, which has a vision tower and no text tower."""
         kind = self.architecture.classification
-        return kind is not None and kind.output_class in (self.config.get("architectures") or [])
+        return kind is not None and kind.trained_class in (self.config.get("architectures") or [])
 
     @property
     def has_text_tower(self) -> bool:

@@ -189,12 +189,12 @@ def _config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     base, output = plan.base.config, plan.output
     section = plan.architecture.model_types[output.output_type]
     vision = dict(plan.base.vision_config)
-    has_classes = plan.architecture.classification and plan.architecture.classification.output_class
+    kind = plan.architecture.classification
     return {
         "architectures": [output.output_class],
         "model_type": output.output_type,
         **({section: vision} if section else vision),
-        **({"id2label": {}, "label2id": {}} if output.output_class == has_classes else {}),
+        **({"id2label": {}, "label2id": {}} if kind and output.output_class == kind.trained_class else {}),
         **{field: base[field] for field in plan.architecture.carried if isinstance(base.get(field), int)},
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # the name before transformers 5

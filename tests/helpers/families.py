@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,13 @@ from safetensors.torch import load_file
 
 from helpers.data import CLASSES, write_data
 from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.clip import CLIP
 from hf_epimer.models.deit import DEIT
 from hf_epimer.models.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
 from hf_epimer.models.loading import processor_class
+from hf_epimer.models.siglip import SIGLIP
 from hf_epimer.models.vit import VIT
+from hf_epimer.models.weights import parameters_of
 
 SIDE = 8
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 4}
@@ -44,23 +49,45 @@ class Family:
         """A model with random weights."""
         return getattr(transformers, self.model_class)(self.config(**labels)).eval()
 
+    def loaded(self, folder: Path, **options: Any) -> Any:
+        """A merge, by the class that its config.json names."""
+        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+        return getattr(transformers, name).from_pretrained(folder, **options)
+
+    def tower_of(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The parameters of its vision tower by canonical names."""
+        return {name: parameter.detach() for name, parameter in parameters_of(model, self.architecture).items()}
+
 
 def _named(names: tuple[str, ...]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
 
 
+TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = SIZE | {"intermediate_size": 24}
+
 FAMILIES = {
     family.architecture.tag: family
     for family in (
         Family(
+            CLIP,
+            "CLIPForImageClassification",
+            lambda **labels: transformers.CLIPConfig(vision_config=VISION, text_config=TEXT, **labels),
+        ),
+        Family(
+            SIGLIP,
+            "SiglipForImageClassification",
+            lambda **labels: transformers.SiglipConfig(vision_config=VISION, text_config=TEXT, **labels),
+        ),
+        Family(
             VIT,
             "ViTForImageClassification",
-            lambda **labels: transformers.ViTConfig(**SIZE, intermediate_size=24, **labels),
+            lambda **labels: transformers.ViTConfig(**VISION, **labels),
         ),
         Family(
             DEIT,
             "DeiTForImageClassification",
-            lambda **labels: transformers.DeiTConfig(**SIZE, intermediate_size=24, **labels),
+            lambda **labels: transformers.DeiTConfig(**VISION, **labels),
         ),
         Family(
             DINOV2,
@@ -110,12 +137,13 @@ def _shaken(model: Any, size: float) -> Any:
 
 def logits_of(family: Family, folder: Path, label: str, pixels: torch.Tensor) -> torch.Tensor:
     """What transformers alone makes of a merge and the classifier beside it that has this label, as the card says."""
-    model = getattr(transformers, family.model_class).from_pretrained(folder)
-    tensors = load_file(folder / "heads" / f"{label}.safetensors")
-    model.classifier = torch.nn.Linear(*reversed(tensors["weight"].shape))
-    model.classifier.load_state_dict(tensors)
+    code = re.findall(r"^(?:vision|logits) = .*", (folder / "README.md").read_text(), re.M)
+    head = load_file(folder / "heads" / f"{label}.safetensors")
+    names = vars(transformers) | {"linear": torch.nn.functional.linear, "head": head, "pixels": pixels}
+    code[0] = re.sub(r'from_pretrained\(".*?"', f'from_pretrained("{folder}"', code[0])
     with torch.no_grad():
-        logits: torch.Tensor = model(pixel_values=pixels).logits
+        exec("\n".join(code), names)
+    logits: torch.Tensor = names["logits"]
     return logits
 
 

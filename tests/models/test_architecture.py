@@ -6,9 +6,11 @@ import pytest
 
 from helpers.checkpoints import TINY
 from hf_epimer.errors import CheckpointError
-from hf_epimer.models import ARCHITECTURES, find_architecture, recognise
+from hf_epimer.models import ARCHITECTURES, architecture_of, find_architecture, recognise
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.clip import CLIP
+from hf_epimer.models.dinov2 import DINOV2
+from hf_epimer.models.siglip import SIGLIP
 
 BIAS = "vision_model.post_layernorm.bias"
 
@@ -48,3 +50,10 @@ def test_a_family_is_found_by_its_config_or_by_most_of_its_names() -> None:
     assert recognise(CLIP.shapes(TINY)) is CLIP
     assert recognise([BIAS, "something.else", "again.else"]) is CLIP
     assert recognise(["weight", "bias"]) is None
+
+
+def test_a_kind_that_its_family_does_not_describe_is_of_no_family() -> None:
+    assert architecture_of({"model_type": "dinov2"}) is DINOV2
+    assert architecture_of({"model_type": "dinov2", "use_swiglu_ffn": True}).data_free
+    assert architecture_of({"model_type": "siglip", "vision_config": {}}) is SIGLIP
+    assert architecture_of({"model_type": "siglip", "vision_config": {"vision_use_head": False}}).data_free

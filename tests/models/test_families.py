@@ -37,7 +37,9 @@ def cells() -> Iterator[tuple[str, str]]:
     for row in rows:
         name, _, *said = (cell.strip() for cell in row.split("|"))
         assert set(said) <= {"yes", "no"}
-        yield from ((name.strip("`"), ability) for ability, cell in zip(abilities, said, strict=True) if cell == "yes")
+        yield from (
+            (name.split("`")[1], ability) for ability, cell in zip(abilities, said, strict=True) if cell == "yes"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +85,20 @@ Command = Callable[..., None]  # which must end well and say nothing
 def check_merge(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
     """A mean of two is that, whatever class reads it; its classifiers are those of the models."""
     folder = merge("--method", "mean")
-    kind = getattr(transformers, family.model_class)
-    model, report = kind.from_pretrained(folder, output_loading_info=True)
+    model, report = family.loaded(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    tuned = [kind.from_pretrained(zoo / name).state_dict() for name in TUNED]
-    for name, value in model.state_dict().items():
+    kind = getattr(transformers, family.model_class)
+    tuned = [family.tower_of(kind.from_pretrained(zoo / name)) for name in TUNED]
+    merged = family.tower_of(model)
+    assert merged.keys() == tuned[0].keys() and len(merged) == len(model.state_dict())
+    for name, value in merged.items():
         torch.testing.assert_close(value, (tuned[0][name] + tuned[1][name]) / 2)
-    for number, name in enumerate(TUNED):
-        head = load_file(folder / "heads" / f"{name}.safetensors")
-        assert torch.equal(head["weight"], tuned[number]["classifier.weight"])
-        assert torch.equal(head["bias"], tuned[number]["classifier.bias"])
+    for name in TUNED:
+        stored, head = load_file(zoo / name / "model.safetensors"), load_file(folder / "heads" / f"{name}.safetensors")
+        assert torch.equal(head["weight"], stored["classifier.weight"])
+        assert torch.equal(head["bias"], stored["classifier.bias"])
     card = (folder / "README.md").read_text()
-    assert f"vision = {family.model_class}.from_pretrained" in card and "heads/b.safetensors" in card
+    assert f"vision = {type(model).__name__}.from_pretrained" in card and "heads/b.safetensors" in card
     for name, method in METHODS.items():
         if method.needs is None and method.core == "neither":
             merge("--method", name, out=name)
@@ -186,12 +190,11 @@ def check_adapters(family: Family, zoo: Path, merge: Merge, command: Command) ->
     words = ("--method", "tsv-m")
     dense = merge(*words, "--dense", out="dense", models=adapters)
     sparse = merge(*words, out="sparse", models=adapters)
-    kind = getattr(transformers, family.model_class)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*adapter keys.*")
-        base = kind.from_pretrained(zoo / "base", num_labels=0)
+        base = type(family.loaded(dense)).from_pretrained(zoo / "base", num_labels=0)
         merged = peft.PeftModel.from_pretrained(base, sparse).merge_and_unload()
-    expected, found = kind.from_pretrained(dense).state_dict(), merged.state_dict()
+    expected, found = family.loaded(dense).state_dict(), merged.state_dict()
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
