@@ -38,7 +38,7 @@ def find_architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The family of a model; for one of none, or of a kind that its family does not support, what little can be said."""
+    """The family of a model; of one that no family here describes, what little can be said."""
     known = {model_type: family for family in ARCHITECTURES for model_type in family.model_types}
     family = known.get(str(config.get("model_type")))
     return family if family and family.supports(config) else architecture_of_none(config)
