@@ -50,8 +50,7 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         plan = make_plan(recipe, any_architecture=True)
         with processes.main_first():
             fetch(plan, progress, COPIED if plan.treatment else PROCESSOR_FILES)
-    if plan.recipe.calibrate:
-        _announce_calibration(plan, progress)
+    _announce(plan, progress)
     with usage.stage("statistics"):
         ingredients = open_inputs(plan, progress)
     divergences: dict[float, float] = {}
@@ -89,11 +88,20 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     return replace(report, url=url)
 
 
-def _announce_calibration(plan: Plan, progress: Progress) -> None:
-    """How long it will take: the one part of a merge that lasts."""
-    from hf_epimer.pipeline.calibration.cost import expected_seconds, in_words
+def _announce(plan: Plan, progress: Progress) -> None:
+    """How long the parts of a merge will take that last."""
+    device = plan.recipe.device
+    if plan.recipe.calibrate:
+        from hf_epimer.pipeline.cost import calibration_operations, expected_seconds, in_words
 
-    progress(f"calibrated: {in_words(expected_seconds(plan))} in all (--no-calibrate skips it)", 0, 0)
+        seconds = expected_seconds(calibration_operations(plan), device)
+        progress(f"calibrated: {in_words(seconds)} in all (--no-calibrate skips it)", 0, 0)
+    if plan.recipe.refine:
+        from hf_epimer.pipeline.cost import expected_seconds, in_words, refinement_operations
+        from hf_epimer.pipeline.refinement.training import PICTURES, VIEWS
+
+        seconds = expected_seconds(refinement_operations(plan, PICTURES, VIEWS), device)
+        progress(f"refined: {in_words(seconds)} in all, for {plan.recipe.refine_steps} steps", 0, 0)
 
 
 def _tuned(plan: Plan, ingredients: Ingredients, progress: Progress) -> tuple[Plan, dict[float, float]]:

@@ -1,4 +1,4 @@
-"""What is said of a calibration before it begins."""
+"""What is said of a calibration and of a refinement before they begin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_epimer import MergeRecipe, ModelRef, merge
-from hf_epimer.pipeline.calibration import cost
+from hf_epimer.pipeline import cost
 from hf_epimer.pipeline.planner import make_plan
 
 
@@ -31,9 +31,13 @@ def test_operations_are_those_of_the_passes(clip_zoo: Path) -> None:
     width, hidden = config["hidden_size"], config["intermediate_size"]
     positions = (config["image_size"] // config["patch_size"]) ** 2 + 1
     of_a_pass = 2 * positions * config["num_hidden_layers"] * (4 * width**2 + 2 * width * hidden)
-    assert cost.operations(plan) == pytest.approx(of_a_pass * 2 * 16 * (4.5 + 4.5))
-    assert cost.operations(make_plan(recipe(clip_zoo, views=3))) == pytest.approx(of_a_pass * 2 * 16 * (13.5 + 4.5))
-    assert 0 < cost.expected_seconds(plan, size=64) < 60
+    assert cost.calibration_operations(plan) == pytest.approx(of_a_pass * 2 * 16 * (4.5 + 4.5))
+    assert cost.calibration_operations(make_plan(recipe(clip_zoo, views=3))) == pytest.approx(
+        of_a_pass * 2 * 16 * (13.5 + 4.5)
+    )
+    refined = make_plan(recipe(clip_zoo, refine=True, refine_steps=50))
+    assert cost.refinement_operations(refined, 16, 4) == pytest.approx(of_a_pass * (3 * 50 * 16 * 2 + 4 * 2 * 16))
+    assert 0 < cost.expected_seconds(cost.calibration_operations(plan), "cpu", size=64) < 60
 
 
 @pytest.mark.parametrize(
@@ -52,4 +56,9 @@ def test_a_merge_says_it_before_it_measures_anything(clip_zoo: Path) -> None:
     assert first < stages.index("estimating curvature") < stages.index("calibrating")
     stages.clear()
     merge(recipe(clip_zoo, calibrate=False, overwrite=True), lambda stage, done, total: stages.append(stage))
-    assert not any("calibrat" in stage for stage in stages)
+    assert not any("calibrat" in stage or "refin" in stage for stage in stages)
+    stages.clear()
+    merge(
+        recipe(clip_zoo, calibrate=False, refine=True, refine_steps=2, overwrite=True), lambda *of: stages.append(of[0])
+    )
+    assert any(stage.endswith("in all, for 2 steps") for stage in stages[: stages.index("merging")])

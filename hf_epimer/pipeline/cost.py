@@ -1,0 +1,70 @@
+"""How long the parts of a merge that last will take, said before they begin."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from hf_epimer.methods.statistic import POSITIONS
+from hf_epimer.pipeline.plan import Plan
+
+PASSES = 4.5
+"""Of a calibration: forward passes that cost as much, as counted in `hf_epimer.pipeline.calibration.step`."""
+
+PASSES_OF_STATISTICS = 4.5
+"""Of the statistics that it needs: forward and backward (3), and the Gram matrices of the inputs."""
+
+PASSES_OF_TRAINING = 3.0
+"""Of a picture in a step of a refinement: forward and backward."""
+
+REACHED = 0.65
+"""Share of a large product's speed that was reached on the whole (ViT-B/32, eight tasks, two cores)."""
+
+
+def calibration_operations(plan: Plan) -> float:
+    """Floating-point operations of a plan's calibration, with the statistics that are still to be measured for it."""
+    measured = sum(request.images.sampling.samples or 0 for kind, request in plan.to_estimate if kind is POSITIONS)
+    return _a_pass(plan) * (PASSES * _images(plan) * plan.recipe.views + PASSES_OF_STATISTICS * measured)
+
+
+def refinement_operations(plan: Plan, pictures: int, views: int) -> float:
+    """Floating-point operations of a plan's refinement.
+
+    Args:
+        pictures: of every task in a step.
+        views: of every image that its own model embeds.
+    """
+    trained = plan.recipe.refine_steps * pictures * len(plan.models)
+    return _a_pass(plan) * (PASSES_OF_TRAINING * trained + views * _images(plan))
+
+
+def expected_seconds(operations: float, device: str, size: int = 1024) -> float:
+    """Seconds on a device, from the time of one product of two `size` x `size` matrices."""
+    x = torch.ones(size, size, device=device)
+    best = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        float((x @ x)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return operations / (REACHED * 2 * size**3 / best)
+
+
+def in_words(seconds: float) -> str:
+    """About how long, without a precision that it has not."""
+    if seconds < 90:
+        return "about a minute" if seconds > 30 else "less than a minute"
+    minutes = seconds / 60
+    return f"about {minutes:.0f} minutes" if minutes < 90 else f"about {minutes / 60:.1f} hours"
+
+
+def _a_pass(plan: Plan) -> float:
+    """Floating-point operations of one image's forward pass."""
+    blocks = plan.architecture.blocks
+    matrices = sum(math.prod(shape) for name, shape in plan.shapes.items() if blocks in name and len(shape) == 2)
+    return 2.0 * matrices * plan.architecture.positions(plan.base.vision_config)
+
+
+def _images(plan: Plan) -> int:
+    return sum(model.images.sampling.samples or 0 for model in plan.models if model.images)
