@@ -36,7 +36,10 @@ class Accumulator(Protocol):
         """Take the gradients of one parameter for the samples of one batch."""
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-        """The statistic, from the sums over all processes and the number N of samples in them."""
+        """The statistic, from the sums over all processes and the number N of samples in them.
+
+        It may be made in the sums' own memory: of a large model there is not room for both.
+        """
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -65,9 +68,17 @@ def _add_symmetric(sums: dict[str, Tensor], name: str, left: Tensor, right: Tens
         sums[name][strip, start:].addmm_(left[:, strip].mT, right[:, start:])
 
 
-def _mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle."""
-    return upper.triu() + upper.triu(1).mT
+def _mean_(total: Tensor, samples: int) -> Tensor:
+    """A sum divided by N, in place; of a symmetric matrix there is only what stands on and above the diagonal."""
+    if total.ndim == 2:
+        side = len(total)
+        height = -(-side // STRIPS)
+        for start in range(0, side, height):
+            strip, below = slice(start, start + height), slice(start + height, side)
+            block = total[strip, strip]
+            block.copy_(block.triu() + block.triu(1).mT)
+            total[below, strip] = total[strip, below].mT
+    return total.div_(samples)
 
 
 class FisherDiagonal:
@@ -84,7 +95,7 @@ class FisherDiagonal:
             self.sums[name].addcmul_(one, one)
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-        return {name: (total / samples).view(self.shapes[name]) for name, total in sums.items()}
+        return {name: total.div_(samples).view(self.shapes[name]) for name, total in sums.items()}
 
 
 class SquaredMean:
@@ -120,7 +131,7 @@ class KroneckerFactors:
         _add_symmetric(self.sums, f"{name}.output_factor", g, g)
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-        return {name: (_mirrored(total) if total.ndim == 2 else total) / samples for name, total in sums.items()}
+        return {name: _mean_(total, samples) for name, total in sums.items()}
 
 
 class GradientGram:
@@ -149,7 +160,7 @@ class GradientGram:
         _add_symmetric(self.sums, f"{name}.gradient_gram", x.flatten(0, 1), weighted.flatten(0, 1))
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-        return {name: (_mirrored(total) if total.ndim == 2 else total) / samples for name, total in sums.items()}
+        return {name: _mean_(total, samples) for name, total in sums.items()}
 
 
 ACCUMULATORS: dict[tuple[StatisticsFile, Kind], Callable[[Mapping[str, torch.Size]], Accumulator]] = {

@@ -431,5 +431,6 @@ def test_accumulators_of_several_processes_add_up(model: Classifier, samples: tu
     parts = [FisherDiagonal(subject.shapes) for _ in range(2)]
     for part, accumulator in zip(batched(samples, 3, 4), parts, strict=True):
         accumulate(subject, [Batch(*part, range(len(part[1])))], accumulator)
-    sums = {name: parts[0].sums[name] + parts[1].sums[name] for name in whole}
+    # what they have summed up has become their mean, in the same memory
+    sums = {name: 3 * parts[0].sums[name] + 4 * parts[1].sums[name] for name in whole}
     assert_equal(parts[0].finish(sums, 7), whole)
