@@ -16,7 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,19 @@ class MergedLayer:
     report: LayerReport
 
 
+class Team(Protocol):
+    """Several who merge the same layers, each a part: this one is number `rank` of `count`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def gather(self, value: Result) -> list[Result]:
+        """The values of all, by rank; each has to ask."""
+
+
 def merge_layers(
     ingredients: Ingredients,
     method: Method,
@@ -53,6 +67,7 @@ def merge_layers(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     only: Collection[str] | None = None,
+    team: Team | None = None,
     on_layer: Callable[[str, int], None] = lambda stage, layers: None,
 ) -> Iterator[MergedLayer]:
     """Merge parameter by parameter, in the order of the base.
@@ -65,7 +80,8 @@ def merge_layers(
         exact: float64, full decompositions, dense solves.
         device: where layers are solved; files are always read to the CPU.
         dtype: of the merged tensors; None for that of the base.
-        only: the parameters to merge, where others are merged elsewhere; a survey is of all of them.
+        only: the parameters to merge, where the others are merged by somebody else; a survey is of all of them.
+        team: who the others are: they share a survey's work, each hearing of all results.
         on_layer: called with the stage ("survey" or "merge") and 1 after every layer.
 
     Raises:
@@ -74,14 +90,22 @@ def merge_layers(
     """
     needs = method.statistic(config)
 
-    def over(
-        work: Callable[[Layer], Result], stage: str = "survey", only: Collection[str] | None = None
-    ) -> Iterator[Result]:
+    def over(work: Callable[[Layer], Result], stage: str, only: Collection[str] | None) -> Iterator[Result]:
         for result in stream_layers(ingredients, work, needs, seed=seed, exact=exact, device=device, only=only):
             yield result
             on_layer(stage, 1)
 
-    survey = method.survey(config, over) if method.survey else None
+    def over_all(work: Callable[[Layer], Result]) -> Iterator[Result]:
+        if team is None:
+            yield from over(work, "survey", None)
+            return
+        names = list(ingredients.base.shapes)
+        results = over(work, "survey", set(names[team.rank :: team.count]))
+        for _ in range(0, len(names), team.count):
+            for part in team.gather(list(islice(results, 1))):
+                yield from part
+
+    survey = method.survey(config, over_all) if method.survey else None
 
     def merge(layer: Layer) -> MergedLayer:
         stored_as = dtype or ingredients.base.tensor(layer.name).dtype

@@ -178,6 +178,7 @@ def write_any(
             device=processes.device(recipe.device),
             dtype=getattr(torch, recipe.dtype) if recipe.dtype else None,
             only=mine,
+            team=processes,
             on_layer=on_layer,
         ):
             shards.write(layer.name, layer.tensor)

@@ -6,6 +6,7 @@ folder appears under the folder's name.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -53,7 +54,7 @@ def merge_card(
         base_model=on_hub or None,
         base_model_relation="adapter" if as_adapter else "merge",
         library_name="peft" if as_adapter else architecture.library.partition(".")[0],
-        pipeline_tag=plan.base.card.get("pipeline_tag") if plan.treatment else "image-feature-extraction",
+        pipeline_tag=_pipeline_tag(plan.base) if plan.treatment else "image-feature-extraction",
         tags=["merge", "hf-epimer", architecture.tag, *(["lora"] if as_adapter else []), method.name],
         datasets=_datasets(plan) or None,
         model_name=name if results and not recipe.limit else None,
@@ -99,6 +100,12 @@ def _row(source: Source) -> dict[str, str]:
     pin = f', revision="{ref.revision}"'
     commit = f"`{(ref.revision or '')[:12]}`" + (f" ({source.conversion})" if source.conversion else "")
     return {"label": source.label, "link": link, "commit": commit, "load": source.title, "pin": pin}
+
+
+def _pipeline_tag(base: Source) -> str | None:
+    """What a base of no known family says that it is for."""
+    tag = str(base.card.get("pipeline_tag"))
+    return tag if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", tag) else None
 
 
 def _command(recipe: MergeRecipe) -> str:

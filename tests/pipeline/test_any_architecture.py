@@ -100,6 +100,25 @@ def test_a_merge_is_a_model_of_its_base(zoo: Path, run: Run) -> None:
     assert (zoo / "again" / "model.safetensors").read_bytes() == (zoo / "out" / "model.safetensors").read_bytes()
 
 
+def test_transformers_loads_a_merge_with_nothing_missing(tmp_path: Path, run: Run) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name in ("base", "a", "b"):
+        model.save_pretrained(tmp_path / name)
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.ones_like(parameter).bernoulli(generator=torch.Generator().manual_seed(1))
+    (tmp_path / "base" / "README.md").write_text("---\npipeline_tag: text-generation\n---\n")
+    assert run(*words(tmp_path, "--out", tmp_path / "out"))[0] == 0  # by the default method
+    _, told = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values())
+    assert "pipeline_tag: text-generation" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_plan_says_what_becomes_of_every_tensor(zoo: Path, run: Run) -> None:
     plan = json.loads(run(*words(zoo, "--method", "tsv-m", "--skip", "*.0.attn.*", "--dry-run", "--json"))[1])
     assert plan["by_the_method"] == [

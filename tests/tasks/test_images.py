@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from helpers.data import CLASSES, write_data
+from helpers.data import CLASSES, write_benchmark, write_data
 from helpers.hub_server import StandInHub
 from hf_epimer.errors import DataError
 from hf_epimer.tasks import images
 from hf_epimer.tasks.dataset import data_revision
 from hf_epimer.tasks.images import ImageBatches, Samples, as_rgb, decode, read_samples
-from hf_epimer.tasks.task import Task
+from hf_epimer.tasks.task import Task, benchmark_tasks
 
 
 def task(folder: Path, **changes: Any) -> Task:
@@ -219,6 +220,15 @@ def test_labels_out_of_range_name_the_row(tmp_path: Path) -> None:
         rows(read_samples(task(folder, class_names=CLASSES), "train"))
     with pytest.raises(DataError, match="the labels carry no names; give class_names"):
         read_samples(task(folder), "train")
+
+
+def test_labels_that_say_no_and_yes_are_numbers(tmp_path: Path) -> None:
+    pcam = benchmark_tasks()["pcam"]
+    stored = replace(pcam, dataset=str(write_benchmark(tmp_path, pcam)))
+    samples = read_samples(stored, "test")
+    assert {type(label) for label in samples.rows[stored.label_column]} == {bool}
+    (batch,) = ImageBatches(samples, mean_colour, 12)
+    assert batch.labels.dtype == torch.int64 and set(batch.labels.tolist()) == {0, 1}
 
 
 def test_text_labels_are_refused(tmp_path: Path) -> None:
