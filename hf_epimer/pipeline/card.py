@@ -18,6 +18,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_epimer.hub.source import Source
+from hf_epimer.pipeline.license import license_metadata, licenses
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.pipeline.report import MergeReport
@@ -57,6 +58,7 @@ def merge_card(
         pipeline_tag=_pipeline_tag(plan.base) if plan.treatment else "image-feature-extraction",
         tags=["merge", "hf-epimer", architecture.tag, *(["lora"] if as_adapter else []), method.name],
         datasets=_datasets(plan) or None,
+        **license_metadata(plan),
         model_name=name if results and not recipe.limit else None,
         eval_results=_eval_results(results) if results and not recipe.limit else None,
     )
@@ -71,6 +73,7 @@ def merge_card(
         output=output,
         full=full,
         heads=heads,
+        licenses=licenses(plan),
         classes=", ".join(sorted({output.output_class, *([full.model_class] if full else [])})),
         base=_row(plan.base),
         treatment=plan.treatment.summary() if plan.treatment else None,

@@ -35,6 +35,7 @@ from hf_epimer.outside import expanded
 from hf_epimer.pipeline.any_architecture import plan_treatment
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
 from hf_epimer.pipeline.eval_results import benchmarks
+from hf_epimer.pipeline.license import warn_of_unlike_licenses
 from hf_epimer.pipeline.plan import CurvatureFile, Plan, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.tasks.task import Task, benchmark_tasks, infer_task, load_task_file
@@ -84,6 +85,7 @@ def _plan_of_family(
     models = _with_calibration(recipe, method, base, models)
     plan = _pin(recipe, method, base, models)
     _check_weights(plan)
+    warn_of_unlike_licenses(plan)
     return plan
 
 

@@ -29,6 +29,31 @@ def test_only_the_block_at_the_top_is_metadata() -> None:
     assert card_metadata("") == {}
 
 
+def test_the_license_of_a_merge_is_that_of_all_it_is_made_of(hub: StandInHub, run: Run) -> None:
+    def merged_from(*cards: str) -> tuple[str, str]:
+        for name, card in zip(("base", "vit-b32-dtd", "vit-b32-svhn"), cards, strict=True):
+            hub.commit(f"org/{name}", {"README.md": f"---\nbase_model: org/base\n{card}\n---\n".encode()})
+        code, _, complaint = run(*MERGE, "--base", "org/base", "--overwrite")
+        assert code == 0, complaint
+        return Path("o/README.md").read_text(), complaint
+
+    card, complaint = merged_from("license: MIT", "license: mit", "")
+    assert card_metadata(card)["license"] == "mit" and complaint == ""
+    assert "License mit (the base, dtd), as their cards say." in card
+    named = "license: other\nlicense_name: ours\nlicense_link: LICENSE"
+    card, _ = merged_from(named, named, named)
+    assert [card_metadata(card)[key] for key in ("license", "license_name", "license_link")] == [
+        "other",
+        "ours",
+        "LICENSE",
+    ]
+    card, complaint = merged_from("license: mit", "license: cc-by-nc-4.0", "license: [bad name, 7]")
+    assert "license" not in card_metadata(card)
+    assert "License mit (the base), cc-by-nc-4.0 (dtd), as their cards say." in card
+    assert "different licenses (mit: the base; cc-by-nc-4.0: dtd): look whether these may be combined" in complaint
+    assert "license" not in card_metadata(merged_from("", "", "")[0])
+
+
 @pytest.mark.parametrize("block", ["a: [", "a: &x [1]\nb: [*x, *x]", "a: " + "[" * 5000, "a: " + "b" * 300_000])
 def test_metadata_that_cannot_be_read(block: str) -> None:
     with pytest.raises(Unreadable):
