@@ -73,6 +73,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=absent, help="of everything random; default 0")
     parser.add_argument("--exact", action="store_true", default=absent, help="float64, full SVDs, dense solves")
     parser.add_argument("--out-rank", type=int, default=absent, metavar="R", help="of adapters: the result's rank")
+    what = "write the vision tower in the base's whole model, with text tower and tokenizer"
+    parser.add_argument("--full", action="store_true", default=absent, help=what)
     parser.add_argument("--dense", action="store_true", default=absent, help="of adapters: write a full checkpoint")
     what = "of models of no known family: parameters that stay as they are in the base (`*` for any letters)"
     parser.add_argument("--skip", nargs="+", action="extend", default=absent, metavar="PATTERN", help=what)

@@ -227,12 +227,17 @@ def _write_beside(folder: Path, base: ModelSource, dtype: str | None) -> None:
     write_json(folder / CONFIG, config)
     for name in COPIED:
         if name in base.files:
-            _copy(base, name, folder)
+            copy_file(base, name, folder)
     if "auto_map" in config:
         logger.warning("%s brings code of its own (auto_map in its config), which is not copied", base)
 
 
-def _copy(base: ModelSource, name: str, folder: Path) -> None:
+def copy_file(base: ModelSource, name: str, folder: Path) -> None:
+    """Copy one of a base's small files into a folder.
+
+    Raises:
+        CheckpointError: it is too large, no JSON where its name says so, or a link to a file elsewhere.
+    """
     path = base.fetch(name)
     if base.ref.is_local and leads_elsewhere(path):
         raise CheckpointError(f"{base}: {name} is a link out of the folder, to {path.resolve()}: put the file there")

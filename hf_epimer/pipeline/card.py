@@ -55,7 +55,7 @@ def merge_card(
         base_model=on_hub or None,
         base_model_relation="adapter" if as_adapter else "merge",
         library_name="peft" if as_adapter else architecture.library.partition(".")[0],
-        pipeline_tag=_pipeline_tag(plan.base) if plan.treatment else "image-feature-extraction",
+        pipeline_tag=_pipeline_tag(plan.base) if plan.treatment else _pipeline(recipe),
         tags=["merge", "hf-epimer", architecture.tag, *(["lora"] if as_adapter else []), method.name],
         datasets=_datasets(plan) or None,
         **license_metadata(plan),
@@ -72,6 +72,7 @@ def merge_card(
         architecture=architecture,
         output=output,
         full=full,
+        is_full=recipe.full,
         heads=heads,
         licenses=licenses(plan),
         classes=", ".join(sorted({output.output_class, *([full.model_class] if full else [])})),
@@ -92,6 +93,11 @@ def merge_card(
         load_from=recipe.push_to or name,
         citation=method.paper.bibtex(),
     )
+
+
+def _pipeline(recipe: MergeRecipe) -> str:
+    """The task of transformers' pipelines that a merge serves."""
+    return "zero-shot-image-classification" if recipe.full else "image-feature-extraction"
 
 
 def _row(source: Source) -> dict[str, str]:

@@ -22,6 +22,7 @@ from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import MergedLayer, merge_layers
 from hf_epimer.models.trained_head import TrainedHead, heads_of, write_heads
 from hf_epimer.pipeline.any_architecture import write_any
+from hf_epimer.pipeline.full_model import write_full
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.report import RefinementReport
@@ -67,7 +68,7 @@ def write_merge(
     progress("merging", 0, len(plan.shapes))
     if plan.treatment:
         return write_any(folder, plan, plan.treatment, ingredients, launched(), on_layer, usage.note_memory), None
-    if plan.has_heads:
+    if plan.has_heads and launched().is_main:
         write_heads(folder, _heads(plan))
     if plan.writes_adapter:
         updates = noted(_updates(plan, ingredients, on_layer))
@@ -172,6 +173,9 @@ def _write_checkpoint(folder: Path, plan: Plan, dtype: torch.dtype, layers: Iter
         logger.warning("%s has no %s; the merged model has none either", plan.base, PROCESSOR)
     else:
         write_json(folder / PROCESSOR, settings)  # anew, for it may be published
+    if plan.recipe.full:
+        write_full(folder, plan, dtype, layers)
+        return
     write_tensors(folder, plan.shapes, dtype, ((layer.name, layer.tensor) for layer in layers))
     write_json(folder / "config.json", _config(plan, dtype))
 

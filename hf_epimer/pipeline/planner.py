@@ -31,10 +31,12 @@ from hf_epimer.models import find_architecture
 from hf_epimer.models.base import check_same_architecture, find_base
 from hf_epimer.models.head import check_head
 from hf_epimer.models.source import ModelSource, resolve_model
+from hf_epimer.models.trained_head import is_classifier
 from hf_epimer.outside import expanded
 from hf_epimer.pipeline.any_architecture import plan_treatment
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
 from hf_epimer.pipeline.eval_results import benchmarks
+from hf_epimer.pipeline.full_model import check_full
 from hf_epimer.pipeline.license import warn_of_unlike_licenses
 from hf_epimer.pipeline.plan import CurvatureFile, Plan, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
@@ -214,6 +216,11 @@ def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Seque
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
     if recipe.refine and _writes_adapter(recipe, models):
         raise UsageError("--refine trains whole layers, which no adapter can hold: add --dense")
+    if recipe.full and _writes_adapter(recipe, models):
+        raise UsageError("--full writes a whole model, and the result is an adapter: add --dense")
+    if recipe.full:
+        has_heads = any(is_classifier(model.source, base.architecture) or model.source.head_files for model in models)
+        check_full(base, has_heads)
     if recipe.tune_alpha and "alpha" not in method.options:
         raise UsageError(f"--tune-alpha: {method.name} has no alpha")
     if recipe.tune_alpha and _writes_adapter(recipe, models):

@@ -56,6 +56,7 @@ class MergeRecipe:
         exact: float64, full decompositions and dense solves.
         out_rank: of adapters alone: the largest rank of the merged adapter's layers; None for what they need.
         dense: of adapters alone: fold the merged adapter into the base and write a full checkpoint.
+        full: write the merged vision tower in the base's whole model, with its text tower and tokenizer.
         skip: of models of no known family: patterns of names of parameters that stay as they are in the base.
         command: the words that were typed, for the card; nothing else depends on them.
     """
@@ -90,6 +91,7 @@ class MergeRecipe:
     exact: bool = False
     out_rank: int | None = None
     dense: bool = False
+    full: bool = False
     skip: tuple[str, ...] = ()
     command: tuple[str, ...] = field(default=(), compare=False)
 
@@ -174,7 +176,9 @@ class MergeRecipe:
             value = getattr(self, name)
             words += [f"--{name.replace('_', '-')}", str(value)] if value != usual else []
         words += [
-            f"--{name.replace('_', '-')}" for name in ("refine", "tune_alpha", "exact", "dense") if getattr(self, name)
+            f"--{name.replace('_', '-')}"
+            for name in ("refine", "tune_alpha", "exact", "dense", "full")
+            if getattr(self, name)
         ]
         return shlex.join(words)
 
@@ -204,6 +208,7 @@ _DECIDES = (
     "exact",
     "out_rank",
     "dense",
+    "full",
     "skip",
 )
 """Fields of a recipe that go into merge_config.json as they are; destinations do not."""

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import parse
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from helpers.classifiers import load_classifier, source_of
@@ -132,28 +133,29 @@ def check_statistics(family: Family, zoo: Path, merge: Merge, command: Command) 
 def check_calibrate(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
     """The residuals of a block are what the block computes, and all their layers are solved again."""
     task = load_task_file(zoo / "a.yaml")
-    tower = load_classifier(zoo / "a", zoo / "base", task, CLASSES).tower
+    tower = load_classifier(zoo / "a", zoo / "base", task, CLASSES).tower.requires_grad_(False)
     blocks = blocks_of(tower, family.architecture)
-    hidden = torch.randn(2, source_of(zoo / "a").positions, 16)
-    assert source_of(zoo / "base").positions == _positions_seen(tower, blocks[0].module)
-    with torch.no_grad():
-        for block in blocks:
-            expected = block.module(hidden, None)
-            hidden_after = hidden
-            for residual in block.residuals(family.architecture):
-                hidden_after = residual.run(block.module, hidden_after)
-            torch.testing.assert_close(hidden_after, expected[0] if isinstance(expected, tuple) else expected)
+    for block in blocks:
+        hidden, expected = _seen(tower, block.module)
+        assert source_of(zoo / "base").positions == hidden.shape[1]
+        for residual in block.residuals(family.architecture):
+            hidden = residual.run(block.module, hidden)
+        torch.testing.assert_close(hidden, expected)
     totals = strict(merge(*TASKS, "--calibrate") / "merge_report.json")["totals"]
     assert totals["calibrated"] == 2 * 6
 
 
-def _positions_seen(tower: Any, block: nn.Module) -> int:
-    """Length of the sequence that really runs through a block."""
-    lengths: list[int] = []
-    hook = block.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1]))
-    tower(pixel_values=torch.zeros(1, 3, SIDE, SIDE))
+def _seen(tower: Any, block: nn.Module) -> tuple[Tensor, Tensor]:
+    """What goes into a block and comes out of it when pictures run through its tower."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        seen.append((arguments[0].detach(), output[0] if isinstance(output, tuple) else output))
+
+    hook = block.register_forward_hook(note)
+    tower(pixel_values=torch.randn(2, 3, SIDE, SIDE))
     hook.remove()
-    return lengths[0]
+    return seen[0]
 
 
 def check_refine(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
@@ -185,6 +187,9 @@ def check_evaluate(family: Family, zoo: Path, merge: Merge, command: Command) ->
 def check_adapters(family: Family, zoo: Path, merge: Merge, command: Command) -> None:
     """What PEFT makes of the merged adapter is what `--dense` writes; classifiers are kept from both."""
     import peft
+
+    if parse(transformers.__version__) < parse(family.architecture.since):
+        pytest.skip(f"a merged adapter has the names of transformers {family.architecture.since}")
 
     adapters = tuple(str(lora_adapter(family, zoo, name)) for name in TUNED)
     words = ("--method", "tsv-m")
