@@ -2,9 +2,12 @@
 
     s_i of D_t is cut to   c |D_t| median over tasks of (s_i / |D|),   i = 1 .. `LEADING`
 
+of two tasks the flatter one stands for the median, which would be half the spike.
+
 A two-class or an early stopped checkpoint moves every layer along one direction that the inputs of all tasks share; in
 a merge that direction overrides theirs. It shows in the shape of the spectrum, not in any norm or condition number,
-which is why spectra are compared at length 1. One task alone, and equal ones, are left as they are for any c >= 1.
+which is why spectra are compared at length 1. One task alone, and equal ones, are left as they are for any c >= 1, and
+so is a task vector that has these directions only, as an adapter of low rank has.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from hf_epimer.numerics.linalg import truncated_svd
 
 LEADING = 8
 """Directions looked at: spikes are few, and a truncated decomposition is far cheaper than a full one."""
+
+COMPLETE = 0.995
+"""Share of a task vector's norm in these directions from which on it counts as having no others."""
 
 
 def without_spikes(task_vectors: Tensor, c: float, *, exact: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -30,16 +36,21 @@ def without_spikes(task_vectors: Tensor, c: float, *, exact: bool = False, seed:
         The task vectors, cut, and the share of |D_t|^2 that is gone, length T.
     """
     norms = torch.linalg.matrix_norm(task_vectors)
-    there = (norms > 0).nonzero().flatten().tolist()
     gone = torch.zeros_like(norms)
+    k = min(LEADING, *task_vectors.shape[1:])
+    found = {
+        t: truncated_svd(task_vectors[t], k, tolerance=1e-2, exact=exact, seed=seed)
+        for t in norms.nonzero().flatten().tolist()
+    }
+    there = [t for t, svd in found.items() if bool(svd.s.norm() < COMPLETE * norms[t])]
     if len(there) < 2:
         return task_vectors, gone
-    k = min(LEADING, *task_vectors.shape[1:])
-    triples = [truncated_svd(task_vectors[t], k, tolerance=1e-2, exact=exact, seed=seed) for t in there]
-    limits = c * torch.stack([s / norms[t] for t, (_, s, _) in zip(there, triples, strict=True)]).quantile(0.5, dim=0)
+    shapes = torch.stack([found[t].s / norms[t] for t in there])
+    usual = shapes[shapes.norm(dim=1).argmin()] if len(there) == 2 else shapes.quantile(0.5, dim=0)
     cut = task_vectors.clone()
-    for t, (u, s, v) in zip(there, triples, strict=True):
-        excess = (s - limits * norms[t]).clamp_min(0)
+    for t in there:
+        u, s, v = found[t]
+        excess = (s - c * usual * norms[t]).clamp_min(0)
         if bool(excess.any()):
             cut[t] -= (u * excess) @ v.mT
             gone[t] = (s.square() - (s - excess).square()).sum() / norms[t].square()

@@ -138,6 +138,17 @@ def test_epimer_core_cuts_a_spike_and_nothing_else(base_state: StateDict) -> Non
     assert torch.allclose(found[MATRIX], expected[MATRIX], atol=1e-9)
 
 
+def test_of_two_tasks_the_one_with_the_spike_is_cut_to_the_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain, spiked = torch.randn(2, 20, 30, generator=generator, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(spiked)
+    spiked = spiked + 5 * s[0] * torch.outer(u[:, 0], vh[0])
+    cut, gone = without_spikes(torch.stack([plain, 10 * spiked]), 1.2)
+    assert torch.equal(cut[0], plain) and not gone[0] and float(gone[1]) > 0.5
+    limit = 1.2 * torch.linalg.svdvals(plain)[0] / plain.norm() * (10 * spiked).norm()
+    assert float(torch.linalg.svdvals(cut[1])[0]) == pytest.approx(float(limit), rel=1e-6)
+
+
 @pytest.mark.parametrize(("spike", "heard"), [(0.0, 1.0), (0.4, 0.6), (5.0, 0.0)])
 def test_curvature_of_a_task_that_stands_out_is_heard_less(base_state: StateDict, spike: float, heard: float) -> None:
     """As far as its task vector was cut: the merge is that of the cut task vectors with so much of its curvature."""

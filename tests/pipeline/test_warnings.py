@@ -228,8 +228,7 @@ def test_a_checkpoint_that_would_spoil_the_others(tiny_zoo: Path, run: Run) -> N
     def along_one_direction(state: StateDict) -> None:
         for name, value in state.items():
             if value.ndim == 2:
-                norm = (value - base[name]).norm()
-                state[name] = base[name] + norm / value.numel() ** 0.5
+                state[name] = value + 2 * (value - base[name]).norm() / value.numel() ** 0.5
 
     rewrite(tiny_zoo / "c", along_one_direction)
     words = ["merge", *(tiny_zoo / name for name in "abc"), "--base", tiny_zoo / "base", "--out", tiny_zoo / "out"]
