@@ -22,11 +22,11 @@ from hf_epimer.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TAKEN_AT_THEIR_WORD = ("add-an-architecture",)
+TAKEN_AT_THEIR_WORD = ("add-an-architecture", "gpu")
 """Pages whose commands a test of their own runs."""
 
-ELSEWHERE = ("git ", "cd ", "make ", "pip ", "hf-epimer demo")
-"""Commands that the test command itself runs (make, pip), or a test of its own (the demo)."""
+ELSEWHERE = ("git ", "cd ", "make ", "pip ", "hf-epimer demo", "hf jobs ", "hf extensions ", "hf epimer ", "uv run ")
+"""Commands that the test command itself runs (make, pip), or a test of its own (demo, job, extension)."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
