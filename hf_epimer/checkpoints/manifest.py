@@ -61,6 +61,7 @@ RECORDS = {
     ),
     "diagnosis.json": _Record("hf-epimer.diagnosis/", ("verdict", "layers"), re.compile(r"\w+\.png")),
     "sweep.json": _Record("hf-epimer.sweep/", ("base", "models"), re.compile(r"sweep\.(csv|md)|\w+\.png")),
+    "conversion.json": _Record("hf-epimer.conversion/", ("source",), re.compile(r"(?!)")),  # always had a manifest
     "landscape.json": _Record("hf-epimer.landscape/", ("base", "models"), re.compile(r"\w+\.png")),
 }
 """The records by name: of merge, diagnose, sweep and the loss landscape."""

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from hf_epimer import __version__
 from hf_epimer.checkpoints.cache import remove_spare
+from hf_epimer.cli.convert import CONVERT
 from hf_epimer.cli.demo import DEMO
 from hf_epimer.cli.diagnose import DIAGNOSE
 from hf_epimer.cli.evaluate import EVALUATE
@@ -160,6 +161,7 @@ COMMANDS = {
     "diagnose": DIAGNOSE,
     "sweep": SWEEP,
     "push": PUSH,
+    "convert": CONVERT,
     "methods": METHODS,
     "tasks": TASKS,
     "demo": DEMO,

@@ -119,7 +119,7 @@ class ModelSource(Source):
             names += sorted(f"{path.name}/" for path in Path(self.ref.location).iterdir() if path.is_dir())
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         if any("open_clip" in name for name in names):
-            remedy = "; open_clip's layout is not read: convert it to a CLIPModel of transformers"
+            remedy = "; it is in OpenCLIP's layout: `hf-epimer convert REF --out DIR` makes a CLIPModel of it"
         elif any(name.endswith(".safetensors") for name in names):
             remedy = f"; weights are read under the name {WEIGHTS}: rename the variant that is to be merged"
         elif any(name.endswith("/") or "/" in name for name in names):

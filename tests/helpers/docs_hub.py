@@ -11,6 +11,7 @@ from helpers.adapters import make, rewrite_config
 from helpers.clip import write_clip, write_tuned
 from helpers.data import write_benchmark
 from helpers.hub_server import StandInHub
+from helpers.open_clip import write_open_clip
 from helpers.shards import language_model, write_shards
 from hf_epimer.tasks.task import benchmark_tasks
 
@@ -22,6 +23,7 @@ def fill(hub: StandInHub, folder: Path) -> None:
     """A base that can read, two fine-tuned towers, two adapters, the data sets of their tasks; and language models."""
     base = write_base(folder / "base")
     hub.add_repo(BASE, base)
+    hub.add_repo("org/open-clip-b32", write_open_clip(folder / "open-clip", base))
     for seed, name in enumerate(TASKS, start=1):
         task = benchmark_tasks()[name]
         hub.add_repo(task.dataset, write_benchmark(folder / "data" / name, task, rows=60), repo_type="dataset")

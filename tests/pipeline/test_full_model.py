@@ -47,6 +47,7 @@ def test_a_full_merge_is_a_zero_shot_classifier(clip_zoo: Path, tmp_path: Path, 
 def test_what_has_no_whole_model_is_refused_before_any_work(clip_zoo: Path, tmp_path: Path, run: Run) -> None:
     merge = ("merge", clip_zoo / "a", clip_zoo / "b", "--full", "--method", "mean", "--out", tmp_path / "out")
     alone = shutil.copytree(clip_zoo / "base", tmp_path / "base")
-    (alone / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "vocab.json"):  # which of them there is depends on the release of transformers
+        (alone / name).unlink(missing_ok=True)
     fails(run(*merge, "--base", alone), "--full: .* has no text tower or no tokenizer: name a whole model", 2)
     assert contents(tmp_path) == ["base"]
