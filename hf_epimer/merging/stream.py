@@ -237,8 +237,9 @@ class _LayerReader:
         return torch.empty(len(sources), largest, dtype=self.dtype)
 
     def nbytes(self) -> int:
-        """Bytes of the buffers, and about as many again for what a method makes of them."""
-        return 2 * (self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()))
+        """Bytes of the buffers, and of eight more tensors of a layer, as many as any method makes of it (TIES)."""
+        of_one = self.task_vectors.nbytes // max(1, len(self.task_vectors))
+        return self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()) + 8 * of_one
 
     def read(self, name: str) -> Layer:
         base = self.ingredients.base.tensor(name).to(self.dtype)
