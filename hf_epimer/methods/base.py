@@ -200,6 +200,11 @@ class Method:
         """Its options by name, in the order of its config's fields."""
         return options_of(self.config)
 
+    @property
+    def takes_any_model(self) -> bool:
+        """Whether checkpoints are enough: any architecture will do, and not only one whose forward pass is known."""
+        return self.needs is None or self.does_without
+
     def statistic(self, config: Any) -> StatisticKind | None:
         """What it needs with these options."""
         return self.needs_with(config) if self.needs_with else self.needs

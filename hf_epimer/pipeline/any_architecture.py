@@ -88,7 +88,7 @@ def plan_treatment(recipe: MergeRecipe, method: Method, base: ModelSource, model
                 f"{model} is a {model.architecture.name}, the base {base.title} a {base.architecture.name}"
             )
     if method.statistic(recipe.options) and not method.does_without:
-        data_free = [name for name, other in METHODS.items() if not other.needs or other.does_without]
+        data_free = [name for name, other in METHODS.items() if other.takes_any_model]
         raise UsageError(f"{where}: it merges without data, by {', '.join(data_free)}; {method.name} needs statistics")
     return treat(base.config, base.tensors, {str(model): model.tensors for model in models}, recipe.skip)
 
