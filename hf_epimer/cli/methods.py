@@ -12,8 +12,8 @@ from hf_epimer.methods import METHODS as TABLE
 from hf_epimer.methods.base import Method
 
 _MODELS = (
-    "any: checkpoints of any architecture; families: those whose forward pass is known, for the statistic is measured on "
-    "images (docs/families.md)"
+    "any: checkpoints of any architecture; families: those whose forward pass is known, for the statistic is measured "
+    "on images (docs/families.md)"
 )
 
 
