@@ -11,7 +11,7 @@ demo: .venv/ready  ## make a small zoo, merge it in five ways, print one table (
 	$(BIN)/hf-epimer demo
 
 test: check  ## the style, the types and every test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: check  ## the style, the types and the tests that take about a minute together
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile

@@ -218,7 +218,7 @@ def test_the_first_layers_are_the_regressions_that_they_claim_to_be(clip_base: P
             grams.append(gram_)
             crosses.append(cross)
         total = sum(grams) + 0.1 * torch.eye(len(grams[0])).double()
-        step = torch.linalg.solve(total, sum(crosses).mT).mT  # type: ignore[union-attr]
+        step = torch.linalg.solve(total, sum(crosses).mT).mT.detach()  # type: ignore[union-attr]
         linear: Any = found.get_submodule(name)
         changed = torch.cat([linear.weight - before.weight, (linear.bias - before.bias)[:, None]], 1).detach()
         assert float((changed - step).norm() / step.norm()) < 1e-3, layer
