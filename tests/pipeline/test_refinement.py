@@ -136,10 +136,9 @@ def test_too_few_images_are_an_error(counts: tuple[int, int], tmp_path: Path) ->
 
 
 @pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tower so small learns in steps so large; in float32, whatever this machine is fast at."""
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, whatever this machine is fast at."""
     monkeypatch.setattr(training, "_has_bfloat16", lambda device: False)
-    monkeypatch.setattr(training, "LEARNING_RATE", 1e-3)
 
 
 def tuned_tower(base: Path, seed: int) -> nn.Module:
@@ -204,7 +203,7 @@ def test_a_step_is_that_of_the_objective(half: bool, tolerance: float, clip_base
 
     class Watched(torch.optim.AdamW):
         def step(self, closure: Any = None) -> None:
-            seen.update({number: p.grad.clone() for number, p in enumerate(self.param_groups[0]["params"])})
+            seen.update({number: group["params"][0].grad.clone() for number, group in enumerate(self.param_groups)})
             super().step(closure)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -247,7 +246,7 @@ def test_the_best_weights_are_kept_not_the_last(
     task = task_of(start, 1, 1.0)
     for value in start.parameters():
         value.data *= 1.001
-    monkeypatch.setattr(training, "LEARNING_RATE", 0.3)
+    monkeypatch.setattr(training, "RATE", 30.0)
     found, report = refined(start, [task], tmp_path / "w", steps=6)
     assert report.best_step == 0 and report.after == report.before and same(found, start)
 
@@ -255,7 +254,7 @@ def test_the_best_weights_are_kept_not_the_last(
 def test_a_loss_that_is_not_finite_is_an_error(
     clip_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "LEARNING_RATE", 1e30)
+    monkeypatch.setattr(training, "RATE", 1e30)
     with pytest.raises(NumericalError, match="the loss is not finite after 1 steps"):
         refined(load_tower(clip_base), [task_of(tuned_tower(clip_base, 1), 1, 1.0)], tmp_path / "w", steps=6)
 
@@ -351,7 +350,7 @@ def test_nothing_is_fitted_to_what_a_refinement_is_judged_by(
 def test_a_refinement_that_gains_nothing_is_left_out_with_a_word(
     words: tuple[object, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "LEARNING_RATE", 0.3)
+    monkeypatch.setattr(training, "RATE", 0.3)
     code, _, err = run(*words, "--out", "m")
     assert code == 0 and "no nearer to its models" in err
     assert run(*words[:-3], "--out", "p")[0] == 0

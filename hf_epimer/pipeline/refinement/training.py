@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ logger = logging.getLogger(__name__)
 PICTURES = 16
 """Of every task in a step."""
 
-LEARNING_RATE = 3e-5
-"""The largest; AdamW moves a weight by about so much in a step."""
+RATE = 0.02
+"""Of the distance between the merge and its models, so much AdamW moves a weight in a step, where it is fastest."""
 
 WARM_UP = 0.1
 """The share of steps in which the learning rate rises."""
@@ -112,8 +113,7 @@ def refine(
     tower.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    group = {"params": list(parameters.values()), "lr": LEARNING_RATE, "initial_lr": LEARNING_RATE}
-    optimizer = AdamW([group], weight_decay=0.0)
+    optimizer = AdamW(_with_rates(parameters, tasks), weight_decay=0.0)
     file = workspace / "state.safetensors"
     if file.exists():
         state = read_state(file, parameters, optimizer)
@@ -145,6 +145,21 @@ def refine(
         after=dict(zip(labels, state.distances[state.best_step], strict=True)),
         seconds=time.monotonic() - started,
     )
+
+
+def _with_rates(parameters: Mapping[str, nn.Parameter], tasks: Sequence[RefinementTask]) -> list[dict[str, Any]]:
+    """A group for every parameter, whose learning rate is `RATE` (sum_t l_t mean (W_t - W)^2)^(1/2).
+
+    So a rate is right for models however far they are from their base, and for every kind of parameter.
+    """
+    groups = []
+    for name, parameter in parameters.items():
+        apart = (
+            task.weight * (task.tuned.tensor(name).to(parameter) - parameter.detach()).square().mean() for task in tasks
+        )
+        rate = RATE * math.sqrt(math.fsum(map(float, apart)))
+        groups.append({"params": [parameter], "lr": rate, "initial_lr": rate})
+    return groups
 
 
 @dataclass(frozen=True)
