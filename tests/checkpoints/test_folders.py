@@ -191,10 +191,8 @@ def test_a_manifest_from_a_stranger_points_nowhere_else(tmp_path: Path) -> None:
     content = json.loads((out / RECORD).read_text())
     content["files"]["../precious"] = content["files"]["README.md"]
     (out / RECORD).write_text(json.dumps(content))
-    assert (
-        find_foreign(out)
-        == "it has no record of hf-epimer (merge_config.json, diagnosis.json, sweep.json, landscape.json)"
-    )
+    records = "merge_config.json, diagnosis.json, sweep.json, conversion.json, landscape.json"
+    assert find_foreign(out) == f"it has no record of hf-epimer ({records})"
     with pytest.raises(OutputError), atomic_folder(out, RECORD, overwrite=True) as folder:
         fill(folder)
     assert (tmp_path / "precious").read_text() == "x"

@@ -210,7 +210,9 @@ def test_what_is_there_instead_of_weights_is_listed(tiny_zoo: Path, run: Run) ->
     (tiny_zoo / "b").rename(tiny_zoo / "sub" / "image_encoder")
     refuse(tiny_zoo, run, r"no config\.json; there is image_encoder/; .*name that folder", models=("sub",))
     (tiny_zoo / "sub" / "open_clip_config.json").write_text("{}")
-    refuse(tiny_zoo, run, r"open_clip_config\.json.*convert it to a CLIPModel", models=("sub",))
+    refuse(
+        tiny_zoo, run, r"open_clip_config\.json.*hf-epimer convert REF --out DIR. makes a CLIPModel", models=("sub",)
+    )
 
 
 def test_a_base_of_others_is_a_warning(tiny_zoo: Path, run: Run) -> None:
