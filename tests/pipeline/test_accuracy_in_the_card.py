@@ -16,8 +16,10 @@ from helpers.hub_cases import in_a_process
 from helpers.hub_server import StandInHub
 from hf_epimer import evaluate, plotting
 from hf_epimer.evaluation.results import Results, Split, TaskResult
-from hf_epimer.pipeline.eval_results import FILE
+from hf_epimer.pipeline import eval_results
+from hf_epimer.pipeline.eval_results import FILE, write_eval_results
 from hf_epimer.pipeline.picture import BASE, FINE_TUNED, MERGED, TEXT, accuracy_bars
+from hf_epimer.tasks.task import benchmark_tasks
 
 LIGHT, DARK = "#ffffff", "#0b0f19"
 """The grounds of the Hub's pages."""
@@ -94,6 +96,17 @@ def test_the_picture_can_be_read_on_light_and_on_dark() -> None:
     alone = accuracy_bars(results(), limit=4)
     assert len(alone.axes[0].containers) == 1 and not alone.legends
     assert "first 4 test images" in alone.axes[0].get_xlabel()
+
+
+@needs_eval_results
+def test_accuracies_for_the_benchmarks_are_percentages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 of 4 is 75; the tiny merges of the other tests may be right about nothing."""
+    monkeypatch.setattr(eval_results, "data_revision", lambda task: "0" * 40)
+    tasks = [benchmark_tasks()["dtd"], benchmark_tasks()["svhn"]]
+    write_eval_results(tmp_path, [tasks[1].dataset, f"{tasks[0].dataset}:textures"], tasks, results())
+    entries = huggingface_hub.parse_eval_result_entries(yaml.safe_load((tmp_path / FILE).read_text()))
+    found = {(entry.dataset_id, entry.task_id): entry.value for entry in entries}
+    assert found == {(tasks[0].dataset, "textures"): 75.0, (tasks[1].dataset, "default"): 25.0}
 
 
 @pytest.mark.slow
