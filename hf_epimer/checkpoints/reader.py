@@ -302,14 +302,23 @@ def read_json(file: Path, label: str, largest: int = LARGEST) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or holds something else.
     """
+    content = read_any_json(file, label, largest)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{label}: {file.name} is not a JSON object")
+    return content
+
+
+def read_any_json(file: Path, label: str, largest: int = LARGEST) -> Any:
+    """What a JSON file of at most `largest` bytes holds, be it an object, a list or a single value.
+
+    Raises:
+        CheckpointError: the file is missing or holds something else.
+    """
     try:
-        content = parse_json(read_text(file, largest))
+        return parse_json(read_text(file, largest))
     except FileNotFoundError as error:
         raise CheckpointError(f"{label}: {file.name} is missing") from error
     except OSError as error:
         raise CheckpointError(f"{label}: {file.name} cannot be read ({error.strerror or error})") from error
     except Unreadable as error:
         raise CheckpointError(f"{label}: {file.name} is not readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{label}: {file.name} is not a JSON object")
-    return content

@@ -135,11 +135,21 @@ _LONGEST_LINE = 2000
 
 
 class _Complaints(logging.Handler):
-    """Warnings as `warning: ...` lines on stderr: our own, and what huggingface_hub says while it waits."""
+    """Warnings as `warning: ...` lines on stderr: our own, and what huggingface_hub says while it waits.
+
+    What would be said of a model again, each time that it is looked at, is said the first time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.startswith(("hf_epimer", "huggingface_hub")):
-            print(f"{record.levelname.lower()}: {_one_line(record.getMessage())}", file=sys.stderr)
+        line = f"{record.levelname.lower()}: {_one_line(record.getMessage())}"
+        is_news = record.name.startswith("hf_epimer") and line not in self.said
+        if is_news or record.name.startswith("huggingface_hub"):
+            print(line, file=sys.stderr)
+            self.said.add(line)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Source:
     Attributes:
         ref: the reference, its revision a commit; a repo by the name that the Hub itself has for it.
         label: unique among the models of a merge.
-        files: names at the top level.
+        files: names; of a folder, of what lies at its top level.
         sizes, sha256, blob_ids: by name, as far as they are known; a file has a sha256 or git's blob id.
         conversion: where the weights were converted, and `ref` is the commit of that pull request.
         unconverted: why there is no conversion although there are pickled weights only.
@@ -79,6 +79,10 @@ class Source:
     def is_here(self) -> bool:
         """Whether nothing of it can come from elsewhere: it is a folder, or HF_HUB_OFFLINE is set."""
         return self.ref.is_local or constants.HF_HUB_OFFLINE
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file, at the top level or below."""
+        return name in self.files or (self.ref.is_local and Path(self.ref.location, name).is_file())
 
     def fetch(self, name: str) -> Path:
         """The local path of one of its files, downloaded and checked if need be."""

@@ -63,8 +63,8 @@ class TrainedHead:
             order = [rows[name] for name in wanted]
         elif self.class_names:
             logger.warning(
-                "%s: its first class is called %r, that of task %r %r: the classes are taken in the order in which "
-                "they stand", self.where, self.class_names[0], task.name, class_names[0],
+                "task %r: its first class is called %r, in the classifier that was trained for it %r: the classes are "
+                "taken in the order in which they stand", task.name, class_names[0], self.class_names[0],
             )  # fmt: skip
         return self.weight[order].float(), self.bias[order].float()
 

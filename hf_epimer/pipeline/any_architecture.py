@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 
-from hf_epimer.checkpoints.reader import COUNTERS, FORMATS, WEIGHT_NAMES, Checkpoint, TensorSource, index_of, read_json
+from hf_epimer.checkpoints.reader import (
+    COUNTERS,
+    FORMATS,
+    WEIGHT_NAMES,
+    Checkpoint,
+    TensorSource,
+    index_of,
+    read_any_json,
+)
 from hf_epimer.checkpoints.writer import Layout, Shards, write_json
 from hf_epimer.errors import CheckpointError, MismatchError, UsageError
 from hf_epimer.merging.average import average
@@ -50,6 +58,10 @@ COPIED = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    "modules.json",  # these four are how sentence-transformers makes one vector of a text
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )
 """Files of a base that a merge of its models needs as they are."""
 
@@ -226,7 +238,7 @@ def _write_beside(folder: Path, base: ModelSource, dtype: str | None) -> None:
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
     write_json(folder / CONFIG, config)
     for name in COPIED:
-        if name in base.files:
+        if base.has(name):
             copy_file(base, name, folder)
     if "auto_map" in config:
         logger.warning("%s brings code of its own (auto_map in its config), which is not copied", base)
@@ -236,13 +248,15 @@ def copy_file(base: ModelSource, name: str, folder: Path) -> None:
     """Copy one of a base's small files into a folder.
 
     Raises:
-        CheckpointError: it is too large, no JSON where its name says so, or a link to a file elsewhere.
+        CheckpointError: it is too large, no JSON although its name says so, or a link to a file elsewhere.
     """
     path = base.fetch(name)
-    if base.ref.is_local and leads_elsewhere(path):
+    places = [path, *path.parents[: name.count("/")]]
+    if base.ref.is_local and any(map(leads_elsewhere, places)):
         raise CheckpointError(f"{base}: {name} is a link out of the folder, to {path.resolve()}: put the file there")
     if not path.is_file() or path.stat().st_size > LARGEST_COPIED:
         raise CheckpointError(f"{base}: {name} is no file of at most {LARGEST_COPIED} bytes")
     if name.endswith(".json"):
-        read_json(path, str(base), LARGEST_COPIED)
+        read_any_json(path, str(base), LARGEST_COPIED)
+    (folder / name).parent.mkdir(exist_ok=True)
     shutil.copyfile(path, folder / name)

@@ -47,7 +47,8 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
     """
     usage, processes = Usage(), launched()
     with usage.stage("fetching"):
-        plan = make_plan(recipe, any_architecture=True)
+        with processes.said_once():
+            plan = make_plan(recipe, any_architecture=True)
         with processes.main_first():
             fetch(plan, progress, COPIED if plan.treatment else PROCESSOR_FILES)
     _announce(plan, progress)
@@ -61,12 +62,11 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
         with usage.stage("merging"):
             layers, refinement = write_merge(folder, plan, ingredients, usage, progress)
         totals = totals_of(layers)
-        for doubt in doubts(plan, layers):
-            logger.warning("%s", doubt)
+        with processes.said_once():
+            for doubt in [*doubts(plan, layers), *([totals["note"]] if "note" in totals else [])]:
+                logger.warning("%s", doubt)
         if plan.made_from:
             totals["made_from"] = plan.made_from
-        if "note" in totals:
-            logger.warning("%s", totals["note"])
         if refinement:
             totals["refinement"] = asdict(refinement)
         if divergences:

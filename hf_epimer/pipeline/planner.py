@@ -61,10 +61,18 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False, any_arc
     models = _label(recipe, [resolve_model(ref) for ref in recipe.models])
     base = find_base(recipe.base, [model.source for model in models])
     _check_not_an_input(recipe, push_to, base, models)
-    if not base.architecture.data_free:
-        return _plan_of_family(recipe, method, base, models, statistics_optional)
-    if not any_architecture:
-        find_architecture(base.config, str(base))  # says which there are
+    if base.architecture.data_free:
+        if not any_architecture:
+            find_architecture(base.config, str(base))  # says which there are
+        plan = _plan_of_none(recipe, method, base, models)
+    else:
+        plan = _plan_of_family(recipe, method, base, models, statistics_optional)
+    warn_of_unlike_licenses(plan)
+    return plan
+
+
+def _plan_of_none(recipe: MergeRecipe, method: Method, base: ModelSource, models: tuple[PlannedModel, ...]) -> Plan:
+    """The plan for models of no family that is known: by names, shapes and types alone."""
     _check_distinct(base, models)
     base.check_readable()
     treatment = plan_treatment(recipe, method, base, [model.source for model in models])
@@ -87,7 +95,6 @@ def _plan_of_family(
     models = _with_calibration(recipe, method, base, models)
     plan = _pin(recipe, method, base, models)
     _check_weights(plan)
-    warn_of_unlike_licenses(plan)
     return plan
 
 

@@ -5,6 +5,7 @@ Without a launcher there is one process, and accelerate is not even imported.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,18 @@ class Processes:
         yield
         if self.is_main:
             self.gather(None)
+
+    @contextmanager
+    def said_once(self) -> Iterator[None]:
+        """What all processes find out alike is said by the first: nobody reads a warning once for each."""
+        package = logging.getLogger("hf_epimer")
+        level = package.level
+        if not self.is_main:
+            package.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            package.setLevel(level)
 
     @contextmanager
     def atomic_folder(self, target: Path, record: str, overwrite: bool) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 
@@ -32,6 +33,19 @@ def test_what_libraries_warn_of_is_one_line_like_our_own(
     monkeypatch.setattr(main, "_dispatch", with_a_warning)
     assert run("merge") == (0, "", "warning: a card without metadata https://hub/x\n")
     assert not recwarn.list
+
+
+def test_what_was_said_is_not_said_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_epimer.cli import main
+
+    def with_warnings(words: list[str]) -> None:
+        for what in ("one", "two", "one"):
+            logging.getLogger("hf_epimer.models").warning("%s", what)
+            logging.getLogger("huggingface_hub.utils._http").warning("trying again")  # as often as it does
+
+    monkeypatch.setattr(main, "_dispatch", with_warnings)
+    said = "warning: one\nwarning: trying again\nwarning: two\nwarning: trying again\nwarning: trying again\n"
+    assert run("merge") == run("merge") == (0, "", said)
 
 
 def test_lists(run: Run) -> None:

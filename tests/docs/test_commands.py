@@ -22,7 +22,7 @@ from hf_epimer.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TAKEN_AT_THEIR_WORD = ("add-an-architecture", "gpu")
+TAKEN_AT_THEIR_WORD = ("add-an-architecture", "gpu", "training")
 """Pages whose commands a test of their own runs."""
 
 ELSEWHERE = ("git ", "cd ", "make ", "pip ", "hf-epimer demo", "hf jobs ", "hf extensions ", "hf epimer ", "uv run ")

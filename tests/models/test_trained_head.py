@@ -64,7 +64,7 @@ def test_rows_are_put_in_the_order_of_the_tasks_classes(
     assert not caplog.messages
     rename(model, {0: "one", 1: "two", 2: "three"})
     assert torch.equal(rows(), stored)
-    assert "its first class is called 'one', that of task 'b' 'a'" in caplog.messages[0]
+    assert "its first class is called 'a', in the classifier that was trained for it 'one'" in caplog.messages[0]
 
 
 def test_a_head_that_does_not_fit_is_refused(model: Path, zoo: Path) -> None:

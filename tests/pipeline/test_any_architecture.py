@@ -100,6 +100,20 @@ def test_a_merge_is_a_model_of_its_base(zoo: Path, run: Run) -> None:
     assert (zoo / "again" / "model.safetensors").read_bytes() == (zoo / "out" / "model.safetensors").read_bytes()
 
 
+def test_what_sentence_transformers_makes_of_a_base_it_makes_of_a_merge(zoo: Path, run: Run) -> None:
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]
+    beside = {"modules.json": modules, "sentence_bert_config.json": {}, "1_Pooling/config.json": {"pooling": "mean"}}
+    (zoo / "base" / "1_Pooling").mkdir()
+    for name, content in beside.items():
+        (zoo / "base" / name).write_text(json.dumps(content))
+    assert run(*words(zoo, "--method", "mean", "--out", zoo / "out"))[0] == 0
+    assert {name: json.loads((zoo / "out" / name).read_text()) for name in beside} == beside
+    (zoo / "base" / "1_Pooling").rename(zoo / "elsewhere")
+    (zoo / "base" / "1_Pooling").symlink_to(zoo / "elsewhere")
+    refused = run(*words(zoo, "--method", "mean", "--out", zoo / "again"))
+    fails(refused, "1_Pooling/config.json is a link out of the folder")
+
+
 def test_transformers_loads_a_merge_with_nothing_missing(tmp_path: Path, run: Run) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -236,6 +250,8 @@ def test_a_plan_for_the_hub_reads_headers_only(zoo: Path, empty_hub: StandInHub,
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(zoo: Path, run: Run) -> None:
     method = "ties"  # which looks at all layers before it merges one
+    for name, license in (("a", "mit"), ("b", "apache-2.0")):
+        (zoo / name / "README.md").write_text(f"---\nlicense: {license}\n---\n")
     assert run(*words(zoo, "--method", method, "--out", zoo / "one"))[0] == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_epimer"]
     done = subprocess.run(
@@ -246,6 +262,7 @@ def test_two_processes_write_what_one_does(zoo: Path, run: Run) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["out"] == str(zoo / "two")
+    assert done.stderr.count("warning: different licenses (mit: a; apache-2.0: b)") == 1, done.stderr
     assert (zoo / "two" / "model.safetensors").read_bytes() == (zoo / "one" / "model.safetensors").read_bytes()
     one, two = (json.loads((zoo / name / "merge_report.json").read_text())["layers"] for name in ("one", "two"))
     assert one == two
