@@ -50,7 +50,7 @@ def test_a_merged_folder_is_complete(tiny_zoo: Path, run: Run) -> None:
     assert report["totals"]["capped"] == ["vision_model.embeddings.position_embedding.weight"]
     merged = json.loads((out / "merge_config.json").read_text())
     assert merged["options"]["rank"] == 4
-    assert merged["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(merged["versions"]["torch"])  # of a CUDA build it has more
     assert merged["models"] == [f"dtd={tiny_zoo / 'a'}", f"svhn={tiny_zoo / 'b'}"]
 
 
