@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_epimer.checkpoints.reader import StateDict, TensorSource
 from hf_epimer.lora import Adapter, MergedUpdate, merge_adapters, read_adapter, write_adapter
-from hf_epimer.lora.adapter import ROOT
+from hf_epimer.lora.peft_keys import ROOT
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.methods import METHODS, Layer
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig

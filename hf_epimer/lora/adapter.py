@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,40 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_epimer.checkpoints.reader import PICKLED, WEIGHTS, WEIGHTS_INDEX, Checkpoint, TensorSource, read_json
+from hf_epimer.checkpoints.reader import Checkpoint, TensorSource, read_json
 from hf_epimer.errors import CheckpointError, MismatchError
 from hf_epimer.lora.patterns import Patterns
+from hf_epimer.lora.peft_files import ADAPTER_CONFIG, adapter_weights, check_config
+from hf_epimer.lora.peft_keys import FACTOR, plain_keys, why_not
 from hf_epimer.merging.finite import check_weights
 from hf_epimer.numerics.lowrank import LowRank, factorize, low_rank
 from hf_epimer.types import Shape
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ROOT = "base_model.model."
-
-_DORA = (
-    "DoRA rescales the columns of W_0 + B A, so that what it adds to W_0 has no low rank; merge it into its base where "
-    "you trust it (merge_and_unload, save_pretrained) and give that checkpoint"
-)
-
-_REFUSED = {
-    "use_dora": _DORA,
-    "use_qalora": "QALoRA pools the inputs of a quantised model",
-    "use_bdlora": "its factors are block-diagonal",
-    "kasa_config": "KaSA changes the base weights, too",
-    "monteclora_config": "MonteCLoRA adds random samples to its factors",
-    "arrow_config": "Arrow routes between several adapters",
-    "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
-    "layer_replication": "it repeats layers of its base",
-    "target_parameters": "it changes bare parameters instead of modules",
-    "trainable_token_indices": "it trains single tokens",
-}
-"""Settings of adapter_config.json with which an adapter is no base + B A, and why."""
-
-_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that subtract the first B A from the base: the adapter alone does not say what was learned."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +195,11 @@ class Adapter:
             name: in PEFT's plain layout.
             key: under which it is stored.
         """
-        match = _FACTOR.fullmatch(name)
+        match = FACTOR.fullmatch(name)
         if match is None and re.search(r"(?:^|[._])lora[._]", name):
-            raise CheckpointError(f"{self.label}: {key} belongs to a kind of LoRA that cannot be merged: {_why(name)}")
+            raise CheckpointError(
+                f"{self.label}: {key} belongs to a kind of LoRA that cannot be merged: {why_not(name)}"
+            )
         module, part = (match["module"], match["part"]) if match else ("", "")
         weight = f"{module}.{'bias' if part == 'lora_B.bias' else 'weight'}" if match else name
         parameter = canonical(weight.replace(".base_layer.", "."))
@@ -298,76 +276,6 @@ class Adapter:
                 )
 
 
-def plain_keys(stored: Iterable[str], label: str) -> dict[str, str]:
-    """Names in PEFT's plain layout -> the keys of an adapter, as they are stored in one of several ways.
-
-    Plain is `<module>.lora_A.weight`. Files come with `base_model.model.` before it, once or more often, with the
-    adapter's name in it (`lora_A.default.weight`), and with `modules_to_save.default.` before the name of a parameter
-    that is stored whole; what that replaces (`original_module`) is left out.
-
-    Raises:
-        CheckpointError: there are several adapters in it, or two keys mean the same.
-    """
-    names = {key: re.sub(rf"^(?:{re.escape(ROOT)})+", "", key) for key in stored if ".original_module." not in key}
-    factors = {key: match for key, name in names.items() if (match := _NAMED.fullmatch(name))}
-    adapters = {match["name"]: key for key, match in factors.items()}
-    if len(adapters) > 1:
-        listed = ", ".join(f"{name or 'one without a name'} ({key})" for name, key in adapters.items())
-        raise CheckpointError(f"{label}: its file holds several adapters, {listed}: save one of them alone")
-    saved = rf"\.modules_to_save\.(?:{next(iter(adapters), None) or 'default'}\.)?"
-    keys: dict[str, str] = {}
-    for key, name in names.items():
-        match = factors.get(key)
-        plain = f"{match['before']}{match['after'] or ''}" if match else re.sub(saved, ".", name)
-        if plain in keys:
-            raise CheckpointError(f"{label}: {keys[plain]} and {key} are the same parameter")
-        keys[plain] = key
-    return keys
-
-
-_NAMED = re.compile(
-    r"(?P<before>.+\.lora_(?:embedding_)?[AB])(?:\.(?P<name>(?!weight$|bias$)[\w-]+))?(?P<after>\.weight|\.bias)?"
-)
-"""A factor with an adapter's name in it, or none."""
-
-_OTHER_PROGRAMS = re.compile(r"lora[._](?:linear_layer\.)?(?:down|up)\b|\.alpha$")
-
-
-def _why(name: str) -> str:
-    """Why a key that speaks of LoRA is none that can be read."""
-    if "magnitude" in name:
-        return _DORA
-    if _OTHER_PROGRAMS.search(name):
-        return "it is laid out by kohya's scripts or diffusers; convert it to PEFT's layout (lora_A, lora_B)"
-    return "PEFT's plain LoRA has lora_A and lora_B only"
-
-
-_FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB])")
-
-
-def is_adapter(names: Collection[str]) -> bool:
-    """Whether a folder or repo with these files is an adapter rather than a checkpoint."""
-    return ADAPTER_CONFIG in names and WEIGHTS not in names and WEIGHTS_INDEX not in names
-
-
-def adapter_weights(names: Iterable[str], label: str) -> str:
-    """The name of the file with an adapter's weights.
-
-    Raises:
-        CheckpointError: there are none, or only pickled ones.
-    """
-    names = set(names)
-    if ADAPTER_WEIGHTS in names:
-        return ADAPTER_WEIGHTS
-    pickled = sorted(name for name in names if name.endswith(PICKLED))
-    if pickled:
-        raise CheckpointError(
-            f"{label}: only pickled weights ({', '.join(pickled)}), which can run code and are never opened. Convert "
-            "them where you trust them: PeftModel.from_pretrained(...).save_pretrained(folder)"
-        )
-    raise CheckpointError(f"{label}: no {ADAPTER_WEIGHTS} among its files")
-
-
 def read_adapter(
     folder: Path,
     base: TensorSource,
@@ -396,29 +304,3 @@ def read_adapter(
             "%s: %d of its tensors are no part of the vision tower and are left out (%s)", label, len(lost), lost[0]
         )
     return adapter
-
-
-def check_config(config: Mapping[str, Any], label: str) -> None:
-    """Refuse what is not base + B A.
-
-    Raises:
-        CheckpointError: saying why, and what can be done.
-    """
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{label}: it is a {kind} adapter; only LoRA adapters can be merged")
-    for setting, reason in _REFUSED.items():
-        if config.get(setting):
-            raise CheckpointError(f"{label}: {setting} is set in {ADAPTER_CONFIG}: {reason}")
-    start = str(config.get("init_lora_weights"))
-    if start.startswith(_MOVE_THE_BASE):
-        raise CheckpointError(
-            f"{label}: it started from {start}, which moves the base weights; save it as a plain LoRA first "
-            "(save_pretrained(..., path_initial_model_for_weight_conversion=...))"
-        )
-    for field in ("rank_pattern", "alpha_pattern"):
-        Patterns(field, config.get(field), f"{label}: {ADAPTER_CONFIG}")  # what is wrong with them is said now
-    for field in ("r", "lora_alpha"):
-        value = config.get(field, 8)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"{label}: {field} in {ADAPTER_CONFIG} is {value!r}, not a number")

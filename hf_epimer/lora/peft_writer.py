@@ -23,8 +23,9 @@ from torch import Tensor
 from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.checkpoints.writer import write_tensors
 from hf_epimer.errors import OutputError
-from hf_epimer.lora.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROOT
 from hf_epimer.lora.core_space import MergedUpdate
+from hf_epimer.lora.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_epimer.lora.peft_keys import ROOT
 from hf_epimer.merging.finite import stored_as
 from hf_epimer.numerics.lowrank import LowRank
 

@@ -11,7 +11,7 @@ from hf_epimer.checkpoints.reader import read_json
 from hf_epimer.errors import AccessError, MismatchError, NotFoundError, UsageError
 from hf_epimer.hub.refs import ModelRef, is_repo_id, same_repo
 from hf_epimer.hub.source import Source
-from hf_epimer.lora.adapter import ADAPTER_CONFIG
+from hf_epimer.lora.peft_files import ADAPTER_CONFIG
 from hf_epimer.models import find_architecture
 from hf_epimer.models.source import ModelSource, resolve_model
 

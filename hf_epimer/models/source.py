@@ -18,7 +18,7 @@ from hf_epimer.errors import CheckpointError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.resolve import resolve
 from hf_epimer.hub.source import Source
-from hf_epimer.lora import adapter as adapters
+from hf_epimer.lora.peft_files import ADAPTER_CONFIG, adapter_weights, check_config, is_adapter
 from hf_epimer.merging.inputs import check_shapes
 from hf_epimer.models import architecture_of
 from hf_epimer.models.any_architecture import Stored
@@ -66,7 +66,7 @@ class ModelSource(Source):
     @cached_property
     def is_adapter(self) -> bool:
         """Whether it is a PEFT adapter, which has no config.json of its own and needs its base."""
-        return adapters.is_adapter(self.files)
+        return is_adapter(self.files)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -75,12 +75,12 @@ class ModelSource(Source):
         Raises:
             CheckpointError: there is none, it is no JSON object, or of a kind of adapter that cannot be merged.
         """
-        name = adapters.ADAPTER_CONFIG if self.is_adapter else CONFIG
+        name = ADAPTER_CONFIG if self.is_adapter else CONFIG
         if name not in self.files:
             raise CheckpointError(f"{self}: there is no {name}; {self._listing}")
         config = read_json(self.fetch(name), str(self))
         if self.is_adapter:
-            adapters.check_config(config, str(self))
+            check_config(config, str(self))
         else:
             check_not_quantised(config, str(self))
         return config
@@ -93,7 +93,7 @@ class ModelSource(Source):
             CheckpointError: it has none that may be read.
         """
         if self.is_adapter:
-            return adapters.ADAPTER_CONFIG, adapters.adapter_weights(self.files, str(self))
+            return ADAPTER_CONFIG, adapter_weights(self.files, str(self))
         elsewhere = (self.elsewhere, self._listing)
         return tuple(choose_weights(self.files, str(self), self._read_index, *elsewhere))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_epimer.checkpoints.reader import Checkpoint
 from hf_epimer.errors import CheckpointError, TaskError
-from hf_epimer.lora.adapter import plain_keys
+from hf_epimer.lora.peft_keys import plain_keys
 from hf_epimer.merging.finite import check_weights
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.source import HEADS, ModelSource

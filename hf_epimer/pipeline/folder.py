@@ -24,7 +24,7 @@ from hf_epimer.checkpoints.writer import write_json
 from hf_epimer.hub.push import push_folder
 from hf_epimer.hub.refs import check_new_repo_id
 from hf_epimer.hub.rights import check_not_an_input, check_push_access
-from hf_epimer.lora.adapter import ADAPTER_CONFIG
+from hf_epimer.lora.peft_files import ADAPTER_CONFIG
 from hf_epimer.methods.statistic import STATISTICS_FILES
 from hf_epimer.models.source import HEADS
 from hf_epimer.pipeline.card import merge_card

@@ -37,7 +37,7 @@ from hf_epimer.errors import (
     OutputError,
 )
 from hf_epimer.lora import Adapter, fold_updates, is_adapter, merge_adapters, write_adapter
-from hf_epimer.lora.adapter import adapter_weights
+from hf_epimer.lora.peft_files import adapter_weights
 from hf_epimer.methods import METHODS
 from hf_epimer.methods.frechet_lora import FrechetLoraConfig
 from hf_epimer.numerics.lowrank import LowRank
