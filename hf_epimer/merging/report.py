@@ -110,14 +110,14 @@ def further_than_their_base(layers: Sequence[LayerReport]) -> list[int]:
 
 
 def spiked_shares(layers: Sequence[LayerReport]) -> list[float]:
-    """How much of every model's task vector was cut because it stood out among the others, as a share of its square."""
-    cut = [
-        [share * norm**2 for share, norm in zip(layer.solve.spikes, layer.task_vector_norms)]
+    """How much of every model's task vector stands out among the others, as a share of its square."""
+    spiked = [
+        [share * norm**2 for share, norm in zip(layer.rank.spikes, layer.task_vector_norms)]
         for layer in layers
-        if layer.solve and layer.solve.spikes and layer.task_vector_norms
+        if layer.rank and layer.rank.spikes and layer.task_vector_norms
     ]
     squares = [[norm**2 for norm in layer.task_vector_norms] for layer in layers if layer.task_vector_norms]
-    return [_ratio(part, whole) for part, whole in zip(_sums(cut), _sums(squares))]
+    return [_ratio(part, whole) for part, whole in zip(_sums(spiked), _sums(squares))]
 
 
 def curvature_shares(layers: Sequence[LayerReport]) -> list[float]:

@@ -199,7 +199,7 @@ def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any, dtype: 
         layer.name,
         tuple(layer.base.shape),
         merged_norm=float(torch.linalg.vector_norm(merged.task_vector)),
-        task_vector_norms=tuple(_norms(layer.task_vectors).tolist()),
+        task_vector_norms=tuple(layer.norms.tolist()),
         base_norm=float(torch.linalg.vector_norm(layer.base)),
         rank=merged.rank,
         solve=merged.solve,
@@ -289,7 +289,3 @@ def _read_ahead(sources: Sequence[TensorSource], name: str) -> None:
     for source in sources:
         if isinstance(source, Checkpoint) and name in source.shapes:
             source.read_ahead(name)
-
-
-def _norms(task_vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(task_vectors.reshape(len(task_vectors), -1), dim=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hf_epimer.errors import StatisticsError
@@ -59,6 +60,13 @@ class Layer:
     def tasks(self) -> int:
         """T."""
         return int(self.task_vectors.shape[0])
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """|D_t|, length T."""
+        import torch
+
+        return torch.linalg.vector_norm(self.task_vectors.reshape(self.tasks, -1), dim=1)
 
     def measured(self, part: str) -> Tensor:
         """One part of the statistics, for a method that cannot do without it.

@@ -29,9 +29,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig
+from hf_epimer.methods.basis import USUAL
 from hf_epimer.methods.epimer import EPIMER
 from hf_epimer.methods.options import option
-from hf_epimer.methods.report import SolveReport
+from hf_epimer.methods.report import RankReport
 from hf_epimer.methods.statistic import GRADIENT_GRAM, StatisticKind
 from hf_epimer.methods.tsv import TSVMConfig, merge_tsv
 
@@ -54,7 +55,7 @@ class EpiMerCoreConfig(MethodConfig):
     rho: float = option(0.1, "strength of the pull towards the start, in units of the mean curvature", low=1e-9)
     start: Literal["sum", "tsv-m"] = option("sum", "where it goes: the sum, shorter where task vectors agree, or TSV-M")
     cap: float = option(
-        1.2, "largest leading singular value of a task vector, in units of the tasks' median; cuts spikes", low=1.0
+        USUAL, "largest leading singular value of a task vector, in units of the tasks' median; cuts spikes", low=1.0
     )
     mixture: float = option(1.0, "weight of the task vectors beside the curvature, which has 1", low=0.0)
 
@@ -71,7 +72,7 @@ def merge_epimer_core(layer: Layer, config: EpiMerCoreConfig, survey: None = Non
     heard = (1 - gone / UNHEARD).clamp_min(0).tolist()
     start = _start(layer, config.start)
     merged = anchored_mean(layer.task_vectors, _metrics(layer, config, heard), layer.weights, start, config.rho)
-    return LayerMerge(merged * config.alpha, solve=SolveReport(spikes=tuple(gone.tolist())))
+    return LayerMerge(merged * config.alpha, RankReport(spikes=tuple(gone.tolist())))
 
 
 def _start(layer: Layer, name: str) -> Tensor:

@@ -18,6 +18,7 @@ class RankReport:
         atoms: of the tagged basis, at most T k_l.
         common: taken from the summed task vectors (`iso-cts`).
         specific: taken from each task beside those.
+        spikes: the share of every task vector's square that stands out among the tasks; `epimer-core` cuts it off.
     """
 
     rank: int | None = None
@@ -25,6 +26,7 @@ class RankReport:
     atoms: int | None = None
     common: int | None = None
     specific: int | None = None
+    spikes: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,6 @@ class SolveReport:
         condition: an estimate of the system's condition number.
         angle: the largest principal angle between two adapters, in radians.
         unique: whether the mean is known to be the only one.
-        spikes: the share of every task vector's square that was cut, since it stood out among the tasks.
         note: what else is to be said, in words.
     """
 
@@ -54,5 +55,4 @@ class SolveReport:
     condition: float | None = None
     angle: float | None = None
     unique: bool | None = None
-    spikes: tuple[float, ...] | None = None
     note: str | None = None

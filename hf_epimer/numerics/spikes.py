@@ -12,6 +12,8 @@ so is a task vector that has these directions only, as an adapter of low rank ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -42,16 +44,40 @@ def without_spikes(task_vectors: Tensor, c: float, *, exact: bool = False, seed:
         t: truncated_svd(task_vectors[t], k, tolerance=1e-2, exact=exact, seed=seed)
         for t in norms.nonzero().flatten().tolist()
     }
-    there = [t for t, svd in found.items() if bool(svd.s.norm() < COMPLETE * norms[t])]
-    if len(there) < 2:
-        return task_vectors, gone
-    shapes = torch.stack([found[t].s / norms[t] for t in there])
-    usual = shapes[shapes.norm(dim=1).argmin()] if len(there) == 2 else shapes.quantile(0.5, dim=0)
     cut = task_vectors.clone()
-    for t in there:
+    for t, excess in _excess({t: svd.s for t, svd in found.items()}, norms, c).items():
         u, s, v = found[t]
-        excess = (s - c * usual * norms[t]).clamp_min(0)
-        if bool(excess.any()):
-            cut[t] -= (u * excess) @ v.mT
-            gone[t] = (s.square() - (s - excess).square()).sum() / norms[t].square()
+        cut[t] -= (u * excess) @ v.mT
+        gone[t] = _share(s, excess, norms[t])
     return cut, gone
+
+
+def spiked_shares(spectra: Mapping[int, Tensor], norms: Tensor, c: float) -> Tensor:
+    """The share of |D_t|^2 that `without_spikes` would cut, length T, where singular values are known already.
+
+    Args:
+        spectra: task -> its leading singular values, in descending order.
+        norms: |D_t|, length T.
+        c: as above.
+    """
+    k = min([LEADING, *map(len, spectra.values())])
+    leading = {t: s[:k].to(norms) for t, s in spectra.items()}
+    shares = torch.zeros_like(norms)
+    for t, excess in _excess(leading, norms, c).items():
+        shares[t] = _share(leading[t], excess, norms[t])
+    return shares
+
+
+def _excess(leading: Mapping[int, Tensor], norms: Tensor, c: float) -> dict[int, Tensor]:
+    """How far singular values exceed what is usual, for the tasks with some that do."""
+    there = [t for t, s in leading.items() if bool(s.norm() < COMPLETE * norms[t])]
+    if len(there) < 2:
+        return {}
+    shapes = torch.stack([leading[t] / norms[t] for t in there])
+    usual = shapes[shapes.norm(dim=1).argmin()] if len(there) == 2 else shapes.quantile(0.5, dim=0)
+    excess = {t: (leading[t] - c * usual * norms[t]).clamp_min(0) for t in there}
+    return {t: values for t, values in excess.items() if bool(values.any())}
+
+
+def _share(s: Tensor, excess: Tensor, norm: Tensor) -> Tensor:
+    return (s.square() - (s - excess).square()).sum() / norm.square()

@@ -33,7 +33,7 @@ def spiked(label: str, share: float) -> str:
     """A checkpoint that moved every layer along few directions, which the other tasks' inputs share."""
     return (
         f"{label} stands out among the tasks with {share:.0%} of its task vector, as checkpoints of two classes, or "
-        "stopped early, do: that would spoil the others, and epimer-core cuts it off (--cap)"
+        "stopped early, do: it would spoil the others, which is why epimer-core cuts it off (--cap)"
     )
 
 

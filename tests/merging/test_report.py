@@ -26,7 +26,7 @@ from hf_epimer.methods.report import RankReport, SolveReport
 
 MATRIX = "vision_model.encoder.layers.0.mlp.fc1.weight"
 START, END = ["name", "shape"], ["merged_norm", "task_vector_norms"]
-DIRECTIONS, SOLVE = ["rank", "capped", "atoms"], ["steps", "residual", "condition"]
+DIRECTIONS, SOLVE = ["rank", "capped", "atoms", "spikes"], ["steps", "residual", "condition"]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,12 @@ def test_a_model_further_from_the_base_than_zero_is_named() -> None:
 
 def test_shares_are_of_all_layers_together() -> None:
     layers = [
-        LayerReport("a", (2, 2), 1.0, (2.0, 1.0), solve=SolveReport(spikes=(0.5, 0.0), curvature=(1.0, 2.0))),
-        LayerReport("b", (2, 2), 1.0, (2.0, 3.0), solve=SolveReport(spikes=(0.0, 0.1), curvature=(0.0, 7.0))),
+        LayerReport(
+            "a", (2, 2), 1.0, (2.0, 1.0), rank=RankReport(spikes=(0.5, 0.0)), solve=SolveReport(curvature=(1.0, 2.0))
+        ),
+        LayerReport(
+            "b", (2, 2), 1.0, (2.0, 3.0), rank=RankReport(spikes=(0.0, 0.1)), solve=SolveReport(curvature=(0.0, 7.0))
+        ),
         LayerReport("c", (2,), 1.0, (4.0, 0.0)),
     ]
     assert spiked_shares(layers) == pytest.approx([2 / 24, 0.9 / 10])
