@@ -14,7 +14,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_epimer import EpiMerConfig, merge_state_dicts
+from hf_epimer.methods.epimer_core import EpiMerCoreConfig
 from hf_epimer.methods.tsv import TSVMConfig
+
+METHODS = {
+    "tsv-m": TSVMConfig(rank=32),
+    "epimer": EpiMerConfig(preset="paper"),
+    "epimer-core": EpiMerCoreConfig(metric="task-vectors"),
+}
 
 LAYERS = ("3.self_attn.q_proj", "5.mlp.fc1", "5.mlp.fc2")
 
@@ -38,11 +45,11 @@ def main() -> None:
         tuned = [read(model / "model.safetensors", name) for model in models]
         fisher = [read(model / "fisher.safetensors", name) for model in models]
         doubled = {name: base[name].double()}  # so that the reference is stored in float64 too
-        for method, config in (("tsv-m", TSVMConfig(rank=32)), ("epimer", EpiMerConfig(preset="paper"))):
+        for method, config in METHODS.items():
             merged = merge_state_dicts(base, tuned, method, config, fisher)[name].double()
             exact = merge_state_dicts(doubled, tuned, method, config, fisher, exact=True)[name]
             error = float((merged - exact).norm() / (exact - doubled[name]).norm())
-            Console(highlight=False).print(f"{layer:<22} {method:<8} {error:.1e}")
+            Console(highlight=False).print(f"{layer:<22} {method:<12} {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -137,21 +137,27 @@ def stream_layers(
     workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
     of_thread = threading.local()
 
-    def one(name: str) -> Result:
+    def one(index: int) -> Result:
         if not hasattr(of_thread, "reader"):
             of_thread.reader = make_reader()
-        return work(of_thread.reader.read(name))
+        if index + workers < len(names):
+            _read_ahead(ingredients.sources(), names[index + workers])
+        return work(of_thread.reader.read(names[index]))
 
     with _pool(workers) as pool:
-        pending: deque[Future[Result]] = deque()
+        pending: deque[tuple[Future[Result], int]] = deque()
+        waiting = 0
         for index, name in enumerate(names):
-            if index + workers < len(names):
-                _read_ahead(ingredients.sources(), names[index + workers])
-            pending.append(pool.submit(one, name))
-            if len(pending) > 2 * workers:  # a few results, so that nobody waits while one is being written
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            nbytes = 4 * math.prod(ingredients.base.shapes[name])
+            pending.append((pool.submit(one, index), nbytes))
+            waiting += nbytes
+            # small layers are solved while a large one is: nobody waits for its turn
+            while len(pending) > 2 * workers and waiting > MEMORY_FOR_RESULTS:
+                future, nbytes = pending.popleft()
+                waiting -= nbytes
+                yield future.result()
+        for future, _ in pending:
+            yield future.result()
 
 
 def tagged_bases(ingredients: Ingredients, rank: int, *, seed: int = 0, exact: bool = False) -> dict[str, TaggedBasis]:
@@ -169,6 +175,10 @@ def tagged_bases(ingredients: Ingredients, rank: int, *, seed: int = 0, exact: b
 
 MEMORY_FOR_BUFFERS = 10**9
 """Bytes that the layers under work may take together; a single layer may take more."""
+
+
+MEMORY_FOR_RESULTS = 5 * 10**7
+"""Bytes of merged layers that may wait for one before them, or be under work."""
 
 
 def _workers(layer_bytes: int) -> int:

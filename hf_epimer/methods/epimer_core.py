@@ -24,7 +24,7 @@ Relatives: RegMean (M_t = E[x x^T], rho = 0), WUDI (M_t ~ D_t^T D_t, from the su
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +38,8 @@ from hf_epimer.methods.tsv import TSVMConfig, merge_tsv
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hf_epimer.numerics.input_metric import InputMetric
 
 
 UNHEARD = 0.1
@@ -84,22 +86,21 @@ def _start(layer: Layer, name: str) -> Tensor:
     return agreed_sum(layer.task_vectors, layer.weights)
 
 
-def _metrics(layer: Layer, config: EpiMerCoreConfig, heard: Sequence[float]) -> Iterator[Tensor]:
-    """M_t, one after the other, with h_t of every task."""
-    from hf_epimer.numerics.input_metric import unit_along, unit_mean
-    from hf_epimer.numerics.regression import gram
+def _metrics(layer: Layer, config: EpiMerCoreConfig, heard: Sequence[float]) -> list[InputMetric]:
+    """M_t, with h_t of every task."""
+    from hf_epimer.numerics.input_metric import InputMetric
 
     measured = layer.statistics.get("gradient")
-    for task, task_vector in enumerate(layer.task_vectors):
-        own = gram(task_vector, task_vector)
+    metrics = []
+    for task in range(layer.tasks):
         curvature = None if measured is None or config.metric == "task-vectors" else measured[task]
         if curvature is None or not bool(curvature.any()):
-            metric = own
+            metrics.append(InputMetric())
         elif config.metric == "curvature":
-            metric = curvature
+            metrics.append(InputMetric(curvature, mixture=0.0))
         else:
-            metric = heard[task] * unit_mean(curvature) + config.mixture * unit_mean(own)
-        yield unit_along(metric, own)
+            metrics.append(InputMetric(curvature, heard[task], config.mixture))
+    return metrics
 
 
 def _statistic(config: EpiMerCoreConfig) -> StatisticKind | None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_epimer.numerics.product import add_symmetric, mirror
+
 
 def anchored_step(gram: Tensor, cross: Tensor, rho: float) -> Tensor:
     """Solve E (G + rho I) = C.
@@ -46,8 +48,8 @@ def prior(task_vector: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     return scale * gram(task_vector, task_vector), scale * ((gap @ task_vector.mT) @ task_vector)
 
 
-def gram(x: Tensor, weighted: Tensor, block: int = 1024) -> Tensor:
-    """sum_i w_i x_i x_i^T, of which only the blocks on and above the diagonal are multiplied out.
+def gram(x: Tensor, weighted: Tensor) -> Tensor:
+    """sum_i w_i x_i x_i^T.
 
     Args:
         x: N x n.
@@ -56,10 +58,6 @@ def gram(x: Tensor, weighted: Tensor, block: int = 1024) -> Tensor:
     Returns:
         n x n, symmetric.
     """
-    n = x.shape[1]
-    result = x.new_empty(n, n)
-    for start in range(0, n, block):
-        rows = slice(start, start + block)
-        result[rows, start:] = weighted[:, rows].mT @ x[:, start:]
-        result[start + block :, rows] = result[rows, start + block :].mT
-    return result
+    total = x.new_zeros(x.shape[1], x.shape[1])
+    add_symmetric(total, weighted.mT, x)
+    return mirror(total)

@@ -37,7 +37,7 @@ def without_spikes(task_vectors: Tensor, c: float, *, exact: bool = False, seed:
     Returns:
         The task vectors, cut, and the share of |D_t|^2 that is gone, length T.
     """
-    norms = torch.linalg.matrix_norm(task_vectors)
+    norms = torch.linalg.vector_norm(task_vectors, dim=(1, 2))
     gone = torch.zeros_like(norms)
     k = min(LEADING, *task_vectors.shape[1:])
     found = {

@@ -237,13 +237,23 @@ def epimer_core(
         if a is not None:
             metric = a.double()
             if not curvature_alone:
-                metric = metric / metric.diagonal().mean() + mixture * own / own.diagonal().mean()
-        metric = metric * d.square().sum() / (d @ metric @ d.mT).trace()
+                metric = unit_mean(metric) + mixture * unit_mean(own)
+        metric = unit_along(metric, d)
         system = system + w * torch.kron(torch.eye(len(base), dtype=torch.float64), metric)
         right = right + w * (d @ metric).flatten()
     pull = rho * system.diagonal().mean()
     system = system + pull * torch.eye(base.numel(), dtype=torch.float64)
     return base.double() + torch.linalg.solve(system, right + pull * start.flatten()).view(base.shape)
+
+
+def unit_mean(metric: Tensor) -> Tensor:
+    """The metric scaled to a mean diagonal of 1."""
+    return metric / metric.diagonal().mean()
+
+
+def unit_along(metric: Tensor, delta: Tensor) -> Tensor:
+    """The metric scaled to curvature 1 on average along a task vector."""
+    return metric * delta.square().sum() / (delta @ metric @ delta.mT).trace()
 
 
 def wudi(base: Tensor, tuned: list[Tensor], weights: list[float], rho: float) -> Tensor:
