@@ -69,7 +69,7 @@ def unfinished_sibling(target: Path, create: Callable[[Path], None]) -> Iterator
     while True:
         path = target.with_name(f"{_stem(target)}{os.getpid()}.{secrets.token_hex(3)}")
         create(path)
-        with _locked(path, wait=True):
+        with locked(path, wait=True):
             if path.exists():  # else another run took it for abandoned, between the two lines above
                 yield path
                 return
@@ -84,7 +84,7 @@ def remove_abandoned(target: Path, remove: Callable[[Path], None]) -> None:
         process = path.name.removeprefix(_stem(target)).split(".")[0]
         if not process.isdigit() or path.is_symlink():
             continue
-        with contextlib.suppress(OSError, _Busy), _locked(path) as is_sure:  # another user's is left alone
+        with contextlib.suppress(OSError, Busy), locked(path) as is_sure:  # another user's is left alone
             if is_sure or not _alive(int(process)):
                 remove(path)
 
@@ -96,19 +96,19 @@ def _stem(target: Path) -> str:
     return f".{name}.partial-"
 
 
-class _Busy(Exception):
+class Busy(Exception):
     """Somebody else holds the lock."""
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold the lock of a file or folder; False where the system has no such locks.
 
     A lock disappears with its process, whatever ends it, and is seen by other machines and containers, where process
     numbers mean nothing.
 
     Raises:
-        _Busy: somebody else holds it, unless we `wait`.
+        Busy: somebody else holds it, unless we `wait`.
     """
     if fcntl is None:
         yield False
@@ -119,7 +119,7 @@ def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             is_locked = True
         except BlockingIOError as error:
-            raise _Busy from error
+            raise Busy from error
         except OSError:  # some network file systems
             is_locked = False
         yield is_locked

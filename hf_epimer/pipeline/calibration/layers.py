@@ -16,7 +16,7 @@ from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.tower import tower_of, with_weights_of
-from hf_epimer.pipeline.workspace import open_workspace
+from hf_epimer.pipeline.workspace import workspace_of
 from hf_epimer.tasks.images import ImageBatches, read_images
 from hf_epimer.types import Progress
 
@@ -47,19 +47,19 @@ def calibrated_layers(
         for entry in zip(ingredients.models, plan.weights, ingredients.curvature, batches, strict=True)
     ]
     settings = [plan.recipe.views, plan.recipe.calibration_rho, plan.recipe.refine, share]
-    workspace = open_workspace("calibration", plan, layers, settings, plan.calibration_bytes, "hidden states")
-    sizes = calibrate(
-        tower.to(processes.device(plan.recipe.device)),
-        ingredients.base,
-        tasks,
-        plan.architecture,
-        workspace,
-        views=plan.recipe.views,
-        rho=plan.recipe.calibration_rho,
-        processes=processes,
-        on_step=lambda done, total: progress("calibrating", done, total),
-    )
-    shutil.rmtree(workspace)
+    with workspace_of("calibration", plan, layers, settings, plan.calibration_bytes, "hidden states") as workspace:
+        sizes = calibrate(
+            tower.to(processes.device(plan.recipe.device)),
+            ingredients.base,
+            tasks,
+            plan.architecture,
+            workspace,
+            views=plan.recipe.views,
+            rho=plan.recipe.calibration_rho,
+            processes=processes,
+            on_step=lambda done, total: progress("calibrating", done, total),
+        )
+        shutil.rmtree(workspace)
     for seen in batches:
         seen.report_broken()
     for layer in with_weights_of(tower, layers, plan, ingredients.base):

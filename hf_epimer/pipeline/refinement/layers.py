@@ -17,7 +17,7 @@ from hf_epimer.pipeline.refinement.pictures import BATCH
 from hf_epimer.pipeline.refinement.training import RefinementTask, refine
 from hf_epimer.pipeline.report import RefinementReport
 from hf_epimer.pipeline.tower import tower_of, with_weights_of
-from hf_epimer.pipeline.workspace import open_workspace
+from hf_epimer.pipeline.workspace import workspace_of
 from hf_epimer.tasks.images import ImageBatches, read_images
 from hf_epimer.types import Progress
 
@@ -53,19 +53,20 @@ def refined_layers(
         batches += [images, held_out]
         tasks.append(RefinementTask(model.label, tuned, model.weight, images, held_out, head.embed, head.is_trained))
     settings = [recipe.refine_steps, recipe.seed]
-    workspace = open_workspace("refinement", plan, layers, settings, plan.refinement_bytes, "pictures and weights")
-    report = refine(
-        tower.to(device),
-        tasks,
-        plan.architecture,
-        workspace,
-        steps=recipe.refine_steps,
-        seed=recipe.seed,
-        processes=processes,
-        on_step=lambda done, total: progress("refining", done, total),
-    )
-    if processes.is_main:
-        shutil.rmtree(workspace)
+    content = "pictures and weights"
+    with workspace_of("refinement", plan, layers, settings, plan.refinement_bytes, content) as workspace:
+        report = refine(
+            tower.to(device),
+            tasks,
+            plan.architecture,
+            workspace,
+            steps=recipe.refine_steps,
+            seed=recipe.seed,
+            processes=processes,
+            on_step=lambda done, total: progress("refining", done, total),
+        )
+        if processes.is_main:
+            shutil.rmtree(workspace)
     for seen in batches:
         seen.report_broken()
     if not report.best_step:
