@@ -44,7 +44,7 @@ def main() -> None:
         max_file_size="20mb",
         show_error=True,
         ssr_mode=False,  # on a Space as everywhere else
-        mcp_server=find_spec("mcp") is not None,  # the endpoints as tools, with the extra gradio[mcp]
+        mcp_server=find_spec("mcp") is not None,  # the endpoints as tools; gradio alone has it not
         prevent_thread_lock=True,
     )
     jobs.warm_up()  # only now, so that the page is there first

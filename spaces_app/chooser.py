@@ -11,11 +11,21 @@ import gradio as gr
 import jobs
 from selection import TYPED, ZOO, as_data_url
 from session import Session
+from tools import described
 
 from hf_epimer import ZOO_TASKS, EpimerError
 
 LOOK_SECONDS = 60
 PLACEHOLDER = "dtd=org/vit-b32-dtd\nsvhn=org/vit-b32-svhn@main"
+
+
+CHECKPOINTS = """\
+source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
+zoo_models: of the zoo: shapes, digits, textures, signs.
+typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
+base: the checkpoints' common base; empty to find it through their model cards.
+"""
+"""What `Chooser.inputs` are, for the docstrings of the endpoints that have them."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +64,19 @@ def build_chooser(session: Session) -> Chooser:
             )
             with gr.Row(elem_classes="ep-tight"):
                 base = gr.Textbox("", label="Base", placeholder="inferred from the model cards", scale=3, min_width=180)
-                look = gr.Button("Look them up", scale=1, min_width=120, elem_classes="ep-look")
+                look = gr.Button("Look up", scale=1, min_width=120, elem_classes="ep-look")
         overview = gr.HTML(zoo_strip(session), elem_classes="ep-found")
 
     def switch(chosen: str) -> tuple[Any, Any, str]:
         from_zoo = chosen == ZOO
         return gr.update(visible=from_zoo), gr.update(visible=not from_zoo), zoo_strip(session) if from_zoo else ""
 
+    @described(CHECKPOINTS=CHECKPOINTS)
     def look_up(source: str, zoo_models: list[str], typed: str, base: str) -> str:
         """Look checkpoints up before a merge: their commits, tasks, base and size. Nothing large is downloaded.
 
         Args:
-            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
-            zoo_models: of the zoo: shapes, digits, textures, signs.
-            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
-            base: the checkpoints' common base; empty to find it through their model cards.
+            CHECKPOINTS
 
         Returns:
             A table as HTML, or what is wrong, in a sentence.

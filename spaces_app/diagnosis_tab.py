@@ -9,9 +9,10 @@ from typing import Any
 
 import charts
 import gradio as gr
-from chooser import Chooser
+from chooser import CHECKPOINTS, Chooser
 from run_button import build_run_button, steps, wire
 from session import Session
+from tools import described
 
 RANKS = (4, 8, 16, 32)
 PLACES = 3
@@ -32,16 +33,14 @@ def build_diagnosis_tab(session: Session, chooser: Chooser) -> None:
     with gr.Accordion("All numbers", open=False, visible=False) as after:
         numbers = gr.JSON(show_label=False)
 
+    @described(CHECKPOINTS=CHECKPOINTS)
     def diagnose(
         source: str, zoo_models: list[str], typed: str, base: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Look at fine-tuned CLIP vision models before merging: do their tasks pull in different directions?
 
         Args:
-            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
-            zoo_models: of the zoo: shapes, digits, textures, signs.
-            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
-            base: the checkpoints' common base; empty to find it through their model cards.
+            CHECKPOINTS
 
         Returns:
             A verdict as HTML, and all numbers; {"error": a sentence} if it failed.

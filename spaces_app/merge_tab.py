@@ -8,11 +8,12 @@ from typing import Any
 
 import charts
 import gradio as gr
-from chooser import Chooser
-from options import DEFAULT_METHOD, PLAIN, all_options, chosen_options, option_inputs, shown_for
+from chooser import CHECKPOINTS, Chooser
+from options import DEFAULT_METHOD, PLAIN, all_options, chosen_options, described_options, option_inputs, shown_for
 from push_box import build_push_box
 from run_button import build_run_button, steps, wire
 from session import Session
+from tools import described
 
 from hf_epimer import METHODS
 
@@ -60,6 +61,7 @@ def build_merge_tab(session: Session, chooser: Chooser) -> gr.State:
                 with gr.Accordion("All numbers", open=False):
                     numbers = gr.JSON(show_label=False)
 
+    @described(CHECKPOINTS=CHECKPOINTS, OPTIONS=described_options())
     def merge(
         source: str,
         zoo_models: list[str],
@@ -73,11 +75,11 @@ def build_merge_tab(session: Session, chooser: Chooser) -> gr.State:
     ) -> Iterator[tuple[Any, ...]]:
         """Merge fine-tuned CLIP vision models into one, without training, and measure it on their tasks.
 
+        What is left out has its default. Options that methods have:
+        OPTIONS
+
         Args:
-            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
-            zoo_models: of the zoo: shapes, digits, textures, signs.
-            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
-            base: the checkpoints' common base; empty to find it through their model cards.
+            CHECKPOINTS
             method: such as epimer, epimer-core, tsv-m, mean or ties.
             calibrate: solve every layer again on training images of each task: slower, and loses far less.
             images: test images per task to measure accuracy on; 0 to measure nothing.

@@ -43,6 +43,15 @@ def option_inputs(names: list[str]) -> list[Any]:
     return made
 
 
+def described_options() -> str:
+    """A line for each, with the methods that have it, for the docstring of an endpoint."""
+    lines = []
+    for name, option in all_options().items():
+        owners = ", ".join(method.name for method in METHODS.values() if name in method.options)
+        lines.append(f"{name} ({option.help}; of {owners}).")
+    return "\n".join(lines) + "\n"
+
+
 def shown_for(method: str) -> list[Any]:
     """Updates of all inputs, in the order of `all_options`, and of the fold of those not always in sight."""
     options = METHODS[method].options

@@ -24,7 +24,7 @@ HEAD = (
 
 LAYOUT = (
     "<style>.gradio-container .main.app { max-width: 1180px; } @media (max-width: 640px) "
-    "{ .gradio-container .main.app { padding: .6rem .75rem; } }</style>"
+    "{ .gradio-container .main.app { padding: .6rem .75rem; } } footer .divider { display: none; }</style>"
 )
 """For what surrounds the page; gradio confines the style sheet to what is within."""
 

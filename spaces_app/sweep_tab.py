@@ -7,9 +7,10 @@ from typing import Any
 
 import charts
 import gradio as gr
-from chooser import Chooser
+from chooser import CHECKPOINTS, Chooser
 from run_button import build_run_button, steps, wire
 from session import Session
+from tools import described
 
 from hf_epimer import METHODS
 
@@ -47,6 +48,7 @@ def build_sweep_tab(session: Session, chooser: Chooser) -> None:
         with gr.Accordion("All numbers", open=False):
             numbers = gr.JSON(show_label=False)
 
+    @described(CHECKPOINTS=CHECKPOINTS)
     def sweep(
         source: str,
         zoo_models: list[str],
@@ -60,10 +62,7 @@ def build_sweep_tab(session: Session, chooser: Chooser) -> None:
         """Find the best method, rank and alpha for a merge, on validation images.
 
         Args:
-            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
-            zoo_models: of the zoo: shapes, digits, textures, signs.
-            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
-            base: the checkpoints' common base; empty to find it through their model cards.
+            CHECKPOINTS
             methods: such as epimer, tsv-m and ties.
             ranks: directions per task and layer.
             images: validation images per task.

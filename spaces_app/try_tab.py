@@ -10,10 +10,11 @@ from typing import Any
 import charts
 import gradio as gr
 import jobs
-from chooser import Chooser
+from chooser import CHECKPOINTS, Chooser
 from PIL import Image
 from selection import ZOO
 from session import Session
+from tools import described
 
 from hf_epimer import ZOO_TASKS, EpimerError
 
@@ -55,6 +56,7 @@ def build_try_tab(session: Session, chooser: Chooser, merged: gr.State) -> gr.Ga
                 numbers = gr.JSON(show_label=False)
     truth = gr.State("")
 
+    @described(CHECKPOINTS=CHECKPOINTS)
     def classify(
         source: str,
         zoo_models: list[str],
@@ -69,10 +71,7 @@ def build_try_tab(session: Session, chooser: Chooser, merged: gr.State) -> gr.Ga
         """Classify a picture by the base, every fine-tuned model and the merge of this session, side by side.
 
         Args:
-            source: "Demo zoo", or "Hugging Face Hub" for checkpoints of one's own choice.
-            zoo_models: of the zoo: shapes, digits, textures, signs.
-            typed: from the Hub: org/name per line, with @revision and a task's label= in front if need be.
-            base: the checkpoints' common base; empty to find it through their model cards.
+            CHECKPOINTS
             image: the picture.
             task: whose classes to choose from, such as digits, or "my own classes".
             classes: one's own, with commas between them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_epimer.models import vit
 from hf_epimer.models.architecture import Architecture, Classification, Residual, ZeroShot
 from hf_epimer.types import Shape
 
@@ -51,8 +52,7 @@ def block_parameters(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _positions(config: Mapping[str, Any]) -> int:
-    patches: int = (config["image_size"] // config["patch_size"]) ** 2
-    return patches + 1
+    return vit.patches(config) + 1
 
 
 def _features(tower: Any, pixels: Tensor) -> Tensor:
@@ -90,17 +90,7 @@ CLIP = Architecture(
     name="CLIP vision model",
     tag="clip",
     model_types={"clip_vision_model": None, "clip": "vision_config"},
-    fields={
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_channels": 3,
-        "image_size": 224,
-        "patch_size": 32,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
+    fields=vit.SIZES | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     parameters=_parameters,
     prefix="vision_model.",
     nested=("vision_model.", "vision_tower.", "clip.", "model."),

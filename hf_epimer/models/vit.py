@@ -1,7 +1,7 @@
 """ViT: a class token, pre-norm blocks, a final layer norm; classified by a linear layer on the class token.
 
-Names are those of a ViTForImageClassification in files; memory has others from transformers 5.10 on. What DeiT has in
-common with it is imported from here.
+Names are those of a ViTForImageClassification in files; memory has others from transformers 5.10 on. What other
+families have in common with it is imported from here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_epimer.types import Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIELDS: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -23,10 +23,10 @@ FIELDS: dict[str, Any] = {
     "num_channels": 3,
     "image_size": 224,
     "patch_size": 16,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "qkv_bias": True,
 }
+"""Fields of a vision config that all families here have -> transformers' defaults: those of a ViT-B/16."""
+
+FIELDS = SIZES | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True}
 
 ATTENTION_RENAMED = (
     ("attention.q_proj", "attention.attention.query"),

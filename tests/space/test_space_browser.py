@@ -128,6 +128,8 @@ def test_a_picture_is_one_click_away(browser: Browser) -> None:
     browser.open(PHONE, "dark")
     browser.tab("Try it")
     picture = browser.wait(lambda: browser.all("#try-gallery img"))[20]
+    heights = [browser.one(f"#try-gallery{inside}").rect["height"] for inside in ("", " .grid-container")]
+    assert heights[0] - heights[1] < 40  # no empty space below the pictures
     browser.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", picture)
     picture.click()
     names = browser.wait(lambda: [card.text.split()[0] for card in browser.all("#try-result .ep-card h4")])
