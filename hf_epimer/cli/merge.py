@@ -51,7 +51,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-rho", type=float, default=absent, metavar="RHO", help=what)
     what = "train the merge towards its models' features, on --samples images of every task without labels"
     parser.add_argument("--refine", action="store_true", default=absent, help=what)
-    what = "of a refinement: steps of 16 images of every task; default 200"
+    what = "of a refinement: steps of 16 images of every task; default 100"
     parser.add_argument("--refine-steps", type=int, default=absent, metavar="N", help=what)
     what = "choose alpha by how near predictions come to the checkpoints' own on --samples images of every task"
     parser.add_argument("--tune-alpha", action="store_true", default=absent, help=what)

@@ -9,6 +9,8 @@ import torch
 
 from hf_epimer.methods.statistic import POSITIONS
 from hf_epimer.pipeline.plan import Plan
+from hf_epimer.pipeline.refinement.muon import ITERATIONS
+from hf_epimer.types import Shape
 
 PASSES = 4.5
 """Of a calibration: forward passes that cost as much, as counted in `hf_epimer.pipeline.calibration.step`."""
@@ -36,8 +38,11 @@ def refinement_operations(plan: Plan, pictures: int, views: int) -> float:
         pictures: of every task in a step.
         views: of every image that its own model embeds.
     """
-    trained = plan.recipe.refine_steps * pictures * len(plan.models)
-    return _a_pass(plan) * (PASSES_OF_TRAINING * trained + views * _images(plan))
+    steps = plan.recipe.refine_steps
+    passes = PASSES_OF_TRAINING * steps * pictures * len(plan.models) + views * _images(plan)
+    sides = [sorted(shape) for shape in _matrices(plan)]
+    of_muon = ITERATIONS * sum(4.0 * short**2 * long + 2.0 * short**3 for short, long in sides)
+    return _a_pass(plan) * passes + steps * of_muon
 
 
 def expected_seconds(operations: float, device: str, size: int = 1024) -> float:
@@ -61,9 +66,12 @@ def in_words(seconds: float) -> str:
 
 def _a_pass(plan: Plan) -> float:
     """Floating-point operations of one image's forward pass."""
-    blocks = plan.architecture.blocks
-    matrices = sum(math.prod(shape) for name, shape in plan.shapes.items() if blocks in name and len(shape) == 2)
-    return 2.0 * matrices * plan.architecture.positions(plan.base.vision_config)
+    return 2.0 * sum(map(math.prod, _matrices(plan))) * plan.architecture.positions(plan.base.vision_config)
+
+
+def _matrices(plan: Plan) -> list[Shape]:
+    """The shapes of those of the blocks."""
+    return [shape for name, shape in plan.shapes.items() if plan.architecture.blocks in name and len(shape) == 2]
 
 
 def _images(plan: Plan) -> int:

@@ -73,7 +73,7 @@ class MergeRecipe:
     views: int = 1
     calibration_rho: float = 0.2
     refine: bool = False
-    refine_steps: int = 200
+    refine_steps: int = 100
     tune_alpha: bool = False
     evaluate: bool = False
     limit: int | None = None
@@ -164,7 +164,7 @@ class MergeRecipe:
         if bool(self.calibrate) != method.calibrates:
             words += ["--calibrate" if self.calibrate else "--no-calibrate"]
         calibration = (("views", 1), ("calibration_rho", 0.2)) if self.calibrate else ()
-        refinement = (("refine_steps", 200),) if self.refine else ()
+        refinement = (("refine_steps", 100),) if self.refine else ()
         for name, usual in (
             *calibration,
             *refinement,

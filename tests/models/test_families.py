@@ -162,7 +162,7 @@ def check_refine(family: Family, zoo: Path, merge: Merge, command: Command) -> N
     """What is trained is nearer to what each model's classifier reads."""
     report = strict(merge(*TASKS, "--method", "mean", "--refine", "--refine-steps", "4") / "merge_report.json")
     refinement = report["totals"]["refinement"]
-    assert sum(refinement["after"][name] / refinement["before"][name] for name in TUNED) < len(TUNED)
+    assert sum(refinement["after"].values()) < sum(refinement["before"].values())
 
 
 def check_evaluate(family: Family, zoo: Path, merge: Merge, command: Command) -> None:

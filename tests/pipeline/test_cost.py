@@ -36,7 +36,10 @@ def test_operations_are_those_of_the_passes(clip_zoo: Path) -> None:
         of_a_pass * 2 * 16 * (13.5 + 4.5)
     )
     refined = make_plan(recipe(clip_zoo, refine=True, refine_steps=50))
-    assert cost.refinement_operations(refined, 16, 4) == pytest.approx(of_a_pass * (3 * 50 * 16 * 2 + 4 * 2 * 16))
+    of_a_step = 5 * (4 * 6 * width**3 + 2 * (4 * width**2 * hidden + 2 * width**3))
+    of_muon = 50 * config["num_hidden_layers"] * of_a_step
+    passes = of_a_pass * (3 * 50 * 16 * 2 + 4 * 2 * 16)
+    assert cost.refinement_operations(refined, 16, 4) == pytest.approx(passes + of_muon)
     assert 0 < cost.expected_seconds(cost.calibration_operations(plan), "cpu", size=64) < 60
 
 

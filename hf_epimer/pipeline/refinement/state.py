@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +33,17 @@ class State:
     best: Mapping[str, Tensor]
 
 
-def write_state(file: Path, state: State, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+def write_state(
+    file: Path, state: State, parameters: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]
+) -> None:
     """Write a state with the weights and moments of this step.
 
     Raises:
         OutputError: the disk is full.
     """
     moments = {
-        f"optimizer.{number}.{name}": value
+        f"optimizer.{which}.{number}.{name}": value
+        for which, optimizer in enumerate(optimizers)
         for number, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
@@ -55,17 +58,18 @@ def write_state(file: Path, state: State, parameters: Mapping[str, nn.Parameter]
         )
 
 
-def read_state(file: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> State:
-    """Read a state, its weights and moments into `parameters` and `optimizer`."""
+def read_state(file: Path, parameters: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> State:
+    """Read a state, its weights and moments into `parameters` and `optimizers`."""
     with safe_open(file, framework="pt") as opened:
         words = json.loads(opened.metadata()["state"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-    moments: dict[int, dict[str, Tensor]] = {}
+    moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for stored, value in tensors.items():
         if stored.startswith("optimizer."):
-            _, number, name = stored.split(".")
-            moments.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            _, which, number, name = stored.split(".")
+            moments[int(which)].setdefault(int(number), {})[name] = value
+    for optimizer, of_it in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({"state": of_it, "param_groups": optimizer.state_dict()["param_groups"]})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weights.{name}"])

@@ -1,4 +1,6 @@
-"""The training loop of a refinement (of what, `objective` says): AdamW with a warm-up and a cosine to zero.
+"""The training loop of a refinement (of what, `objective` says): a warm-up and a cosine to zero.
+
+Matrices of the blocks take steps of Muon (`hf_epimer.pipeline.refinement.muon`), everything else of AdamW.
 
 Every step takes as many pictures of every task, one task's after the other, so that the memory is that of one task's.
 Now and then L is measured on the pictures that are held out; the weights of its smallest value are the result, and all
@@ -7,7 +9,7 @@ that is needed to go on from there is written.
 In several processes each takes its share of every task's pictures, and gradients are added up: the result is that of
 one process but for rounding.
 
-Memory: weights, gradients, two moments and the best weights; activations of `PICTURES` pictures.
+Memory: weights, gradients, the momentum and the best weights; activations of `PICTURES` pictures.
 """
 
 from __future__ import annotations
@@ -23,15 +25,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from transformers import get_cosine_schedule_with_warmup
 
 from hf_epimer.checkpoints.reader import StateDict, TensorSource
 from hf_epimer.errors import NumericalError
 from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.classifier import Head
 from hf_epimer.models.weights import parameters_of, put_weights
 from hf_epimer.pipeline.processes import ALONE, Processes
-from hf_epimer.pipeline.refinement.objective import squared_distances, task_gains
+from hf_epimer.pipeline.refinement.muon import Muon
+from hf_epimer.pipeline.refinement.objective import loss, squared_distances
 from hf_epimer.pipeline.refinement.pictures import Pictures, read_pictures, write_pictures
 from hf_epimer.pipeline.refinement.state import State, read_state, write_state
 from hf_epimer.pipeline.report import RefinementReport
@@ -42,8 +46,8 @@ logger = logging.getLogger(__name__)
 PICTURES = 16
 """Of every task in a step."""
 
-RATE = 0.02
-"""Of the distance between the merge and its models, so much AdamW moves a weight in a step, where it is fastest."""
+RATE = 0.006
+"""Of the distance between the merge and its models: the root mean square of a step, where it is largest."""
 
 WARM_UP = 0.1
 """The share of steps in which the learning rate rises."""
@@ -65,8 +69,7 @@ class RefinementTask:
         weight: l_t; those of all tasks sum to 1.
         images: to be trained on, in batches, read once.
         held_out: to be judged by, of those that nothing before was fitted to either; read once.
-        embed: z_t: features [n, w] -> what the task's head reads [n, d].
-        by_classifier: whether that head is the model's own classifier.
+        head: of the task.
     """
 
     label: str
@@ -74,8 +77,7 @@ class RefinementTask:
     weight: float
     images: Iterable[Batch]
     held_out: Iterable[Batch]
-    embed: Callable[[Tensor], Tensor]
-    by_classifier: bool = False
+    head: Head
 
 
 def refine(
@@ -113,27 +115,30 @@ def refine(
     tower.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = AdamW(_with_rates(parameters, tasks), weight_decay=0.0)
+    optimizers = _optimizers(parameters, tasks, architecture)
     file = workspace / "state.safetensors"
     if file.exists():
-        state = read_state(file, parameters, optimizer)
+        state = read_state(file, parameters, optimizers)
     else:
         state = State(0, {0: loop.distances()}, 0, _copied(parameters))
-    gains = task_gains([task.weight for task in tasks], state.distances[0])
     # step s is taken at the rate of s + 1 on its way to steps + 1: neither the first nor the last at a rate of 0
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps + 1, last_epoch=state.step)
+    warm_up = math.ceil(WARM_UP * steps)
+    schedules = [
+        get_cosine_schedule_with_warmup(each, warm_up, steps + 1, last_epoch=state.step) for each in optimizers
+    ]
     on_step(state.step, steps)
     while state.step < steps:
-        optimizer.zero_grad()
-        loop.backward(state.step, seed, gains)
-        optimizer.step()
-        schedule.step()
+        tower.zero_grad()
+        loop.backward(state.step, seed)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         state.step += 1
         if state.step % max(1, steps // MEASURED) == 0 or state.step == steps:
             state.distances[state.step] = loop.distances()
-            _keep_best(state, gains, parameters)
+            _keep_best(state, [task.weight for task in tasks], parameters)
             if processes.is_main:
-                write_state(file, state, parameters, optimizer)
+                write_state(file, state, parameters, optimizers)
         on_step(1, steps)
     put_weights(parameters, StateDict("best", state.best))
     labels = [task.label for task in tasks]
@@ -147,19 +152,25 @@ def refine(
     )
 
 
-def _with_rates(parameters: Mapping[str, nn.Parameter], tasks: Sequence[RefinementTask]) -> list[dict[str, Any]]:
-    """A group for every parameter, whose learning rate is `RATE` (sum_t l_t mean (W_t - W)^2)^(1/2).
+def _optimizers(
+    parameters: Mapping[str, nn.Parameter], tasks: Sequence[RefinementTask], architecture: Architecture
+) -> list[Optimizer]:
+    """Of the blocks' matrices and of everything else, with `RATE` (sum_t l_t mean (W_t - W)^2)^(1/2) for every one.
 
     So a rate is right for models however far they are from their base, and for every kind of parameter.
     """
-    groups = []
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     for name, parameter in parameters.items():
         apart = (
             task.weight * (task.tuned.tensor(name).to(parameter) - parameter.detach()).square().mean() for task in tasks
         )
         rate = RATE * math.sqrt(math.fsum(map(float, apart)))
-        groups.append({"params": [parameter], "lr": rate, "initial_lr": rate})
-    return groups
+        is_matrix = parameter.ndim == 2 and architecture.blocks in name
+        (matrices if is_matrix else others).append({"params": [parameter], "lr": rate, "initial_lr": rate})
+    device = next(iter(parameters.values())).device
+    half = torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    return [Muon(matrices, half), AdamW(others, weight_decay=0.0)]
 
 
 @dataclass(frozen=True)
@@ -177,14 +188,14 @@ class _Loop:
         """(number of this process, number of processes)."""
         return self.processes.rank, self.processes.count
 
-    def backward(self, step: int, seed: int, gains: Sequence[float]) -> None:
+    def backward(self, step: int, seed: int) -> None:
         """Give the parameters the gradient of a step, that of all processes."""
         device = next(self.tower.parameters()).device
-        for task, seen, gain in zip(self.tasks, self.pictures, gains, strict=True):
+        for task, seen in zip(self.tasks, self.pictures, strict=True):
             pixels, targets = seen.batch(step, PICTURES, seed, self.share)
             with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
                 distances = self._distances(task, pixels, targets)
-            (gain / PICTURES * distances.sum()).backward()
+            (task.weight / PICTURES * distances.sum()).backward()
         for parameter in self.tower.parameters():
             if parameter.grad is not None:  # as of what features do not depend on
                 parameter.grad = self.processes.sum(parameter.grad)
@@ -207,19 +218,16 @@ class _Loop:
         return squared_distances(embedded, targets.to(embedded.device))
 
 
-def _keep_best(state: State, gains: Sequence[float], parameters: Mapping[str, nn.Parameter]) -> None:
+def _keep_best(state: State, weights: Sequence[float], parameters: Mapping[str, nn.Parameter]) -> None:
     """Keep the weights of this step where L is smaller than it has been.
 
     Raises:
         NumericalError: it is not finite.
     """
-    losses = {
-        step: math.fsum(gain * distance for gain, distance in zip(gains, distances, strict=True))
-        for step, distances in state.distances.items()
-    }
+    losses = {step: loss(weights, distances) for step, distances in state.distances.items()}
     if not math.isfinite(losses[state.step]):
         raise NumericalError(f"refinement: the loss is not finite after {state.step} steps")
-    logger.info("refinement: after %d steps %.4f of the start's loss", state.step, losses[state.step])
+    logger.info("refinement: %.4g after %d steps, %.4g at the start", losses[state.step], state.step, losses[0])
     if losses[state.step] < losses[state.best_step]:
         state.best_step, state.best = state.step, _copied(parameters)
 
@@ -234,8 +242,8 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def _embedded(tower: nn.Module, architecture: Architecture, task: RefinementTask, pixels: Tensor) -> Tensor:
     """z_t(f(x)), [n, d], of pixels [n, 3, h, w]."""
-    features = architecture.features_for(by_classifier=task.by_classifier)
-    return task.embed(features(tower, pixels.to(next(tower.parameters()).device)).float())
+    features = architecture.features_for(by_classifier=task.head.is_trained)
+    return task.head.embed(features(tower, pixels.to(next(tower.parameters()).device)).float())
 
 
 @torch.no_grad()

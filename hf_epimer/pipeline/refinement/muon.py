@@ -1,0 +1,71 @@
+"""Muon: steps of a matrix along the polar factor of its momentum.
+
+    M <- b M + (1 - b) G        N = b M + (1 - b) G        W <- W - rate sqrt(max(m, n)) polar(N)
+
+Of all steps of one spectral norm, that is the steepest; a preconditioner by both sides' second moments, as in Shampoo
+and K-FAC, comes to it when they are those of one gradient. An entry of the step has `rate` as its root mean square.
+
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; torch has it from 2.9 on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+MOMENTUM = 0.9
+"""b."""
+
+ITERATIONS = 5
+"""Of Newton and Schulz."""
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Jordan's: after `ITERATIONS` steps all but the smallest singular values are between 0.7 and 1.2, which is enough."""
+
+
+class Muon(Optimizer):
+    """For matrices, m x n.
+
+    Args:
+        groups: of parameters, each with its rate, `lr`.
+        dtype: of the iteration's products.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype) -> None:
+        super().__init__(groups, {})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of every matrix that has a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
+                ahead = weight.grad.lerp(momentum, MOMENTUM)
+                length = math.sqrt(max(weight.shape))
+                weight.sub_(nearly_polar(ahead.to(self.dtype)).to(weight), alpha=group["lr"] * length)
+
+
+def nearly_polar(matrix: Tensor) -> Tensor:
+    """P f(S) Q^T of P S Q^T, f(S) between 0.7 and 1.2 but for the smallest of S; 0 of 0. No decomposition.
+
+    Args:
+        matrix: m x n, of any scale.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    x = wide / wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.mT
