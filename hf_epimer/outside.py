@@ -49,7 +49,8 @@ def exists(path: Path) -> bool:
 def leads_elsewhere(file: Path) -> bool:
     """Whether a file is a link out of its folder. Those of the Hub's cache lead to its own `blobs`, and are not."""
     folder = Path(os.path.realpath(file.parent))
-    places = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    snapshots = (place.parent for place in (folder, *folder.parents) if place.parent.name == "snapshots")
+    places = [folder, *(place.parent / "blobs" for place in snapshots)]
     return not any(Path(os.path.realpath(file)).is_relative_to(place) for place in places)
 
 

@@ -114,6 +114,8 @@ def measure(recipe: StatisticsRecipe, progress: Progress = lambda stage, done, t
     started = time.monotonic()
     targets = {file: _target(recipe.out, file.name) for file in recipe.files if recipe.out}
     task = find_task(recipe.task)
+    if recipe.push and recipe.model.subfolder:
+        raise UsageError(f"{recipe.model}: --push adds files at the top of a repo, not to a subfolder: use --out")
     if recipe.push:
         check_push_access(recipe.model.location)
     model = resolve_model(recipe.model)

@@ -1,4 +1,4 @@
-"""References to models, as words: `[label=]folder` or `[label=]org/name[@revision]`."""
+"""References to models, as words: `[label=]folder` or `[label=]org/name[@revision][:subfolder]`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ LONGEST_LABEL = 64
 _URL = re.compile(r"(?:[a-z][a-z\d+.-]*://|(?:www\.)?huggingface\.co/|hf\.co/)", re.IGNORECASE)
 
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+_SUBFOLDER = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")
 
 
 def is_repo_id(text: str) -> bool:
@@ -68,11 +70,12 @@ def _without_query(url: str) -> str:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """`[label=]ref`, ref = a local folder (or file) or `org/name[@revision]`."""
+    """`[label=]ref`, ref = a local folder (or file) or `org/name[@revision][:subfolder]`."""
 
     location: str
     revision: str | None = None
     label: str | None = None
+    subfolder: str | None = None
 
     @classmethod
     def parse(cls, text: str, *, local: bool = True) -> ModelRef:
@@ -84,7 +87,7 @@ class ModelRef:
 
         Raises:
             NotFoundError: it looks like a path and nothing is there.
-            UsageError: it is neither a path nor `org/name[@revision]`.
+            UsageError: it is neither a path nor `org/name[@revision][:subfolder]`.
         """
         label, rest = None, text
         if "=" in text and not _URL.match(text) and not (local and exists(Path(text))):
@@ -96,13 +99,15 @@ class ModelRef:
             raise UsageError(
                 f"{_without_query(rest)} is a URL: name a repo as org/name or org/name@revision, a folder by its path"
             )
-        repo, _, revision = rest.partition("@")
+        place, colon, subfolder = rest.partition(":")
+        repo, _, revision = place.partition("@")
         if local and (rest.startswith((".", "/", "~")) or repo.count("/") > 1):
             raise NotFoundError(f"{text}: folder {rest} does not exist")
-        if not _REPO.fullmatch(repo) or (not revision and "@" in rest):
+        is_whole = bool(revision) or "@" not in rest
+        if not _REPO.fullmatch(repo) or not is_whole or (colon and not _SUBFOLDER.fullmatch(subfolder)):
             what = "neither a folder nor" if local else "not"
-            raise UsageError(f"{text!r} is {what} a Hub id of the form org/name or org/name@revision")
-        return cls(repo, revision or None, label)
+            raise UsageError(f"{text!r} is {what} a Hub id of the form org/name or org/name@revision:subfolder")
+        return cls(repo, revision or None, label, subfolder or None)
 
     @property
     def is_local(self) -> bool:
@@ -117,4 +122,5 @@ class ModelRef:
     def __str__(self) -> str:
         label = f"{self.label}=" if self.label else ""
         revision = f"@{self.revision}" if self.revision else ""
-        return f"{label}{self.location}{revision}"
+        subfolder = f":{self.subfolder}" if self.subfolder else ""
+        return f"{label}{self.location}{revision}{subfolder}"

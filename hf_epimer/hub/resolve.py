@@ -6,9 +6,10 @@ Nothing is downloaded here. A repo with pickled weights only is replaced by its 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import huggingface_hub  # its names are loaded when they are used, which a merge of local folders never does
 from huggingface_hub import constants
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 
 def resolve(ref: ModelRef) -> Source:
     """Look a reference up: which commit, which files. Nothing is downloaded.
@@ -33,7 +36,7 @@ def resolve(ref: ModelRef) -> Source:
     A repo with pickled weights only is replaced by its conversion where there is one.
 
     Raises:
-        NotFoundError: no such folder, repo or revision, or private without a token that may read it.
+        NotFoundError: no such folder, repo, subfolder or revision, or private without a token that may read it.
         AccessError: gated, or the token is not valid.
         HubError: the Hub cannot be reached.
     """
@@ -47,8 +50,11 @@ def resolve(ref: ModelRef) -> Source:
         except PermissionError as error:
             raise AccessError(f"{ref}: the folder may not be read (permission denied)") from error
         return Source(ref, label, frozenset(p.name for p in paths), {p.name: p.stat().st_size for p in paths})
-    if constants.HF_HUB_OFFLINE:
-        return _resolve_offline(ref, label)
+    return _within(ref, _resolve_offline(ref, label) if constants.HF_HUB_OFFLINE else _resolve_online(ref, label))
+
+
+def _resolve_online(ref: ModelRef, label: str) -> Source:
+    """As the Hub has it now; what it says is noted for working offline."""
     api = huggingface_hub.HfApi()
     source = persist(
         lambda: source_at(ref, api.model_info(ref.location, revision=ref.revision, files_metadata=True)),
@@ -63,6 +69,30 @@ def resolve(ref: ModelRef) -> Source:
     for name, revision in {(ref.location, ref.revision), (source.ref.location, source.ref.revision)}:
         write_note("model", name, revision, _to_note(source))
     return source
+
+
+def _within(ref: ModelRef, repo: Source) -> Source:
+    """What lies in the subfolder that a reference names, and the repo's card; all of the repo where it names none."""
+    if ref.subfolder is None:
+        return repo
+    inside = f"{ref.subfolder}/"
+
+    def below(of_files: Mapping[str, Value]) -> dict[str, Value]:
+        card = {name: value for name, value in of_files.items() if name == CARD}
+        return {name.removeprefix(inside): of_files[name] for name in of_files if name.startswith(inside)} | card
+
+    if not any(name.startswith(inside) for name in repo.files):
+        folders = sorted({name.rpartition("/")[0] for name in repo.files if "/" in name})
+        raise NotFoundError(f"{ref}: there is no such folder in the repo, which has {', '.join(folders[:6]) or 'none'}")
+    return replace(
+        repo,
+        ref=replace(repo.ref, subfolder=ref.subfolder),
+        files=frozenset(below(dict.fromkeys(repo.files))),
+        sizes=below(repo.sizes),
+        sha256=below(repo.sha256),
+        blob_ids=below(repo.blob_ids),
+        intact={},
+    )
 
 
 def source_at(ref: ModelRef, info: ModelInfo) -> Source:
@@ -147,18 +177,20 @@ def _from_note(ref: ModelRef, label: str, note: dict[str, Any]) -> Source:
 def _resolve_from_cache(ref: ModelRef, label: str) -> Source:
     """The files that another program left in the cache, and those that a checkpoint or adapter has in any case."""
     commit = cached_commit("model", ref.location, ref.revision)
-    configs = ("config.json", "adapter_config.json")  # of a checkpoint, of an adapter
+    inside = f"{ref.subfolder}/" if ref.subfolder else ""
+    configs = (f"{inside}config.json", f"{inside}adapter_config.json")  # of a checkpoint, of an adapter
     found = [huggingface_hub.try_to_load_from_cache(ref.location, name, revision=commit) for name in configs if commit]
     config = next((path for path in found if isinstance(path, str)), None)
     if config is None:
         raise HubError(f"{ref}: not in the local cache, and HF_HUB_OFFLINE is set")
     paths = [path for path in Path(config).parent.iterdir() if path.is_file()]
     names = {path.name for path in paths}
+    names |= _expected_beside(names, Path(config).parent)
     return Source(
         ModelRef(ref.location, commit, ref.label),
         label,
-        frozenset(names | _expected_beside(names, Path(config).parent)),
-        {path.name: path.stat().st_size for path in paths},
+        frozenset(inside + name for name in names),
+        {inside + path.name: path.stat().st_size for path in paths},
         is_listed=False,
     )
 

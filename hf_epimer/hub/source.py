@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Source:
     Attributes:
         ref: the reference, its revision a commit; a repo by the name that the Hub itself has for it.
         label: unique among the models of a merge.
-        files: names; of a folder, of what lies at its top level.
+        files: names; of a folder those at its top level; of a repo's subfolder those in it, and the repo's card.
         sizes, sha256, blob_ids: by name, as far as they are known; a file has a sha256 or git's blob id.
         conversion: where the weights were converted, and `ref` is the commit of that pull request.
         unconverted: why there is no conversion although there are pickled weights only.
@@ -61,14 +61,14 @@ class Source:
     @property
     def pinned(self) -> ModelRef:
         """The reference with its label and commit."""
-        return ModelRef(self.ref.location, self.ref.revision, self.label)
+        return replace(self.ref, label=self.label)
 
     @property
     def identity(self) -> str:
         """What makes two references the same checkpoint."""
         if self.ref.is_local:
             return str(Path(self.ref.location).resolve())
-        return f"{self.ref.location.lower()}@{self.ref.revision}"
+        return f"{self.ref.location.lower()}@{self.ref.revision}:{self.ref.subfolder or ''}"
 
     @property
     def title(self) -> str:
@@ -114,7 +114,7 @@ class Source:
 
         def ask() -> Any:
             return huggingface_hub.HfApi().parse_safetensors_file_metadata(
-                self.ref.location, name, revision=self._commit(name)
+                self.ref.location, self._path(name), revision=self._commit(name)
             )
 
         try:
@@ -123,9 +123,13 @@ class Source:
             raise CheckpointError(f"{self}: {name} is not a readable safetensors file ({one_line(error)})") from error
         return {tensor: (info.dtype, tuple(info.shape)) for tensor, info in parsed.tensors.items()}
 
+    def _path(self, name: str) -> str:
+        """Where one of its files lies in the repo, whose card is one for all of its subfolders."""
+        return name if name == CARD or not self.ref.subfolder else f"{self.ref.subfolder}/{name}"
+
     def _commit(self, name: str) -> str | None:
         """Where one of its files lies: those that a conversion has no copy of stay where they were."""
-        is_kept = self.conversion is not None and name in self.conversion.kept
+        is_kept = self.conversion is not None and self._path(name) in self.conversion.kept
         return self.conversion.asked if self.conversion and is_kept else self.ref.revision
 
     def _download(self, name: str, force: bool = False) -> Path:
@@ -133,7 +137,8 @@ class Source:
 
         def download() -> Path:
             options: dict[str, Any] = {"force_download": force, "local_files_only": constants.HF_HUB_OFFLINE}
-            return Path(huggingface_hub.hf_hub_download(self.ref.location, name, revision=commit, **options))
+            path = huggingface_hub.hf_hub_download(self.ref.location, self._path(name), revision=commit, **options)
+            return Path(path)
 
         try:
             return persist(download, str(self), name)

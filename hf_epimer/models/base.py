@@ -75,10 +75,14 @@ def _base_of_merge(model: ModelSource) -> dict[str, Any]:
     """What a merge says of its base in its own recipe; nothing where that is no Hub id and no folder that is there."""
     if MERGE_RECIPE not in model.files:
         return {}
-    name, _, revision = str(read_json(model.fetch(MERGE_RECIPE), str(model)).get("base")).partition("@")
-    if not is_repo_id(name) and not (model.ref.is_local and Path(name).is_dir()):
+    try:
+        base = ModelRef.parse(
+            str(read_json(model.fetch(MERGE_RECIPE), str(model)).get("base")), local=model.ref.is_local
+        )
+    except (UsageError, NotFoundError):
         return {}
-    return {"base_model": name, "revision": revision or None, "said_in": MERGE_RECIPE}
+    where = {"revision": base.revision, "subfolder": base.subfolder}
+    return {"base_model": base.location, **where, "said_in": MERGE_RECIPE}
 
 
 def check_same_architecture(base: ModelSource, models: Sequence[ModelSource]) -> None:
@@ -151,4 +155,5 @@ def _named_base(source: Source, name: str, card: dict[str, Any]) -> ModelRef:
     if not is_repo_id(name):
         where = card.get("said_in", "its card")
         raise MismatchError(f"{source}: {where} names base_model {name!r}, which cannot be found; name it with --base")
-    return ModelRef(name, card.get("revision"))
+    same_place = source.ref.subfolder if "said_in" not in card else card.get("subfolder")
+    return ModelRef(name, card.get("revision"), subfolder=same_place)

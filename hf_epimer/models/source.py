@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,7 +115,7 @@ class ModelSource(Source):
     @property
     def _listing(self) -> str:
         """What is there instead of what was looked for, and what to do about it."""
-        names = sorted(self.files)
+        names = sorted({re.sub("/.*", "/", name) for name in self.files}, key=lambda name: (name.endswith("/"), name))
         if self.ref.is_local:
             names += sorted(f"{path.name}/" for path in Path(self.ref.location).iterdir() if path.is_dir())
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
@@ -122,8 +123,9 @@ class ModelSource(Source):
             remedy = "; it is in OpenCLIP's layout: `hf-epimer convert REF --out DIR` makes a CLIPModel of it"
         elif any(name.endswith(".safetensors") for name in names):
             remedy = f"; weights are read under the name {WEIGHTS}: rename the variant that is to be merged"
-        elif any(name.endswith("/") or "/" in name for name in names):
-            remedy = "; if the checkpoint lies in a subfolder, name that folder"
+        elif any(name.endswith("/") for name in names):
+            how = "that folder" if self.ref.is_local else f"it, too: {self.ref.location}:FOLDER"
+            remedy = f"; if the checkpoint lies in a subfolder, name {how}"
         else:
             remedy = ""
         return f"there is {shown or 'nothing'}{remedy}"
@@ -187,7 +189,7 @@ class ModelSource(Source):
     def content_sha(self) -> str:
         """What pins its weights: its commit on the Hub, or the sha256 of a local folder's weight files."""
         if not self.ref.is_local:
-            return str(self.ref.revision)
+            return f"{self.ref.revision}:{self.ref.subfolder}" if self.ref.subfolder else str(self.ref.revision)
         digest = hashlib.sha256()
         for name in self.weight_files:
             with open(self.fetch(name), "rb") as file:

@@ -20,7 +20,7 @@ TASKS = ("dtd", "svhn")
 
 
 def fill(hub: StandInHub, folder: Path) -> None:
-    """A base that can read, two fine-tuned towers, two adapters, the data sets of their tasks; and language models."""
+    """A base that can read, two fine-tuned towers, two adapters, their data sets; language models and UNets."""
     base = write_base(folder / "base")
     hub.add_repo(BASE, base)
     hub.add_repo("org/open-clip-b32", write_open_clip(folder / "open-clip", base))
@@ -40,6 +40,11 @@ def fill(hub: StandInHub, folder: Path) -> None:
     for seed, name in enumerate(("lm-code", "lm-chat"), start=1):
         write_shards(folder / name, language_model(seed, tensors))
         (folder / name / "README.md").write_text("---\nbase_model: org/lm\n---\n")
+        hub.add_repo(f"org/{name}", folder / name)
+    unets = {"sd": tensors, "sd-cats": language_model(3, tensors), "sd-dogs": language_model(4, tensors)}
+    for name, unet in unets.items():
+        write_shards(folder / name / "unet", unet)
+        (folder / name / "README.md").write_text("---\nbase_model: org/sd\n---\n")
         hub.add_repo(f"org/{name}", folder / name)
     shutil.rmtree(folder)
 

@@ -21,6 +21,17 @@ def test_a_folder_and_a_label_may_have_letters_of_any_alphabet(tmp_path: Path) -
         assert ModelRef.parse(str(ref)) == ref
 
 
+def test_a_subfolder_stands_behind_the_revision() -> None:
+    for text, expected in {
+        "org/a:unet": ModelRef("org/a", subfolder="unet"),
+        "x=org/a@refs/pr/3:models/image_encoder": ModelRef("org/a", "refs/pr/3", "x", "models/image_encoder"),
+    }.items():
+        assert ModelRef.parse(text) == expected and str(expected) == text
+    for text in ("org/a:", "org/a:../b", "org/a:/b", "org/a:b/", "org/a:unet@main", "org/a@:unet", "folder:unet"):
+        with pytest.raises(UsageError, match="of the form org/name or org/name@revision:subfolder"):
+            ModelRef.parse(text)
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
