@@ -21,7 +21,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     amount.add_argument("--samples", type=int, metavar="N", help="how many samples; default 256")
     amount.add_argument("--fraction", type=float, metavar="F", help="this share of the split instead, in (0, 1]")
     parser.add_argument("--split", metavar="S", help="of the data set; default: the task's training split")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="per process; changes speed only")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="B", help="per process, at most: changes speed only"
+    )
     parser.add_argument("--labels", choices=["true", "sampled"], default="true", help="sampled: the model's own")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples and of sampled labels")
     parser.add_argument(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +30,12 @@ from hf_epimer.numerics.subspace import TaggedBasis
 from hf_epimer.tasks.images import ImageBatches, read_images
 
 OnSamples = Callable[[int], None]
+
+KEPT = 24
+"""Numbers that a backward pass needs of an image, per position, width and block: states, attention, the wider MLP."""
+
+ROOM = 2**30
+"""Bytes that these may take of a machine's memory; of an accelerator's the batch size decides."""
 
 
 def estimate_files(
@@ -125,7 +132,16 @@ def load_subject(request: CurvatureRequest, batch_size: int, accelerator: Accele
         tower = load_tower(folder, request.base)
         model = classifier_for(tower, request.model, request.base, task, samples.class_names)
     share = (accelerator.process_index, accelerator.num_processes)
-    return subject_of(model), ImageBatches(samples, model.pixels, batch_size, share)
+    size = min(batch_size, _images_at_once(model)) if accelerator.device.type == "cpu" else batch_size
+    return subject_of(model), ImageBatches(samples, model.pixels, size, share)
+
+
+def _images_at_once(model: Classifier) -> int:
+    tower: Any = model.tower
+    config = tower.config.to_dict()
+    architecture = model.architecture
+    numbers = KEPT * architecture.positions(config) * config[architecture.width] * config[architecture.depth]
+    return max(1, ROOM // (4 * numbers))
 
 
 def _metadata(request: CurvatureRequest, samples: int) -> StatisticsMetadata:

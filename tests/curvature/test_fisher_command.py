@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -20,7 +22,7 @@ from helpers.curvature import close, fisher_words
 from helpers.hub_cases import pickle_weights
 from helpers.hub_server import WRITER, Fault, StandInHub
 from hf_epimer.curvature import estimate as estimation
-from hf_epimer.curvature.data_pass import estimate_fisher
+from hf_epimer.curvature.data_pass import Subject, accumulate, estimate_fisher
 from hf_epimer.tasks.images import ImageBatches, read_samples
 from hf_epimer.tasks.task import load_task_file
 
@@ -97,6 +99,25 @@ def test_unknown_tasks_and_unlike_models(clip_zoo: Path, tiny_zoo: Path, run: Ru
     assert code == 1 and "is another architecture than the base" in complaint
     code, _, complaint = run("fisher", tiny_zoo / "a", "--base", tiny_zoo / "base", "--task", "dtd", "--out", "f")
     assert code == 1 and "no text tower" in complaint
+
+
+def test_batches_are_what_fits_into_memory(
+    clip_zoo: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large tower fewer images are taken at a time, for the same numbers."""
+    words, sizes = [*fisher_words(clip_zoo), "--samples", 6, "--fisher", "--out"], []
+
+    def seen(subject: Subject, batches: ImageBatches, *arguments: Any, **options: Any) -> Any:
+        sizes.append(batches.size)
+        return accumulate(subject, batches, *arguments, **options)
+
+    monkeypatch.setattr(estimation, "accumulate", seen)
+    for name, room in (("whole", 2**30), ("single", 1)):
+        monkeypatch.setattr(estimation, "ROOM", room)
+        assert run(*words, f"{name}.safetensors")[0] == 0
+        shutil.rmtree(tmp_path / "home")
+    assert sizes == [32, 1]
+    close(tmp_path / "whole.safetensors", tmp_path / "single.safetensors", 1e-5)
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ that a block can be begun again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class HiddenStates:
 
     def __init__(self, folder: Path, shape: Sequence[int], blocks: int = 0) -> None:
         self.count = shape[0]
-        self._files = {tower: [_mapped(folder / f"{tower}-{side}", shape) for side in (0, 1)] for tower in TOWERS}
+        self._files = {tower: [_mapped(_file(folder, tower, side), shape) for side in (0, 1)] for tower in TOWERS}
         self._start = blocks % 2
         self._within: set[str] = set()
 
@@ -64,9 +64,33 @@ class HiddenStates:
 TOWERS = ("merged", "tuned")
 
 
+def write_first(folder: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[int] | None:
+    """States at the beginning of the first block, batch after batch, so that they are never in memory together.
+
+    Args:
+        batches: tower -> images x positions x width.
+
+    Returns:
+        The shape of all, None where there is no batch.
+    """
+    shape: list[int] | None = None
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:
+        streams = {tower: files.enter_context(_file(folder, tower, side=0).open("wb")) for tower in TOWERS}
+        for batch in batches:
+            for tower, states in batch.items():
+                streams[tower].write(states.float().cpu().contiguous().numpy().data)
+            count, *rest = batch[TOWERS[0]].shape
+            shape = [(shape[0] if shape else 0) + count, *rest]
+    return shape
+
+
+def _file(folder: Path, tower: str, side: int) -> Path:
+    return folder / f"{tower}-{side}"
+
+
 def _mapped(path: Path, shape: Sequence[int]) -> Tensor:
     """Numbers in a file, which the system may put out of memory; those of an earlier run where it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=torch.float32).view(*shape)
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -42,7 +42,7 @@ from hf_epimer.models.architecture import Architecture, Residual
 from hf_epimer.models.weights import Block, blocks_of, parameters_of, put_weights
 from hf_epimer.numerics.regression import anchored_step, gram, prior
 from hf_epimer.pipeline.calibration.finished import block_file, keep_block, restore_block
-from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, stopped
+from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, stopped, write_first
 from hf_epimer.pipeline.processes import ALONE, Processes
 from hf_epimer.pipeline.views import crops
 from hf_epimer.tasks.images import Batch
@@ -113,7 +113,7 @@ def calibrate(
     steps = len(blocks[0].residuals(architecture)) * len(tasks)
     on_step(0, len(blocks) * steps)
     states = [
-        _first_states(tower, task, views, architecture, workspace / str(number), len(done))
+        _first_states(tower, blocks, task, views, architecture, workspace / str(number), len(done))
         for number, task in enumerate(tasks)
     ]
     tuned = copy.deepcopy(blocks[0])  # takes the weights of any block of any task
@@ -145,7 +145,13 @@ def calibrate(
 
 
 def _first_states(
-    tower: nn.Module, task: CalibrationTask, views: int, architecture: Architecture, folder: Path, blocks: int
+    tower: nn.Module,
+    blocks: Sequence[Block],
+    task: CalibrationTask,
+    views: int,
+    architecture: Architecture,
+    folder: Path,
+    done: int,
 ) -> HiddenStates:
     """One task's images through both towers up to their first block, or as an interrupted run has left them.
 
@@ -154,28 +160,31 @@ def _first_states(
     """
     note = folder / "shape.json"
     if note.exists():
-        return HiddenStates(folder, json.loads(note.read_text(encoding="utf-8")), blocks)
-    other = copy.deepcopy(tower)
-    put_weights(parameters_of(other, architecture), task.tuned)
-    first = {name: (module, blocks_of(module, architecture)[0].module) for name, module in zip(TOWERS, (tower, other))}
+        return HiddenStates(folder, json.loads(note.read_text(encoding="utf-8")), done)
+    first = blocks[0].module
+    in_blocks = {name for block in blocks for name in block.parameters}
+    other = copy.deepcopy(tower, {id(block.module): block.module for block in blocks})  # none of them is run here
+    put_weights(
+        {name: value for name, value in parameters_of(other, architecture).items() if name not in in_blocks}, task.tuned
+    )
     device = next(tower.parameters()).device
-    chunks: dict[str, list[Tensor]] = {name: [] for name in TOWERS}
-    for batch in task.images:
-        for view in range(views):
-            pixels = crops(batch.inputs, batch.indices, view).to(device)
-            for name, (module, block) in first.items():
-                with caught(block) as seen, stopped():
-                    architecture.features(module, pixels)
-                chunks[name].append(seen[block].cpu())
-    if not chunks["merged"]:
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for batch in task.images:
+            for view in range(views):
+                pixels = crops(batch.inputs, batch.indices, view).to(device)
+                found = {}
+                for name, module in zip(TOWERS, (tower, other)):
+                    with caught(first) as seen, stopped():
+                        architecture.features(module, pixels)
+                    found[name] = seen[first]
+                yield found
+
+    shape = write_first(folder, batches())
+    if shape is None:
         raise DataError(f"{task.tuned.label}: there are no images to calibrate on")
-    shape = (sum(map(len, chunks["merged"])), *chunks["merged"][0].shape[1:])
-    states = HiddenStates(folder, shape, blocks=1)
-    for name, parts in chunks.items():
-        states.write(name, slice(None), torch.cat(parts))
-    states.end_block()
     write_text(note, json.dumps(shape))
-    return states
+    return HiddenStates(folder, shape)
 
 
 # --- one residual ---------------------------------------------------------------------------------------------------
