@@ -1,6 +1,7 @@
-"""What a calibrated merge costs: a whole `hf-epimer merge` of ViT-sized checkpoints on encoded pictures.
+"""What a calibrated or a refined merge costs: a whole `hf-epimer merge` of ViT-sized checkpoints on encoded pictures.
 
     python scripts/bench_calibrate.py [--model vit-b-32] [--tasks 8] [--images 256] [--views 1] [--blocks 2]
+    python scripts/bench_calibrate.py --refine-steps 2 [...]
 
 Weights and task vectors are random, pictures are noise in JPEG: that is enough for seconds and bytes, not for accuracy.
 Prints the command's own seconds by part, its peak memory, and the floating-point operations of the calibration against
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="per task")
     parser.add_argument("--views", type=int, default=1)
     parser.add_argument("--blocks", type=int, help="of the towers; default: all of the model's")
+    parser.add_argument("--refine-steps", type=int, help="refine instead of calibrating")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--evaluate", action="store_true", help="on the same pictures, for its seconds")
     options = parser.parse_args()
@@ -115,8 +117,10 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        words = [sys.executable, "-m", "hf_epimer", *make_zoo(folder, options), "--method", "tsv-m", "--calibrate"]
-        words += ["--samples", str(options.images), "--views", str(options.views), "--device", options.device]
+        words = [sys.executable, "-m", "hf_epimer", *make_zoo(folder, options), "--method", "tsv-m"]
+        steps, views = options.refine_steps, str(options.views)
+        words += ["--refine", "--refine-steps", str(steps)] if steps else ["--calibrate", "--views", views]
+        words += ["--samples", str(options.images), "--device", options.device]
         words += ["--out", str(folder / "merged"), "--json", *["--evaluate"] * options.evaluate]
         started = time.perf_counter()
         done = subprocess.run(
@@ -133,6 +137,8 @@ def main() -> None:
     console.print(f"{'process':<16} {wall:8.1f} s")
     for name, size in report["memory"].items():
         console.print(f"{name:<16} {size / 2**30:8.2f} GiB")
+    if options.refine_steps:
+        return
     reached = peak(options.device)
     console.print(
         f"calibration: {operations / 1e12:.0f} T operations, and {reached / 1e12:.2f} T a second in a product"

@@ -71,9 +71,15 @@ def write_merge(
     if plan.has_heads and launched().is_main:
         write_heads(folder, _heads(plan))
     if plan.writes_adapter:
-        updates = noted(_updates(plan, ingredients, on_layer))
+        made: Iterable[MergedUpdate] = _updates(plan, ingredients, on_layer)
+        refinement = None
+        if plan.recipe.refine:
+            from hf_epimer.pipeline.refinement.layers import refined_updates
+
+            made, refinement = refined_updates(made, plan, ingredients, progress)
+        updates = noted(made)
         _by_the_first(updates, lambda: _write_adapter(folder, plan, ingredients, updates))
-        return tuple(reports), None
+        return tuple(reports), refinement
     dtype = dtype_of(plan, ingredients.base)
     layers: Iterator[MergedLayer] = dense_layers(plan, ingredients, dtype, on_layer)
     if plan.recipe.calibrate:

@@ -166,7 +166,7 @@ class Plan:
         """Whether the base's weights are needed: adapters that become an adapter in their core need its shapes only,
         which are in its config, and what they replace."""
         in_core = self.writes_adapter and works_in_core(self.method, self.recipe.options)
-        return not in_core or self.recipe.evaluate or bool(self.to_estimate)
+        return not in_core or self.recipe.evaluate or self.recipe.refine or bool(self.to_estimate)
 
     @property
     def measured(self) -> list[CurvatureFile]:

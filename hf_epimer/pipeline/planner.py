@@ -215,14 +215,12 @@ def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Seque
     benchmarks(recipe.eval_results, [model.task for model in models if model.task])
     check_same_architecture(base, full)
     _check_distinct(base, models)
-    if not _writes_adapter(recipe, models):
+    if recipe.refine or not _writes_adapter(recipe, models):
         base.check_readable()
     if recipe.skip:
         raise UsageError(f"--skip is for models of no family that is known here; {base} is a {base.architecture.name}")
     if recipe.calibrate and _writes_adapter(recipe, models):
         raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
-    if recipe.refine and _writes_adapter(recipe, models):
-        raise UsageError("--refine trains whole layers, which no adapter can hold: add --dense")
     if recipe.full and _writes_adapter(recipe, models):
         raise UsageError("--full writes a whole model, and the result is an adapter: add --dense")
     if recipe.full:

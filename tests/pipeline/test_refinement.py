@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from helpers.adapters import make
 from helpers.command import Run, fails
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError, NumericalError
@@ -27,10 +29,11 @@ from hf_epimer.models.classifier import LinearHead, ZeroShotHead
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.weights import parameters_of
+from hf_epimer.numerics.lowrank import low_rank
 from hf_epimer.pipeline.calibration import layers as calibration_layers
 from hf_epimer.pipeline.refinement import layers as refinement_layers
 from hf_epimer.pipeline.refinement import training
-from hf_epimer.pipeline.refinement.muon import Muon, nearly_polar
+from hf_epimer.pipeline.refinement.muon import FactoredMuon, Muon, nearly_polar
 from hf_epimer.pipeline.refinement.objective import loss, squared_distances
 from hf_epimer.pipeline.refinement.pictures import Pictures, read_pictures, write_pictures
 from hf_epimer.pipeline.refinement.training import RefinementTask, refine
@@ -162,11 +165,38 @@ def test_matrices_of_the_blocks_have_one_optimiser_and_all_else_another(clip_bas
     parameters = parameters_of(tower, CLIP)
     other = StateDict("tuned", {name: value.detach() + 2.0 for name, value in parameters.items()})
     task = RefinementTask("a", other, 1.0, [], [], head())
-    muon, adamw = training._optimizers(parameters, [task], CLIP)
+    muon, adamw = training._optimizers(parameters, [task], CLIP, {})
     groups = [[group["params"][0] for group in each.param_groups] for each in (muon, adamw)]
     assert all(weight.ndim == 2 for weight in groups[0]) and len(groups[0]) == 6 * len(tower_blocks(parameters))
     assert {id(value) for part in groups for value in part} == {id(value) for value in parameters.values()}
     assert all(group["lr"] == pytest.approx(2 * training.RATE) for group in muon.param_groups + adamw.param_groups)
+
+
+def test_a_factored_step_keeps_the_rank_and_moves_as_far_as_any() -> None:
+    """dL/dB = G A^T and dL/dA = B^T G: against autograd through B A, at equal signs of every direction."""
+    generator = torch.Generator().manual_seed(0)
+    base, b, a, goal = (torch.randn(s, generator=generator) for s in ((12, 20), (12, 3), (3, 20), (12, 20)))
+    weight = nn.Parameter(base + b @ a)
+    muon = FactoredMuon([{"params": [weight], "lr": 0.01, "update": low_rank(b, a)}], torch.float32)
+    factors = [muon.state[weight][name].clone().requires_grad_() for name in "ba"]
+    losses = []
+    for step in range(20):
+        before = weight.detach().clone()
+        loss = (weight - goal).square().sum()
+        losses.append(float(loss.detach()))
+        weight.grad = torch.autograd.grad(loss, weight)[0]
+        muon.step()
+        moved = weight.detach() - before
+        if not step:
+            assert 0.7 * 0.01 < float(moved.square().mean().sqrt()) < 1.5 * 0.01
+            slopes = torch.autograd.grad((base + factors[0] @ factors[1] - goal).square().sum(), factors)
+            for factor, name, slope in zip(factors, "ba", slopes):
+                u, _, vh = torch.linalg.svd(slope, full_matrices=False)
+                along = u.T @ (factor.detach() - muon.state[weight][name]) @ vh.T
+                assert torch.allclose(along, along.diagonal().diag(), atol=1e-4) and float(along.diagonal().min()) > 0
+    assert losses == sorted(losses, reverse=True)
+    values = torch.linalg.svdvals(weight.detach() - base)
+    assert float(values[3]) < 1e-5 < float(values[2])
 
 
 def tower_blocks(parameters: dict[str, nn.Parameter]) -> set[str]:
@@ -328,6 +358,32 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(clip_base: Pat
         assert replace(found, seconds=0) == replace(report, seconds=0) and same(again, whole)
 
 
+def test_an_adapter_that_was_stopped_goes_on_to_the_same_bits(clip_base: Path, tmp_path: Path) -> None:
+    start, task = load_tower(clip_base), task_of(tuned_tower(clip_base, 1), 1, 1.0)
+    parameters = parameters_of(start, CLIP)
+    name = next(name for name in parameters if name.endswith("q_proj.weight"))
+    bias = name.replace("weight", "bias")
+    generator = torch.Generator().manual_seed(0)
+    b, a = (0.1 * torch.randn(s, generator=generator) for s in ((16, 2), (2, 16)))
+    before = {key: value.detach().clone() for key, value in parameters.items()}
+    start.get_parameter(next(k for k, v in start.named_parameters() if v is parameters[name])).data += b @ a
+    updates = {name: low_rank(b, a), bias: torch.zeros(16)}
+    whole, report = refined(start, [task], tmp_path / "whole", steps=10, updates=updates)
+
+    def stop(done: int, total: int) -> None:
+        if (tmp_path / "stopped" / "state.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refined(start, [task], tmp_path / "stopped", steps=10, updates=updates, on_step=stop)
+    again, found = refined(start, [task], tmp_path / "stopped", steps=10, updates=updates)
+    assert replace(found, seconds=0) == replace(report, seconds=0) and same(again, whole) and report.best_step
+    after = parameters_of(whole, CLIP)
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed == {name, bias}
+    assert float(torch.linalg.svdvals(after[name].detach() - before[name])[2]) < 1e-5
+
+
 def never() -> Iterator[Batch]:
     raise AssertionError("the images of an interrupted run are read a second time")
     yield
@@ -366,6 +422,28 @@ def test_refine_from_the_command(words: tuple[object, ...], run: Run, tmp_path: 
     merged, base = load_file(m)[name], parameters_of(load_tower(words[4]), CLIP)[name].detach()  # type: ignore[arg-type]
     layer = next(layer for layer in report["layers"] if layer["name"] == name)
     assert layer["merged_norm"] == pytest.approx(float((merged - base).norm()), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_merged_adapters_are_refined_within_their_ranks(
+    words: tuple[object, ...], run: Run, tmp_path: Path, clip_zoo: Path
+) -> None:
+    shutil.copytree(clip_zoo / "base", tmp_path / "base")
+    for seed, name in enumerate("ab", start=1):
+        make(tmp_path / "base", name, seed)
+    models = (f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--base", tmp_path / "base")
+    adapters = ("merge", *models, *words[5:])
+    code, _, err = run(*adapters, "--out", "m")
+    assert code == 0, err
+    totals = json.loads((tmp_path / "m" / "merge_report.json").read_text())["totals"]
+    refinement = totals["refinement"]
+    assert refinement["best_step"] > 0
+    assert sum(refinement["after"].values()) < sum(refinement["before"].values())
+    assert "then trained without labels" in (tmp_path / "m" / "README.md").read_text()
+    assert run(*adapters[:-3], "--out", "p")[0] == 0
+    m, p = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "mp")
+    assert {name: value.shape for name, value in m.items()} == {name: value.shape for name, value in p.items()}
+    assert not any(torch.equal(value, p[name]) for name, value in m.items() if "lora_" in name)
 
 
 def test_a_calibrated_merge_is_refined_and_a_plan_says_so(words: tuple[object, ...], run: Run, tmp_path: Path) -> None:

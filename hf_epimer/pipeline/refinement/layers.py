@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
+import torch
+from torch import Tensor, nn
+
+from hf_epimer.checkpoints.reader import TensorSource
+from hf_epimer.lora import MergedUpdate, fold_updates
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.models.head import load_head
 from hf_epimer.models.loading import load_processor, preprocess
+from hf_epimer.models.weights import parameters_of
+from hf_epimer.numerics.lowrank import LowRank, factorize
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.refinement.pictures import BATCH
@@ -38,9 +46,53 @@ def refined_layers(
         OutputError: there is no room for the pictures.
         NumericalError: the loss is not finite, or a value does not fit into the merge's type.
     """
-    recipe, processes, layers = plan.recipe, launched(), list(merged)
-    device = processes.device(recipe.device)
+    layers = list(merged)
     tower = tower_of(layers, plan)
+    report = _refined(tower, layers, plan, ingredients, progress)
+    return list(with_weights_of(tower, layers, plan, ingredients.base)), report
+
+
+def refined_updates(
+    merged: Iterable[MergedUpdate], plan: Plan, ingredients: Ingredients, progress: Progress
+) -> tuple[list[MergedUpdate], RefinementReport]:
+    """The same of a merged adapter, whose updates keep their ranks.
+
+    Raises:
+        DataError, OutputError, NumericalError: as in `refined_layers`.
+    """
+    updates = list(merged)
+    layers = list(fold_updates(updates, ingredients.base, torch.float32))
+    tower = tower_of(layers, plan)
+    trained = {each.name: each.update for each in updates if not isinstance(each.update, LowRank) or each.update.rank}
+    report = _refined(tower, layers, plan, ingredients, progress, trained)
+    parameters = parameters_of(tower, plan.architecture)
+    moved = trained if report.best_step else {}
+    return [
+        _moved(each, parameters[each.name].detach().cpu(), ingredients.base) if each.name in moved else each
+        for each in updates
+    ], report
+
+
+def _moved(merged: MergedUpdate, weight: Tensor, base: TensorSource) -> MergedUpdate:
+    """An update that leads from the base to a weight, of the rank that it had."""
+    update = weight.double() - base.tensor(merged.name).double()
+    report = replace(merged.report, merged_norm=float(update.norm()))
+    if not isinstance(merged.update, LowRank):
+        return replace(merged, update=update, report=report)
+    return replace(merged, update=factorize(update.flatten(1)).truncated(merged.update.rank), report=report)
+
+
+def _refined(
+    tower: nn.Module,
+    layers: Sequence[MergedLayer],
+    plan: Plan,
+    ingredients: Ingredients,
+    progress: Progress,
+    updates: Mapping[str, LowRank | Tensor] | None = None,
+) -> RefinementReport:
+    """Train the tower of these layers in place; `updates` as in `refine`."""
+    recipe, processes = plan.recipe, launched()
+    device = processes.device(recipe.device)
     pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
     batches, tasks = [], []
     for model, tuned in zip(plan.models, ingredients.models, strict=True):
@@ -61,6 +113,7 @@ def refined_layers(
             plan.architecture,
             workspace,
             steps=recipe.refine_steps,
+            updates=updates,
             seed=recipe.seed,
             processes=processes,
             on_step=lambda done, total: progress("refining", done, total),
@@ -71,4 +124,4 @@ def refined_layers(
         seen.report_broken()
     if not report.best_step:
         logger.warning("refinement brought the merge no nearer to its models; it is left as it was")
-    return list(with_weights_of(tower, layers, plan, ingredients.base)), report
+    return report

@@ -5,6 +5,10 @@
 Of all steps of one spectral norm, that is the steepest; a preconditioner by both sides' second moments, as in Shampoo
 and K-FAC, comes to it when they are those of one gradient. An entry of the step has `rate` as its root mean square.
 
+Where a matrix is to keep its rank, as in an adapter, W = W_0 + B A and both factors take such steps:
+
+    dL/dB = G A^T       dL/dA = B^T G       G = dL/dW
+
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; torch has it from 2.9 on.
 """
 
@@ -50,10 +54,50 @@ class Muon(Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-                ahead = weight.grad.lerp(momentum, MOMENTUM)
-                length = math.sqrt(max(weight.shape))
-                weight.sub_(nearly_polar(ahead.to(self.dtype)).to(weight), alpha=group["lr"] * length)
+                weight.sub_(_direction(state["momentum"], weight.grad, self.dtype), alpha=group["lr"])
+
+
+class FactoredMuon(Optimizer):
+    """For matrices that keep the rank of what they were changed by.
+
+    Args:
+        groups: of one parameter each, with its rate, `lr`, and its change so far as `update`, a `LowRank` of rank > 0.
+        dtype: of the iteration's products.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype) -> None:
+        super().__init__(groups, {})
+        self.dtype = dtype
+        self.fixed: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            (weight,) = group["params"]
+            b, a = (factor.to(weight).contiguous() for factor in group["update"].balanced())
+            self.fixed[weight] = weight.detach().flatten(1) - b @ a
+            momenta = {f"{name}_momentum": torch.zeros_like(factor) for name, factor in (("b", b), ("a", a))}
+            self.state[weight] = {"b": b, "a": a, **momenta}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of both factors of every matrix that has a gradient, which together move it by its rate."""
+        for group in self.param_groups:
+            (weight,) = group["params"]
+            if weight.grad is None:
+                continue
+            state, gradient = self.state[weight], weight.grad.flatten(1)
+            b, a = state["b"], state["a"]
+            rates = [group["lr"] * math.sqrt(size / 2) for size in (a.shape[1], b.shape[0])]
+            of_b = rates[0] / a.norm() * _direction(state["b_momentum"], gradient @ a.mT, self.dtype)
+            of_a = rates[1] / b.norm() * _direction(state["a_momentum"], b.mT @ gradient, self.dtype)
+            b.sub_(of_b)
+            a.sub_(of_a)
+            weight.copy_((self.fixed[weight] + b @ a).view_as(weight))
+
+
+def _direction(momentum: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to take off, of root mean square about 1; the momentum moves on."""
+    momentum.lerp_(gradient, 1 - MOMENTUM)
+    ahead = gradient.lerp(momentum, MOMENTUM)
+    return math.sqrt(max(gradient.shape)) * nearly_polar(ahead.to(dtype)).to(gradient)
 
 
 def nearly_polar(matrix: Tensor) -> Tensor:

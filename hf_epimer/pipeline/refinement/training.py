@@ -33,8 +33,9 @@ from hf_epimer.errors import NumericalError
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.classifier import Head
 from hf_epimer.models.weights import parameters_of, put_weights
+from hf_epimer.numerics.lowrank import LowRank
 from hf_epimer.pipeline.processes import ALONE, Processes
-from hf_epimer.pipeline.refinement.muon import Muon
+from hf_epimer.pipeline.refinement.muon import FactoredMuon, Muon
 from hf_epimer.pipeline.refinement.objective import loss, squared_distances
 from hf_epimer.pipeline.refinement.pictures import Pictures, read_pictures, write_pictures
 from hf_epimer.pipeline.refinement.state import State, read_state, write_state
@@ -87,6 +88,7 @@ def refine(
     workspace: Path,
     *,
     steps: int,
+    updates: Mapping[str, LowRank | Tensor] | None = None,
     seed: int = 0,
     processes: Processes = ALONE,
     on_step: Callable[[int, int], None] = lambda done, total: None,
@@ -99,6 +101,8 @@ def refine(
         workspace: a folder for pictures and the state; what an interrupted run with the same arguments has left there
             is gone on with.
         steps: at least 1.
+        updates: of a merged adapter, by canonical name: what is trained, low-rank updates within their rank; None for
+            all parameters.
         seed: of the order of the pictures.
         processes: that share the work, this one among them.
         on_step: progress: (steps done since the last call, steps in all).
@@ -112,15 +116,16 @@ def refine(
     parameters = parameters_of(tower, architecture)
     pictures = _embedded_by_their_own(tower, parameters, tasks, architecture, workspace, processes)
     loop = _Loop(tower, architecture, tasks, pictures, processes)
+    trained = parameters if updates is None else {name: parameters[name] for name in updates}
     tower.requires_grad_(False)
-    for parameter in parameters.values():
+    for parameter in trained.values():
         parameter.requires_grad_(True)
-    optimizers = _optimizers(parameters, tasks, architecture)
+    optimizers = _optimizers(trained, tasks, architecture, updates or {})
     file = workspace / "state.safetensors"
     if file.exists():
-        state = read_state(file, parameters, optimizers)
+        state = read_state(file, trained, optimizers)
     else:
-        state = State(0, {0: loop.distances()}, 0, _copied(parameters))
+        state = State(0, {0: loop.distances()}, 0, _copied(trained))
     # step s is taken at the rate of s + 1 on its way to steps + 1: neither the first nor the last at a rate of 0
     warm_up = math.ceil(WARM_UP * steps)
     schedules = [
@@ -136,11 +141,11 @@ def refine(
         state.step += 1
         if state.step % max(1, steps // MEASURED) == 0 or state.step == steps:
             state.distances[state.step] = loop.distances()
-            _keep_best(state, [task.weight for task in tasks], parameters)
+            _keep_best(state, [task.weight for task in tasks], trained)
             if processes.is_main:
-                write_state(file, state, parameters, optimizers)
+                write_state(file, state, trained, optimizers)
         on_step(1, steps)
-    put_weights(parameters, StateDict("best", state.best))
+    put_weights(trained, StateDict("best", state.best))
     labels = [task.label for task in tasks]
     return RefinementReport(
         steps=steps,
@@ -153,24 +158,38 @@ def refine(
 
 
 def _optimizers(
-    parameters: Mapping[str, nn.Parameter], tasks: Sequence[RefinementTask], architecture: Architecture
+    parameters: Mapping[str, nn.Parameter],
+    tasks: Sequence[RefinementTask],
+    architecture: Architecture,
+    updates: Mapping[str, LowRank | Tensor],
 ) -> list[Optimizer]:
-    """Of the blocks' matrices and of everything else, with `RATE` (sum_t l_t mean (W_t - W)^2)^(1/2) for every one.
+    """Of the blocks' matrices, of low-rank updates, and of everything else.
+
+    Every parameter has `RATE` (sum_t l_t mean (W_t - W)^2)^(1/2) as its rate.
 
     So a rate is right for models however far they are from their base, and for every kind of parameter.
     """
     matrices: list[dict[str, Any]] = []
+    factored: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for name, parameter in parameters.items():
         apart = (
             task.weight * (task.tuned.tensor(name).to(parameter) - parameter.detach()).square().mean() for task in tasks
         )
         rate = RATE * math.sqrt(math.fsum(map(float, apart)))
-        is_matrix = parameter.ndim == 2 and architecture.blocks in name
-        (matrices if is_matrix else others).append({"params": [parameter], "lr": rate, "initial_lr": rate})
+        group = {"params": [parameter], "lr": rate, "initial_lr": rate}
+        update = updates.get(name)
+        if isinstance(update, LowRank):
+            factored.append(group | {"update": update})
+        elif parameter.ndim == 2 and architecture.blocks in name:
+            matrices.append(group)
+        else:
+            others.append(group)
     device = next(iter(parameters.values())).device
     half = torch.bfloat16 if _has_bfloat16(device) else torch.float32
-    return [Muon(matrices, half), AdamW(others, weight_decay=0.0)]
+    made = ((Muon, matrices, half), (FactoredMuon, factored, half))
+    optimizers: list[Optimizer] = [kind(groups, dtype) for kind, groups, dtype in made if groups]
+    return [*optimizers, AdamW(others, weight_decay=0.0)] if others else optimizers
 
 
 @dataclass(frozen=True)
