@@ -6,7 +6,6 @@ wrong here, before a weight is read.
 
 from __future__ import annotations
 
-import filecmp
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -18,25 +17,20 @@ from typing import Any
 import torch
 
 from hf_epimer.checkpoints.folders import check_target
-from hf_epimer.checkpoints.reader import StateDict
-from hf_epimer.errors import DataError, HubError, MismatchError, StatisticsError, UsageError
+from hf_epimer.errors import DataError, HubError, StatisticsError, UsageError
 from hf_epimer.hub.card import names_in
 from hf_epimer.hub.refs import LONGEST_LABEL
 from hf_epimer.hub.rights import check_not_an_input, check_push_access
-from hf_epimer.lora import read_adapter
 from hf_epimer.merging.inputs import normalized_weights
 from hf_epimer.methods import Method, find_method
 from hf_epimer.methods.statistic import GRADIENT_GRAM, POSITIONS
 from hf_epimer.models import find_architecture
-from hf_epimer.models.base import check_same_architecture, find_base
-from hf_epimer.models.head import check_head
+from hf_epimer.models.base import find_base
 from hf_epimer.models.source import ModelSource, resolve_model
-from hf_epimer.models.trained_head import is_classifier
 from hf_epimer.outside import expanded
 from hf_epimer.pipeline.any_architecture import plan_treatment
+from hf_epimer.pipeline.checks import check_distinct, check_models, check_weights, writes_adapter
 from hf_epimer.pipeline.curvature_sources import with_curvature, with_images
-from hf_epimer.pipeline.eval_results import benchmarks
-from hf_epimer.pipeline.full_model import check_full
 from hf_epimer.pipeline.license import warn_of_unlike_licenses
 from hf_epimer.pipeline.plan import CurvatureFile, Plan, PlannedModel
 from hf_epimer.pipeline.recipe import MergeRecipe
@@ -73,7 +67,7 @@ def make_plan(recipe: MergeRecipe, *, statistics_optional: bool = False, any_arc
 
 def _plan_of_none(recipe: MergeRecipe, method: Method, base: ModelSource, models: tuple[PlannedModel, ...]) -> Plan:
     """The plan for models of no family that is known: by names, shapes and types alone."""
-    _check_distinct(base, models)
+    check_distinct(base, models)
     base.check_readable()
     treatment = plan_treatment(recipe, method, base, [model.source for model in models])
     return replace(_pin(recipe, method, base, models), treatment=treatment)
@@ -87,14 +81,14 @@ def _plan_of_family(
     statistics_optional: bool,
 ) -> Plan:
     """The plan for models of a family that is known: with curvature and images where they are needed."""
-    _check(recipe, method, base, models)
+    check_models(recipe, method, base, models)
     needs = method.statistic(recipe.options)
     models = with_curvature(
         recipe, needs, method.name, base, models, optional=statistics_optional, partly=method.does_without
     )
     models = _with_calibration(recipe, method, base, models)
     plan = _pin(recipe, method, base, models)
-    _check_weights(plan)
+    check_weights(plan)
     return plan
 
 
@@ -125,6 +119,13 @@ def _complete(recipe: MergeRecipe) -> tuple[Method, MergeRecipe]:
     if recipe.device != "cpu" and not _device_works(recipe.device):
         raise UsageError(f"--device {recipe.device} is not available here")
     return method, replace(recipe, options=options)
+
+
+def _device_works(device: str) -> bool:
+    try:
+        return torch.empty(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def _check_targets(recipe: MergeRecipe) -> str | None:
@@ -194,105 +195,6 @@ def _free_label(source: ModelSource, task: Task | None, taken: Sequence[str]) ->
     return next(name for name in chain([wanted], numbered) if name not in taken)
 
 
-# --- check ----------------------------------------------------------------------------------------------------------
-
-
-def _check(recipe: MergeRecipe, method: Method, base: ModelSource, models: Sequence[PlannedModel]) -> None:
-    """Refuse models that are unlike the base, or the base itself, and options that do not fit what is merged.
-
-    Raises:
-        UsageError: an option that adapters, full checkpoints or this method do not have.
-        MismatchError: two architectures, or a model that is its own base.
-        CheckpointError: the base has no weights that may be read.
-        StatisticsError: accuracy is to be measured, and there is nothing to classify with.
-    """
-    full = [model.source for model in models if not model.source.is_adapter]
-    for model in models:
-        if recipe.evaluate and model.task:
-            check_head(model.source, base, model.task)
-    if recipe.out_rank is not None and full:
-        raise UsageError(f"--out-rank is of merged adapters, and {full[0]} is a full checkpoint")
-    benchmarks(recipe.eval_results, [model.task for model in models if model.task])
-    check_same_architecture(base, full)
-    _check_distinct(base, models)
-    if recipe.refine or not _writes_adapter(recipe, models):
-        base.check_readable()
-    if recipe.skip:
-        raise UsageError(f"--skip is for models of no family that is known here; {base} is a {base.architecture.name}")
-    if recipe.calibrate and _writes_adapter(recipe, models):
-        raise UsageError("--calibrate solves whole layers again, which no adapter can hold: add --dense")
-    if recipe.full and _writes_adapter(recipe, models):
-        raise UsageError("--full writes a whole model, and the result is an adapter: add --dense")
-    if recipe.full:
-        has_heads = any(is_classifier(model.source, base.architecture) or model.source.head_files for model in models)
-        check_full(base, has_heads)
-    if recipe.tune_alpha and "alpha" not in method.options:
-        raise UsageError(f"--tune-alpha: {method.name} has no alpha")
-    if recipe.tune_alpha and _writes_adapter(recipe, models):
-        raise UsageError("--tune-alpha puts whole layers into a model: for adapters add --dense")
-
-
-def _check_distinct(base: ModelSource, models: Sequence[PlannedModel]) -> None:
-    seen: dict[str, PlannedModel] = {}
-    for model in models:
-        identity = model.source.identity
-        if identity == base.identity:
-            raise MismatchError(f"{model} is its own base: it has nothing to merge; name its real base with --base")
-        if identity in seen:
-            logger.warning("%s is merged twice (as %s and %s)", model.source.title, seen[identity].label, model.label)
-        elif twin := next((other for other in seen.values() if _same_weights(other.source, model.source)), None):
-            logger.warning("%s and %s have the same weights under two names", twin, model)
-        seen[identity] = model
-
-
-def _same_weights(one: ModelSource, other: ModelSource) -> bool:
-    """Whether two models have the same weight files, as far as that is known without reading all of them."""
-    pairs = list(zip(_weights(one), _weights(other)))
-    if not pairs or len(_weights(one)) != len(_weights(other)):
-        return False
-    if one.ref.is_local and other.ref.is_local:  # other weights differ in the first few kilobytes
-        try:
-            return all(filecmp.cmp(one.fetch(name), other.fetch(twin), shallow=False) for name, twin in pairs)
-        except OSError:  # whoever reads the weights says what is wrong with them
-            return False
-    known = [(one.sha256.get(name), other.sha256.get(twin)) for name, twin in pairs]
-    return all(sha256 is not None and sha256 == twin for sha256, twin in known)
-
-
-def _weights(source: ModelSource) -> list[str]:
-    return [name for name in source.weight_files if name.endswith(".safetensors")]
-
-
-def _writes_adapter(recipe: MergeRecipe, models: Sequence[PlannedModel]) -> bool:
-    return all(model.source.is_adapter for model in models) and not recipe.dense
-
-
-def _check_weights(plan: Plan) -> None:
-    """Compare what lies on this machine already with what the base's config promises; the rest is compared later.
-
-    Raises:
-        CheckpointError, MismatchError: it does not fit, or the base has no weights that may be read and is to be read.
-    """
-    read = [model.source for model in plan.models if not model.source.is_adapter]
-    if plan.reads_base:
-        plan.base.check_readable()
-        read.insert(0, plan.base)
-    for source in read:
-        if source.ref.is_local:
-            source.open(plan.shapes)
-    promised = StateDict("base", {name: torch.empty(shape, device="meta") for name, shape in plan.shapes.items()})
-    for model in plan.models:
-        if model.source.is_adapter and model.source.ref.is_local:
-            read_adapter(model.source.folder(), promised, plan.architecture.canonical, model.label, quiet=True)
-
-
-def _device_works(device: str) -> bool:
-    try:
-        return torch.empty(1, device=device).device.type != "meta"
-    except (RuntimeError, AssertionError):
-        return False
-
-
 # --- find curvature -------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +207,7 @@ def _with_calibration(
         UsageError, StatisticsError, HubError, DataError: it was asked for and is not possible.
     """
     wanted = method.calibrates if recipe.calibrate is None else recipe.calibrate
-    if wanted and not _writes_adapter(recipe, models):
+    if wanted and not writes_adapter(recipe, models):
         try:
             seen = with_images(recipe, "calibrate", base, models)
             # what is given for the method serves its calibration, too, where it is the same file
