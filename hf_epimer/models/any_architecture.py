@@ -30,7 +30,8 @@ Stored = Mapping[str, tuple[str, Shape]]
 _EMBEDDING = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias")
 """What the module is called whose rows are tokens or positions."""
 
-_HEAD = re.compile(r"lm_head|embed_out|score|classifier|head|qa_outputs")
+_CLASSES = re.compile(r"score|classifier|head|qa_outputs")
+_HEAD = re.compile(rf"lm_head|embed_out|{_CLASSES.pattern}")
 """What the module is called, or one around it, whose rows are classes or tokens."""
 
 _NUMBERED = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -118,22 +119,22 @@ def treat(config: Mapping[str, Any], base: Stored, models: Mapping[str, Stored],
     Args:
         config: of the base.
         models: of each model, by how messages name it.
-        skip: patterns of names (`*` for any run of letters) that stay as they are in the base.
+        skip: patterns of names (`*` for any run of letters) that stay as they are in the base, whatever models have.
 
     Raises:
         UsageError: a pattern fits no name.
         CheckpointError: weights are stored quantised.
-        MismatchError: a model has other tensors, or a vocabulary of another size.
+        MismatchError: a model has other tensors than the base beside what is skipped, other classes or tokens.
     """
     for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in base):
+        if not any(fnmatchcase(name, pattern) for stored in (base, *models.values()) for name in stored):
             raise UsageError(
                 f"--skip {pattern!r} fits no tensor of the base, which has {', '.join(list(base)[:3])} ..."
             )
     for label, stored in {"the base": base, **models}.items():
         _check_types(label, stored)
-    tied = _check_alike(base, models)
     vocabulary = _vocabulary(config)
+    tied = _check_alike(_without(base, skip), {label: _without(of, skip) for label, of in models.items()}, vocabulary)
     matrices: dict[str, Shape] = {}
     averaged, kept = [], []
     for name, (dtype, shape) in base.items():
@@ -144,6 +145,15 @@ def treat(config: Mapping[str, Any], base: Stored, models: Mapping[str, Stored],
         else:
             averaged.append(name)
     return Treatment(base, matrices, tuple(averaged), tuple(kept), tied)
+
+
+def _without(stored: Stored, skip: Sequence[str]) -> Stored:
+    return {name: of for name, of in stored.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+
+
+def is_of_classes(name: str) -> bool:
+    """Whether a parameter is one of a layer that tells classes apart, by the names of its modules."""
+    return any(map(_CLASSES.fullmatch, name.split(".")))
 
 
 def _is_table(name: str, shape: Shape, vocabulary: int | None) -> bool:
@@ -171,7 +181,7 @@ def _check_types(label: str, stored: Stored) -> None:
         )
 
 
-def _check_alike(base: Stored, models: Mapping[str, Stored]) -> dict[str, str]:
+def _check_alike(base: Stored, models: Mapping[str, Stored], vocabulary: int | None) -> dict[str, str]:
     """Compare the tensors of all models with the base's; heads that only some of them store -> their embedding.
 
     Raises:
@@ -188,6 +198,12 @@ def _check_alike(base: Stored, models: Mapping[str, Stored]) -> dict[str, str]:
         unlike = [name for name in base if name in stored and stored[name][1] != base[name][1]]
         if table := next((name for name in unlike if _is_resized(name, base[name][1], stored[name][1])), None):
             ours, theirs = base[table][1][0], stored[table][1][0]
+            if is_of_classes(table) and ours != vocabulary:
+                module = table.rpartition(".")[0]
+                raise MismatchError(
+                    f"{label}: it tells {theirs} classes apart, the base {ours} ({table}): rows of unlike classes have "
+                    f"no mean. --skip '{module}.*' leaves them as they are in the base"
+                )
             raise MismatchError(
                 f"{label}: its vocabulary has {theirs} tokens, the base's {ours} ({table}): rows of unlike tokens have "
                 "no mean. Bring all to one tokenizer first, or merge models that kept the base's"

@@ -214,6 +214,11 @@ def _load_tokenizer(base: ModelSource, folder: Path, zero_shot: ZeroShot) -> Cal
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{base}: {one_line(error).partition('. ')[0]}: pip install sentencepiece protobuf (a base that has a "
+            "tokenizer.json needs neither)"
+        ) from error
     except Exception as error:  # as above
         raise CheckpointError(f"{base}: its tokenizer cannot be read: {one_line(error)}") from error
     return tokens_of

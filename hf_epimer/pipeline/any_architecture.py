@@ -6,6 +6,7 @@ is held for longer. Under `accelerate launch` every process takes its share of t
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import merge_layers
 from hf_epimer.methods import METHODS, Method
-from hf_epimer.models.any_architecture import Treatment, treat
+from hf_epimer.models.any_architecture import Treatment, is_of_classes, treat
 from hf_epimer.models.source import CONFIG, ModelSource
 from hf_epimer.outside import leads_elsewhere
 from hf_epimer.pipeline.plan import Plan
@@ -102,7 +103,21 @@ def plan_treatment(recipe: MergeRecipe, method: Method, base: ModelSource, model
     if method.statistic(recipe.options) and not method.does_without:
         data_free = [name for name, other in METHODS.items() if other.takes_any_model]
         raise UsageError(f"{where}: it merges without data, by {', '.join(data_free)}; {method.name} needs statistics")
-    return treat(base.config, base.tensors, {str(model): model.tensors for model in models}, recipe.skip)
+    treatment = treat(base.config, base.tensors, {str(model): model.tensors for model in models}, recipe.skip)
+    _warn_of_unlike_classes(treatment, models)
+    return treatment
+
+
+def _warn_of_unlike_classes(treatment: Treatment, models: list[ModelSource]) -> None:
+    """One line where classifiers are averaged whose rows stand for other classes."""
+    head = next(filter(is_of_classes, treatment.averaged), None)
+    names = {json.dumps(model.config.get("id2label"), sort_keys=True) for model in models}
+    if head and len(names) > 1:
+        module = head.rpartition(".")[0]
+        logger.warning(
+            "the models' classes have other names (id2label), so that the mean of their classifiers says nothing; "
+            "--skip '%s.*' leaves the base's", module,
+        )  # fmt: skip
 
 
 # --- read -----------------------------------------------------------------------------------------------------------
@@ -115,10 +130,11 @@ def open_any(plan: Plan) -> Ingredients:
         CheckpointError: a file is truncated, corrupt, or another than it was.
         MismatchError: a model is its own base.
     """
+    assert plan.treatment
     base = _open(plan.base)
     models = [_open(model.source) for model in plan.models]
     for model in models:
-        if all(name in model.shapes and _is_same(base, model, name) for name in base.shapes):
+        if all(name in model.shapes and _is_same(base, model, name) for name in plan.treatment.shapes):
             raise MismatchError(f"{model.label}: every tensor equals the base's; a model cannot be its own base")
     return Ingredients(base, models, plan.weights)
 
@@ -236,12 +252,29 @@ def _write_beside(folder: Path, base: ModelSource, dtype: str | None) -> None:
     config: dict[str, Any] = {key: value for key, value in base.config.items() if key != "_name_or_path"}
     if dtype:
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    if "auto_map" in config:
+        config["auto_map"] = _at_its_home(config["auto_map"], base)
     write_json(folder / CONFIG, config)
     for name in COPIED:
         if base.has(name):
             copy_file(base, name, folder)
-    if "auto_map" in config:
-        logger.warning("%s brings code of its own (auto_map in its config), which is not copied", base)
+
+
+def _at_its_home(auto_map: Any, base: ModelSource) -> Any:
+    """Where a model's own code lies, which is neither run nor copied: transformers writes it `org/name--file.Class`."""
+    logger.warning(
+        "%s brings code of its own (auto_map in its config), which is neither run nor copied: %s", base,
+        "copy it beside the merge" if base.ref.is_local else "who loads the merge with trust_remote_code gets it there",
+    )  # fmt: skip
+    if base.ref.is_local or not isinstance(auto_map, dict):
+        return auto_map
+
+    def at_home(place: Any) -> Any:
+        if isinstance(place, list):  # of a tokenizer: the slow one and the fast one
+            return [at_home(one) for one in place]
+        return f"{base.ref.location}--{place}" if isinstance(place, str) and "--" not in place else place
+
+    return {name: at_home(place) for name, place in auto_map.items()}
 
 
 def copy_file(base: ModelSource, name: str, folder: Path) -> None:

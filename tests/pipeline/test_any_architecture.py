@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from helpers import reference
-from helpers.command import Run, fails
+from helpers.command import Run, fails, strict
 from helpers.hub_server import StandInHub
 from helpers.shards import VOCABULARY, language_model, read_shards, write_shards
 from hf_epimer.checkpoints.reader import WEIGHT_NAMES
@@ -153,6 +153,76 @@ def test_the_plan_says_what_becomes_of_every_tensor(zoo: Path, run: Run) -> None
     found = read_shards(zoo / "out")
     kept = [name for name in BASE if ".0.attn." in name]
     assert len(kept) == 2 and all(torch.equal(found[name], BASE[name]) for name in kept)
+
+
+def test_classifiers_of_unlike_classes_stay_as_in_the_base(zoo: Path, run: Run) -> None:
+    def with_classes(name: str, tensors: dict[str, Tensor], count: int, first: str = "cat") -> None:
+        shutil.rmtree(zoo / name)
+        head = {"classifier.weight": torch.full((count, 16), float(count)), "classifier.bias": torch.zeros(count)}
+        names = {str(number): f"{first} {number}" for number in range(count)}
+        write_shards(zoo / name, tensors | head, id2label=names)
+
+    with_classes("base", BASE, 5)
+    with_classes("a", TUNED[0], 3)
+    merge = words(zoo, "--method", "mean", "--out", zoo / "out")
+    fails(run(*merge), r"b: .*missing classifier.bias|a: it tells 3 classes apart, the base 5 \(classifier\.weight\)")
+    assert run(*merge, "--skip", "classifier.*")[0] == 0  # b has none at all
+    found = read_shards(zoo / "out")
+    assert torch.equal(found["classifier.weight"], torch.full((5, 16), 5.0))
+    name = MATRICES[0]
+    mean = sum(state[name].double() for state in TUNED) / 2
+    assert reference.relative_error(found[name], mean, BASE[name].double()) < 0.05  # bfloat16
+    # and what the base does not have is left out
+    write_shards(zoo / "bare", BASE)
+    assert (
+        run("merge", zoo / "a", zoo / "b", "--base", zoo / "bare", *merge[5:-1], zoo / "more", "--skip", "classif*")[0]
+        == 0
+    )
+    assert read_shards(zoo / "more").keys() == BASE.keys()
+    # as many classes, but others
+    with_classes("a", TUNED[0], 5)
+    with_classes("b", TUNED[1], 5, "dog")
+    code, _, complaint = run(*merge[:-1], zoo / "mixed")
+    assert code == 0 and "the mean of their classifiers says nothing; --skip 'classifier.*' leaves" in complaint
+
+
+def test_code_of_a_models_own_is_neither_run_nor_copied(zoo: Path, empty_hub: StandInHub, run: Run) -> None:
+    auto_map = {"AutoModel": "modeling_x.XModel", "AutoTokenizer": ["x.Slow", None], "AutoConfig": "org/y--x.XConfig"}
+    (zoo / "base" / "modeling_x.py").write_text("raise SystemExit('was run')")
+    config = strict(zoo / "base" / "config.json") | {"auto_map": auto_map}
+    (zoo / "base" / "config.json").write_text(json.dumps(config))
+    code, _, complaint = run(*words(zoo, "--method", "mean", "--out", zoo / "out"))
+    assert code == 0 and "brings code of its own" in complaint and "copy it beside the merge" in complaint
+    assert strict(zoo / "out" / "config.json")["auto_map"] == auto_map and not list((zoo / "out").glob("*.py"))
+    empty_hub.add_repo("org/base", zoo / "base")
+    merge = ("merge", zoo / "a", zoo / "b", "--base", "org/base", "--method", "mean", "--out", zoo / "hub")
+    code, _, complaint = run(*merge)
+    assert code == 0 and "who loads the merge with trust_remote_code gets it there" in complaint
+    assert strict(zoo / "hub" / "config.json")["auto_map"] == {
+        "AutoModel": "org/base--modeling_x.XModel",
+        "AutoTokenizer": ["org/base--x.Slow", None],
+        "AutoConfig": "org/y--x.XConfig",
+    }
+    assert not any("modeling_x.py" in request.path for request in empty_hub.requests)
+
+
+def test_siglip_2_at_native_resolutions_merges_without_data(tmp_path: Path, run: Run) -> None:
+    """Its pictures are cut to patches of any number and shape, so that no family here describes its forward pass."""
+    import transformers
+
+    if not hasattr(transformers, "Siglip2VisionModel"):
+        pytest.skip("transformers has no SigLIP 2 yet")
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**size, num_patches=16, patch_size=4))
+    for name in ("base", "a", "b"):
+        model.save_pretrained(tmp_path / name)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    assert run(*words(tmp_path, "--method", "tsv-m", "--out", tmp_path / "out"))[0] == 0
+    _, told = transformers.Siglip2VisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values())
+    refused = run(*words(tmp_path, "--method", "fisher", "--out", tmp_path / "measured"))
+    fails(refused, r"siglip2_vision_model model\): it merges without data, by .*tsv-m", 2)
 
 
 @pytest.mark.parametrize("stores", ["base", "a"])
