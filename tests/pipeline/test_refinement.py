@@ -175,7 +175,7 @@ def test_matrices_of_the_blocks_have_one_optimiser_and_all_else_another(clip_bas
 def test_a_factored_step_keeps_the_rank_and_moves_as_far_as_any() -> None:
     """dL/dB = G A^T and dL/dA = B^T G: against autograd through B A, at equal signs of every direction."""
     generator = torch.Generator().manual_seed(0)
-    base, b, a, goal = (torch.randn(s, generator=generator) for s in ((12, 20), (12, 3), (3, 20), (12, 20)))
+    base, b, a, goal = (torch.randn(s, generator=generator) for s in ((6, 60), (6, 3), (3, 60), (6, 60)))
     weight = nn.Parameter(base + b @ a)
     muon = FactoredMuon([{"params": [weight], "lr": 0.01, "update": low_rank(b, a)}], torch.float32)
     factors = [muon.state[weight][name].clone().requires_grad_() for name in "ba"]
