@@ -14,10 +14,11 @@ from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.deit import DEIT
 from hf_epimer.models.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from hf_epimer.models.dinov3 import DINOV3
 from hf_epimer.models.siglip import SIGLIP
 from hf_epimer.models.vit import VIT
 
-ARCHITECTURES: tuple[Architecture, ...] = (CLIP, SIGLIP, VIT, DEIT, DINOV2, DINOV2_WITH_REGISTERS)
+ARCHITECTURES: tuple[Architecture, ...] = (CLIP, SIGLIP, VIT, DEIT, DINOV2, DINOV2_WITH_REGISTERS, DINOV3)
 
 
 def find_architecture(config: Mapping[str, Any], where: str) -> Architecture:

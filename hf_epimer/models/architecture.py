@@ -296,9 +296,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_like(default: Any, value: Any, most: int) -> bool:
-    """Whether a value can stand where this default does: a count, another number, a short word, yes or no."""
+    """Whether a value can stand where this default does: a count, another number, a short word, yes or no.
+
+    Counts are positive, or 0 where the default is.
+    """
     if _is_count(default):
-        return _is_count(value) and 1 <= value <= most
+        return _is_count(value) and min(1, default) <= value <= most
     if isinstance(default, float):
         return isinstance(value, float) or _is_count(value)
     if isinstance(default, str):

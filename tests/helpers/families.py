@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hf_epimer.models.siglip import SIGLIP
 from hf_epimer.models.vit import VIT
 from hf_epimer.models.weights import parameters_of
 
+ROOT = Path(__file__).parents[2]
 SIDE = 8
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 4}
 LARGER = SIZE | {"image_size": 12}
@@ -165,3 +166,15 @@ def lora_adapter(family: Family, folder: Path, name: str) -> Path:
                 parameter.data += 0.1 * torch.randn_like(parameter)
         adapted.save_pretrained(target)
     return target
+
+
+def families_page() -> Iterator[tuple[str, str]]:
+    """(family, ability) of every `yes` in the table of docs/families.md."""
+    header, _, *rows = re.findall(r"^\|(.*)\|$", (ROOT / "docs" / "families.md").read_text(encoding="utf-8"), re.M)
+    abilities = [cell.strip() for cell in header.split("|")][2:]
+    for row in rows:
+        name, _, *said = (cell.strip() for cell in row.split("|"))
+        assert set(said) <= {"yes", "no"}
+        yield from (
+            (name.split("`")[1], ability) for ability, cell in zip(abilities, said, strict=True) if cell == "yes"
+        )
