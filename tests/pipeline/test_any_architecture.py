@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers import reference
@@ -273,6 +274,16 @@ def test_what_needs_data_is_refused(zoo: Path, run: Run, more: list[object], com
 def test_other_commands_know_families_only(zoo: Path, run: Run) -> None:
     fails(run("diagnose", zoo / "a", zoo / "b", "--base", zoo / "base"), "model type 'tiny-lm'")
     fails(run("evaluate", zoo / "a", "--base", zoo / "base", "--task", "dtd"), "model type 'tiny-lm'")
+
+
+def test_adapters_have_to_be_folded_first(zoo: Path, run: Run) -> None:
+    (zoo / "lora").mkdir()
+    (zoo / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    save_file(
+        {"base_model.model.model.norm.lora_A.weight": torch.ones(2, 16)}, zoo / "lora" / "adapter_model.safetensors"
+    )
+    merge = ("merge", zoo / "a", zoo / "lora", "--base", zoo / "base", "--method", "mean", "--out", zoo / "out")
+    fails(run(*merge), r"fold the adapter .*lora into it first \(PEFT's merge_and_unload\)", 2)
 
 
 def test_damaged_files_of_the_base_leave_nothing(zoo: Path, run: Run) -> None:
