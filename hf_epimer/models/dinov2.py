@@ -83,7 +83,8 @@ def _attention(block: Any, hidden: Tensor) -> Tensor:
     return hidden + change
 
 
-def _mlp(block: Any, hidden: Tensor) -> Tensor:
+def mlp(block: Any, hidden: Tensor) -> Tensor:
+    """The second sum of a block, DINOv3's too."""
     change: Tensor = block.layer_scale2(block.mlp(block.norm2(hidden)))
     return hidden + change
 
@@ -118,7 +119,7 @@ DINOV2 = Architecture(
             writes="attention.output.dense",
             scale="layer_scale1.lambda1",
         ),
-        Residual(_mlp, reads=("mlp.fc1",), writes="mlp.fc2", scale="layer_scale2.lambda1"),
+        Residual(mlp, reads=("mlp.fc1",), writes="mlp.fc2", scale="layer_scale2.lambda1"),
     ),
     known={
         (384, 12, 14, 518): "facebook/dinov2-small",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_epimer.models import vit
 from hf_epimer.models.architecture import Architecture, Residual
+from hf_epimer.models.dinov2 import mlp
 from hf_epimer.types import Shape
 
 if TYPE_CHECKING:
@@ -69,11 +70,6 @@ def _attention(block: Any, hidden: Tensor) -> Tensor:
     return hidden + change
 
 
-def _mlp(block: Any, hidden: Tensor) -> Tensor:
-    change: Tensor = block.layer_scale2(block.mlp(block.norm2(hidden)))
-    return hidden + change
-
-
 DINOV3 = Architecture(
     name="DINOv3 ViT",
     tag="dinov3_vit",
@@ -103,6 +99,6 @@ DINOV3 = Architecture(
             writes="attention.o_proj",
             scale="layer_scale1.lambda1",
         ),
-        Residual(_mlp, reads=("mlp.up_proj",), writes="mlp.down_proj", scale="layer_scale2.lambda1"),
+        Residual(mlp, reads=("mlp.up_proj",), writes="mlp.down_proj", scale="layer_scale2.lambda1"),
     ),
 )
