@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_epimer.numerics.product import add_symmetric, mirror
+from hf_epimer.numerics.product import add_symmetric, mirror, product
 
 
 def anchored_step(gram: Tensor, cross: Tensor, rho: float) -> Tensor:
@@ -45,7 +45,7 @@ def prior(task_vector: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean = task_vector.square().sum() / task_vector.shape[1]
     scale = 1 / mean if mean > 0 else torch.zeros_like(mean)
-    return scale * gram(task_vector, task_vector), scale * ((gap @ task_vector.mT) @ task_vector)
+    return scale * gram(task_vector, task_vector), scale * product(product(gap, task_vector.mT), task_vector)
 
 
 def gram(x: Tensor, weighted: Tensor) -> Tensor:

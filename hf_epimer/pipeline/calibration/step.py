@@ -40,6 +40,7 @@ from hf_epimer.errors import DataError
 from hf_epimer.merging.finite import check_merged
 from hf_epimer.models.architecture import Architecture, Residual
 from hf_epimer.models.weights import Block, blocks_of, parameters_of, put_weights
+from hf_epimer.numerics.product import product
 from hf_epimer.numerics.regression import anchored_step, gram, prior
 from hf_epimer.pipeline.calibration.finished import block_file, keep_block, restore_block
 from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, stopped, write_first
@@ -273,7 +274,7 @@ def _added(sums: _Moments | None, x: Tensor, targets: Mapping[str, Tensor], hear
     inputs, weighted = x[:, kept].flatten(0, 1), (x[:, kept] * heard[kept, None]).flatten(0, 1)
     new = _Moments(
         _precise(gram(inputs, weighted)),
-        {layer: _precise(y[:, kept].flatten(0, 1).mT @ weighted) for layer, y in targets.items()},
+        {layer: _precise(product(y[:, kept].flatten(0, 1).mT, weighted)) for layer, y in targets.items()},
     )
     if sums is None:
         return new
