@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_epimer.numerics.frechet import frechet_mean
 from hf_epimer.numerics.linalg import extreme_eigenvalues
-from hf_epimer.numerics.metric import DiagonalMetrics, ProjectedMetrics
+from hf_epimer.numerics.metric import DiagonalMetrics, ProjectedMetrics, diagonal_traces
 from hf_epimer.numerics.subspace import TaggedBasis, projected_coordinates
 
 
@@ -136,7 +136,7 @@ def curvature_diagnosis(
     normalized = DiagonalMetrics(basis, curvature, weights, damping=damping, normalize="trace")
     flat = weights @ c
     mean = frechet_mean(metrics, c, weights, exact=exact)
-    own_traces = _traces(basis, curvature)
+    own_traces = diagonal_traces(basis, curvature)
     damped = own_traces + damping * curvature.mean(dim=(1, 2)) * basis.size
     spreads, variances, residuals, losses = (torch.zeros_like(weights) for _ in range(4))
     averaged, merged = basis.expand(flat), basis.expand(mean.value)
@@ -188,9 +188,3 @@ def isotropy_deviation(metrics: ProjectedMetrics, like: Tensor) -> float:
 def _energy(curvature: Tensor, matrix: Tensor) -> float:
     """<v, A o A>."""
     return float(torch.dot(curvature.flatten(), matrix.square().flatten()))
-
-
-def _traces(basis: TaggedBasis, curvature: Tensor) -> Tensor:
-    """tr H_t = <v_t, (U o U) (V o V)^T>, length T."""
-    energy = (basis.u.square() @ basis.v.square().mT).flatten()
-    return curvature.flatten(1) @ energy

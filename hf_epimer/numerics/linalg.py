@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_epimer.numerics.product import product
+
 
 class SVD(NamedTuple):
     """Top singular triples, largest first: `u` m x k, `s` k, `v` n x k."""
@@ -26,14 +28,17 @@ class SVD(NamedTuple):
     v: Tensor
 
 
-BLOCK = 8
-"""Directions per Krylov block: narrow blocks converge in fewer dimensions, wide ones keep a matrix product busier."""
+NARROW, WIDE = 8, 16
+"""Directions per Krylov block: narrow ones converge in fewer dimensions, wide ones keep a matrix product busier."""
+
+MANY = 48
+"""Number of triples from which on wide blocks pay."""
 
 KRYLOV_SHARE = 0.55
 """Largest share of min(m, n) worth spending on a Krylov basis; beyond it a dense decomposition is cheaper."""
 
 
-def truncated_svd(a: Tensor, k: int, *, tolerance: float = 2e-4, exact: bool = False, seed: int = 0) -> SVD:
+def truncated_svd(a: Tensor, k: int, *, tolerance: float = 1.2e-4, exact: bool = False, seed: int = 0) -> SVD:
     """Top-k singular triples of `a`.
 
     Randomised block Krylov iteration (Musco and Musco, NeurIPS 2015) on the smaller side, with the basis grown until
@@ -73,14 +78,14 @@ def _from_gram(a: Tensor, k: int, tolerance: float) -> SVD | None:
     The A v_i are orthogonal in exact arithmetic; None where rounding has left them further from it than `tolerance`, as
     happens with singular values far below the largest.
     """
-    _, vectors = torch.linalg.eigh(a.mT @ a)
+    _, vectors = torch.linalg.eigh(product(a.mT, a))
     v = vectors[:, -k:].flip(-1)
-    image = a @ v
+    image = product(a, v)
     s = image.norm(dim=0)
     if not bool((s > 0).all()):
         return None
     u = image / s
-    if float((u.mT @ u).fill_diagonal_(0.0).norm()) > tolerance * math.sqrt(k):
+    if float(product(u.mT, u).fill_diagonal_(0.0).norm()) > tolerance * math.sqrt(k):
         return None
     s, order = s.sort(descending=True)
     return SVD(u[:, order], s, v[:, order])
@@ -98,34 +103,37 @@ def _block_krylov(a: Tensor, k: int, tolerance: float, seed: int) -> SVD | None:
     The residual of a Ritz pair of A^T A lives in the block that would come next, so it costs no product of its own.
     """
     m, n = a.shape
-    largest = int(KRYLOV_SHARE * n) // BLOCK * BLOCK
+    width = NARROW if k < MANY else WIDE
+    largest = int(KRYLOV_SHARE * n) // width * width
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(BLOCK, n, generator=generator, dtype=a.dtype).to(a.device)
+    start = torch.randn(width, n, generator=generator, dtype=a.dtype).to(a.device)
+    a, transposed = a.contiguous(), a.mT.contiguous()  # a product reads either of them as it lies
     q, y = a.new_empty(largest, n), a.new_empty(largest, m)
-    block = torch.linalg.qr(((start @ a.mT) @ a).mT)[0].mT
-    size, check = 0, math.ceil(3 * k / BLOCK) * BLOCK
+    block = torch.linalg.qr(product(product(start, a.mT), transposed.mT).mT)[0].mT
+    size, check = 0, math.ceil(3 * k / width) * width
     while size < largest:
-        q[size : size + BLOCK] = block
-        image = torch.mm(block, a.mT, out=y[size : size + BLOCK])
-        size += BLOCK
+        q[size : size + width] = block
+        image = y[size : size + width] = product(block, a.mT)
+        size += width
         basis = q[:size]
-        following = image @ a
+        following = product(image, transposed.mT)
         # in exact arithmetic only the last two blocks matter (Lanczos); all of them are needed against rounding
-        for rows in (basis[-2 * BLOCK :], basis):
+        for rows in (basis[-2 * width :], basis):
             following = following - (following @ rows.mT) @ rows
         orthonormal, coupling = torch.linalg.qr(following.mT)
         block = orthonormal.mT
         if size < check:
             continue
-        ritz_values, ritz_vectors = torch.linalg.eigh(y[:size] @ y[:size].mT)
+        ritz_values, ritz_vectors = torch.linalg.eigh(product(y[:size], y[:size].mT))
         ritz_vectors = ritz_vectors[:, -k:].flip(-1)
         s = ritz_values[-k:].flip(-1).clamp_min(0).sqrt()
         if s[-1] <= 1e-3 * s[0]:
             return None  # squared singular values this far apart are lost in float32
-        residual = (coupling @ ritz_vectors[-BLOCK:]).norm(dim=0) / s
+        residual = (coupling @ ritz_vectors[-width:]).norm(dim=0) / s
         if residual.norm() <= tolerance * s.norm():
-            return SVD((y[:size].mT @ ritz_vectors) / s, s, basis.mT @ ritz_vectors)
-        check = size + max(BLOCK, size // 8 // BLOCK * BLOCK)
+            u, v = (product(rows[:size].mT, ritz_vectors) for rows in (y, q))
+            return SVD(u / s, s, v)
+        check = size + max(width, size // 8 // width * width)
     return None
 
 
@@ -150,21 +158,44 @@ def polar_factor(m: Tensor, *, exact: bool = False) -> Tensor:
         p, s, qh = torch.linalg.svd(m, full_matrices=False)
         kept = s > _DEPENDENT * s[0]
         return p[:, kept] @ qh[kept]
-    gram = m.mT @ m
-    values, vectors = torch.linalg.eigh(gram)
-    if float(values[0]) > _WELL_CONDITIONED * float(values[-1]):
-        root = (vectors * values.rsqrt()) @ vectors.mT
-        # a Newton-Schulz step on the p x p side takes the root's own rounding back to working precision
-        return m @ (1.5 * root - 0.5 * root @ (root @ gram @ root))
-    wide = m.double()
-    values, vectors = torch.linalg.eigh(wide.mT @ wide)
-    kept = values > _DEPENDENT**2 * values[-1]
-    vectors = vectors[:, kept]
-    return (wide @ ((vectors * values[kept].rsqrt()) @ vectors.mT)).to(m.dtype)
+    gram = product(m.mT, m)
+    values, q = torch.linalg.eigh(gram)
+    if float(values[0]) <= _WELL_CONDITIONED * float(values[-1]):
+        return _polar_factor_of_ill_conditioned(m, values, q)
+    root = product(q * values.rsqrt(), q.mT)
+    # a Newton-Schulz step on the p x p side takes the root's own rounding back to working precision
+    return product(m, 1.5 * root - 0.5 * product(root, product(product(root, gram), root)))
+
+
+def _polar_factor_of_ill_conditioned(m: Tensor, values: Tensor, q: Tensor) -> Tensor:
+    """From the eigenvalues and eigenvectors of M^T M, corrected for what squaring has lost.
+
+    M Q = P S with P^T P = I + F; to first order in F the polar factor is P (I - C) Q^T, C_ij = F_ij s_i / (s_i + s_j).
+    """
+    image = product(m, q)
+    if lost := int((values < _LOST * values[-1]).sum()):
+        # these directions are mixed up among each other, beyond first order: they are decomposed without squaring
+        p, s, turn = torch.linalg.svd(image[:, :lost].double(), full_matrices=False)
+        image[:, :lost], q[:, :lost] = p * s, q[:, :lost] @ turn.mT.to(q)
+    s = image.norm(dim=0)
+    kept = s > _DEPENDENT * s.max()
+    s, q = s[kept], q[:, kept]
+    p = image[:, kept] / s
+    overlap = product(p.mT, p).fill_diagonal_(0.0)
+    if float(overlap.abs().max()) > _FIRST_ORDER:
+        return polar_factor(m, exact=True)
+    u = product(p - product(p, overlap * (s[:, None] / (s[:, None] + s))), q.mT)
+    return 1.5 * u - 0.5 * product(u, product(u.mT, u))  # what the second order leaves of U^T U, by Newton-Schulz
 
 
 _WELL_CONDITIONED = 1e-2
 """Smallest over largest eigenvalue of M^T M above which float32 is enough to take its inverse root."""
+
+_LOST = 1e-4
+"""Eigenvalue of M^T M, relative to the largest, below which float32 has lost its vector."""
+
+_FIRST_ORDER = 0.02
+"""Cosine of two of the P up to which the first order is enough: what it leaves is the square of that."""
 
 _DEPENDENT = 1e-4
 """Relative singular value below which unit columns count as dependent; float32 bases are good to about this."""

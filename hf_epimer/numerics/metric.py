@@ -12,11 +12,13 @@ Kronecker factors give H_t = (U^T S_t U) o (V^T A_t V), and the projected Fisher
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from hf_epimer.numerics.product import product
 from hf_epimer.numerics.subspace import TaggedBasis
 
 Normalization = Literal["none", "trace"]
@@ -80,7 +82,7 @@ class DiagonalMetrics:
         means = curvature.mean(dim=(1, 2))
         gains = weights.clone()
         if normalize == "trace":
-            gains *= _inverse(self._traces() + damping * means * basis.size)
+            gains *= _inverse(self.traces + damping * means * basis.size)
         scale = (gains * means).sum()
         self.scale = float(scale)
         self.flat = not self.scale > 0  # no curvature anywhere in this layer: the metric is Euclidean
@@ -93,11 +95,12 @@ class DiagonalMetrics:
         return int(self.curvature.shape[0])
 
     def trace(self, task: int) -> float:
-        return float(self.gains[task] * self._traces()[task] + self.shifts[task] * self.basis.size)
+        return float(self.gains[task] * self.traces[task] + self.shifts[task] * self.basis.size)
 
-    def _traces(self) -> Tensor:
-        energy = (self.basis.u.square() @ self.basis.v.square().mT).flatten()
-        return torch.stack([torch.dot(v.flatten(), energy) for v in self.curvature])
+    @cached_property
+    def traces(self) -> Tensor:
+        """tr S^T diag(v_t) S, length T."""
+        return diagonal_traces(self.basis, self.curvature)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.basis.project_fast(self.basis.expand_fast(x).mul_(self.mean_curvature))
@@ -122,6 +125,12 @@ class DiagonalMetrics:
         u, v = self.basis.u, self.basis.v
         product = (u.mT @ (u * rows[:, None])) * (v.mT @ (v * columns[:, None]))
         return _cholesky_solver(product)
+
+
+def diagonal_traces(basis: TaggedBasis, curvature: Tensor) -> Tensor:
+    """tr S^T diag(v_t) S = <v_t, (U o U) (V o V)^T>, length T, from v_t, T x m x n."""
+    energy = product(basis.u.square(), basis.v.square().mT)
+    return curvature.flatten(1) @ energy.flatten()
 
 
 class DenseMetrics:

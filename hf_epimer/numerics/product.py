@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_LARGE = 64
-"""Smallest side from which on the change of layout is small beside the product."""
+_LARGE = 2**21
+"""Multiplications from which on the change of layout is small beside the product."""
 
 _BLOCK = 512
 """Rows of a symmetric product that are multiplied at a time."""
@@ -27,7 +27,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         m x p.
     """
-    if min(*a.shape, b.shape[1]) < _LARGE or not _by_onednn(a):
+    if a.numel() * b.shape[1] < _LARGE or not _by_onednn(a):
         return a @ b
     return linear(a.to_mkldnn(), b.mT.contiguous()).to_dense()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_epimer.numerics.linalg import SVD, polar_factor, truncated_svd
+from hf_epimer.numerics.product import product
 
 ORTHONORMALITY = 1e-4
 """Largest entry of (U^T U - I) z accepted for random z; of ((U^T U)^2 - U^T U) z where columns are dependent."""
@@ -41,11 +42,11 @@ class TaggedBasis:
 
     def expand(self, x: Tensor) -> Tensor:
         """S x as a matrix: U diag(x) V^T, m x n."""
-        return (self.u * x) @ self.v.mT
+        return product(self.u * x, self.v.mT)
 
     def project(self, matrix: Tensor) -> Tensor:
         """S^T vec(matrix): entry i is U_i^T matrix V_i."""
-        return ((matrix @ self.v) * self.u).sum(0)
+        return (product(matrix, self.v) * self.u).sum(0)
 
     def expand_fast(self, x: Tensor) -> Tensor:
         """S x with operands rounded to bfloat16 where the processor multiplies those faster, else as `expand`.

@@ -30,6 +30,15 @@ def test_truncated_svd_gives_the_best_low_rank_approximation(m: int, n: int, dec
     assert torch.allclose(s.double(), rs[:16], rtol=1e-4)
 
 
+def test_many_triples_are_found_in_wider_blocks() -> None:
+    a = matrix_with_spectrum(640, 560, (1 + torch.arange(560) / 4) ** -0.7)
+    u, s, v = truncated_svd(a, 96)
+    ru, rs, rvh = torch.linalg.svd(a.double(), full_matrices=False)
+    best = (ru[:, :96] * rs[:96]) @ rvh[:96]
+    assert ((u * s) @ v.mT - best).norm() / best.norm() < 5e-4
+    assert torch.allclose(s.double(), rs[:96], rtol=1e-4)
+
+
 def test_truncated_svd_of_pure_noise_is_right_too() -> None:
     """No gap anywhere: the hardest spectrum for an iteration, the one that it must not pretend to have solved."""
     a = torch.randn(300, 300, generator=torch.Generator().manual_seed(1))
@@ -89,6 +98,18 @@ def test_polar_factor_in_single_precision(smallest: float) -> None:
     m = matrix_with_spectrum(300, 60, torch.linspace(1, smallest, 60))
     p, _, qh = torch.linalg.svd(m.double(), full_matrices=False)
     assert (polar_factor(m) - p @ qh).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_polar_factor_of_bases_that_fill_the_space(seed: int) -> None:
+    """As many columns as rows, as TSV-M has them: the smallest singular values lie far below all others."""
+    generator = torch.Generator().manual_seed(seed)
+    m = torch.cat([torch.linalg.qr(torch.randn(256, 32, generator=generator))[0] for _ in range(8)], dim=1)
+    p, s, qh = torch.linalg.svd(m.double())
+    assert 1e-4 < float(s[-1] / s[0]) < 1e-2
+    found = polar_factor(m)
+    assert (found - p @ qh).abs().max() < 1e-5
+    assert (found.mT @ found - torch.eye(256)).abs().max() < 5e-6
 
 
 def test_polar_factor_of_repeated_columns_is_a_partial_isometry() -> None:
