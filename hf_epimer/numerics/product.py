@@ -61,3 +61,11 @@ def _by_onednn(like: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16, and so faster than in float32; others emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tells = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")  # older torch does not
+    return tells and bool(torch.cpu.get_capabilities().get("avx512_bf16"))

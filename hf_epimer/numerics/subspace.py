@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_epimer.numerics.linalg import SVD, polar_factor, truncated_svd
-from hf_epimer.numerics.product import product
+from hf_epimer.numerics.product import has_bfloat16, product
 
 ORTHONORMALITY = 1e-4
 """Largest entry of (U^T U - I) z accepted for random z; of ((U^T U)^2 - U^T U) z where columns are dependent."""
@@ -67,19 +67,13 @@ class TaggedBasis:
 
     @cached_property
     def _rounded(self) -> Tensor | None:
-        if self.u.dtype != torch.float32 or min(len(self.u), len(self.v)) < _LARGE or not _multiplies_bfloat16(self.u):
+        if self.u.dtype != torch.float32 or min(len(self.u), len(self.v)) < _LARGE or not has_bfloat16(self.u.device):
             return None
         return self.v.bfloat16()
 
 
 _LARGE = 512
 """Smaller dimension from which on independent roundings average out to about 1e-4."""
-
-
-def _multiplies_bfloat16(like: Tensor) -> bool:
-    """Whether this processor has bfloat16 products; without them torch emulates them, slowly."""
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return like.device.type == "cpu" and bool(native())
 
 
 def capped_rank(rank: int, shape: tuple[int, int], tasks: int) -> int:

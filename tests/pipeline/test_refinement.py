@@ -209,7 +209,7 @@ def tower_blocks(parameters: dict[str, nn.Parameter]) -> set[str]:
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, whatever this machine is fast at."""
-    monkeypatch.setattr(training, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: False)
 
 
 def tuned_tower(base: Path, seed: int) -> nn.Module:
@@ -287,7 +287,7 @@ def test_a_step_is_that_of_the_objective(half: bool, tolerance: float, clip_base
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_optimizers", watched)
-        patch.setattr(training, "_has_bfloat16", lambda device: half)
+        patch.setattr(training, "has_bfloat16", lambda device: half)
         refined(start, tasks, tmp_path / "w", steps=1, seed=5)
     total = torch.zeros(())
     for number, task in enumerate(tasks):
@@ -510,7 +510,7 @@ def test_two_processes_train_what_one_does(words: tuple[object, ...], tmp_path: 
     (tmp_path / "in_float32.py").write_text(
         "from hf_epimer.cli.main import console\n"
         "from hf_epimer.pipeline.refinement import training\n"
-        "training._has_bfloat16 = lambda device: False\n"
+        "training.has_bfloat16 = lambda device: False\n"
         "console()\n"
     )
     for steps, count in ((1, 1), (8, 1), (8, 2)):

@@ -34,6 +34,7 @@ from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.classifier import Head
 from hf_epimer.models.weights import parameters_of, put_weights
 from hf_epimer.numerics.lowrank import LowRank
+from hf_epimer.numerics.product import has_bfloat16
 from hf_epimer.pipeline.processes import ALONE, Processes
 from hf_epimer.pipeline.refinement.muon import FactoredMuon, Muon
 from hf_epimer.pipeline.refinement.objective import loss, squared_distances
@@ -186,7 +187,7 @@ def _optimizers(
         else:
             others.append(group)
     device = next(iter(parameters.values())).device
-    half = torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    half = torch.bfloat16 if has_bfloat16(device) else torch.float32
     made = ((Muon, matrices, half), (FactoredMuon, factored, half))
     optimizers: list[Optimizer] = [kind(groups, dtype) for kind, groups, dtype in made if groups]
     return [*optimizers, AdamW(others, weight_decay=0.0)] if others else optimizers
@@ -212,7 +213,7 @@ class _Loop:
         device = next(self.tower.parameters()).device
         for task, seen in zip(self.tasks, self.pictures, strict=True):
             pixels, targets = seen.batch(step, PICTURES, seed, self.share)
-            with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 distances = self._distances(task, pixels, targets)
             (task.weight / PICTURES * distances.sum()).backward()
         for parameter in self.tower.parameters():
@@ -249,14 +250,6 @@ def _keep_best(state: State, weights: Sequence[float], parameters: Mapping[str, 
     logger.info("refinement: %.4g after %d steps, %.4g at the start", losses[state.step], state.step, losses[0])
     if losses[state.step] < losses[state.best_step]:
         state.best_step, state.best = state.step, _copied(parameters)
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies matrices in bfloat16, and so faster than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    tells = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")  # older torch does not
-    return tells and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def _embedded(tower: nn.Module, architecture: Architecture, task: RefinementTask, pixels: Tensor) -> Tensor:
