@@ -52,5 +52,6 @@ def regmean_plus_plus(tower: nn.Module, tuned: Sequence[TensorSource], pictures:
         for name in linears:
             weight = f"{block.name}.{name}.weight"
             right = sum(gram @ model.tensor(weight).double().mT for gram, model in zip(grams[name], tuned, strict=True))
-            block.parameters[weight].copy_(torch.linalg.solve(sum(grams[name]), right).mT)
+            inverse = torch.linalg.pinv(torch.stack(grams[name]).sum(0), hermitian=True)  # some inputs may always be 0
+            block.parameters[weight].copy_((inverse @ right).mT)
         states = [[passed(block, batch) for batch in of_task] for of_task in states]

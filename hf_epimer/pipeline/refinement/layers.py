@@ -22,7 +22,7 @@ from hf_epimer.numerics.lowrank import LowRank, factorize
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.refinement.pictures import BATCH
-from hf_epimer.pipeline.refinement.training import RefinementTask, refine
+from hf_epimer.pipeline.refinement.training import PICTURES, RATE, VIEWS, RefinementTask, refine
 from hf_epimer.pipeline.report import RefinementReport
 from hf_epimer.pipeline.tower import tower_of, with_weights_of
 from hf_epimer.pipeline.workspace import workspace_of
@@ -104,7 +104,7 @@ def _refined(
         held_out = ImageBatches(samples, pixels, BATCH, only=range(len(learnt), len(samples)))
         batches += [images, held_out]
         tasks.append(RefinementTask(model.label, tuned, model.weight, images, held_out, head))
-    settings = [recipe.refine_steps, recipe.seed]
+    settings = [recipe.refine_steps, recipe.seed, RATE, PICTURES, VIEWS]
     content = "pictures and weights"
     with workspace_of("refinement", plan, layers, settings, plan.refinement_bytes, content) as workspace:
         report = refine(

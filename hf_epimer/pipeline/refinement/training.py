@@ -166,9 +166,8 @@ def _optimizers(
 ) -> list[Optimizer]:
     """Of the blocks' matrices, of low-rank updates, and of everything else.
 
-    Every parameter has `RATE` (sum_t l_t mean (W_t - W)^2)^(1/2) as its rate.
-
-    So a rate is right for models however far they are from their base, and for every kind of parameter.
+    Every parameter's rate is `RATE` (sum_t l_t mean (W_t - W)^2)^(1/2), which is right for models however far they are
+    from their base, and for every kind of parameter.
     """
     matrices: list[dict[str, Any]] = []
     factored: list[dict[str, Any]] = []
