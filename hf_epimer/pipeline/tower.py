@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
-from hf_epimer.checkpoints.reader import StateDict, TensorSource
+from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.merging.finite import stored_as
+from hf_epimer.merging.report import LayerReport
 from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.models.loading import load_tower
-from hf_epimer.models.weights import parameters_of, put_weights
+from hf_epimer.models.weights import parameters_of
 from hf_epimer.pipeline.plan import Plan
 
 
-def tower_of(layers: Sequence[MergedLayer], plan: Plan) -> nn.Module:
-    """The merged tower, in fp32 and evaluation mode, on the CPU.
+@dataclass(frozen=True)
+class Outline:
+    """A merged layer without its values, which the tower holds: a large merge is in memory once."""
+
+    name: str
+    dtype: torch.dtype
+    report: LayerReport
+
+
+@torch.no_grad()
+def tower_of(merged: Iterable[MergedLayer], plan: Plan) -> tuple[nn.Module, list[Outline]]:
+    """The merged tower, in fp32 and evaluation mode, on the CPU, and what else is known of its layers.
 
     Args:
-        layers: every parameter.
+        merged: every parameter, each put into the tower as it comes.
     """
     tower = load_tower(plan.base.folder_with_tokenizer())
-    merge = StateDict("merge", {layer.name: layer.tensor for layer in layers})
-    put_weights(parameters_of(tower, plan.architecture), merge)
-    return tower
+    parameters = parameters_of(tower, plan.architecture)
+    outlines = []
+    for layer in merged:
+        parameters[layer.name].copy_(layer.tensor)
+        outlines.append(Outline(layer.name, layer.tensor.dtype, layer.report))
+    return tower, outlines
 
 
 def with_weights_of(
-    tower: nn.Module, layers: Sequence[MergedLayer], plan: Plan, base: TensorSource
+    tower: nn.Module, outlines: Sequence[Outline], plan: Plan, base: TensorSource
 ) -> Iterator[MergedLayer]:
     """The layers with the tower's weights, in the type that they had.
 
@@ -36,8 +51,8 @@ def with_weights_of(
         NumericalError: a value does not fit into it.
     """
     parameters = parameters_of(tower, plan.architecture)
-    for layer in layers:
+    for layer in outlines:
         value = parameters[layer.name].detach().cpu()
-        stored = stored_as(value, layer.tensor.dtype, layer.name)
+        stored = stored_as(value, layer.dtype, layer.name)
         norm = float((value - base.tensor(layer.name).to(value)).norm())
         yield MergedLayer(layer.name, stored, replace(layer.report, merged_norm=norm))

@@ -11,16 +11,16 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
+from torch import Tensor
 
 from hf_epimer.checkpoints.atomic import Busy, locked
 from hf_epimer.errors import OutputError
-from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.processes import launched
 
@@ -35,13 +35,13 @@ ROOM = 20 * 10**9
 
 @contextmanager
 def workspace_of(
-    stage: str, plan: Plan, start: Sequence[MergedLayer], settings: Sequence[object], needed: int, content: str
+    stage: str, plan: Plan, start: Mapping[str, Tensor], settings: Sequence[object], needed: int, content: str
 ) -> Iterator[Path]:
     """The folder of one stage of this merge, nobody else's while the block lasts.
 
     Args:
         stage: the folder's parent, and for messages.
-        start: the merge that the stage begins with.
+        start: the weights that the stage begins with, by name.
         settings: whatever else decides its result.
         needed: bytes that it will keep.
         content: what these bytes are, for messages.
@@ -73,11 +73,11 @@ def workspace_of(
 _LOCK = ".lock"
 
 
-def _name(plan: Plan, start: Sequence[MergedLayer], settings: Sequence[object]) -> str:
+def _name(plan: Plan, start: Mapping[str, Tensor], settings: Sequence[object]) -> str:
     digest = hashlib.sha256()
-    for layer in start:
-        digest.update(layer.name.encode())
-        digest.update(layer.tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, weights in start.items():
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     where = [*settings, plan.recipe.device, torch.get_num_threads()]
     sources = [(model.label, model.weight, model.source.identity, str(model.images)) for model in plan.models]
     revisions = [model.images.revision for model in plan.models if model.images]

@@ -23,7 +23,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def opened(setting: int, needed: int = 0) -> Any:
-    return workspace_of("stage", PLAN, [], [setting], needed, "numbers")
+    return workspace_of("stage", PLAN, {}, [setting], needed, "numbers")
 
 
 def test_two_runs_of_one_merge_do_not_share_it() -> None:

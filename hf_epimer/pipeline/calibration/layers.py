@@ -11,6 +11,7 @@ from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import CalibrationReport
 from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.models.loading import load_processor, preprocess
+from hf_epimer.models.weights import parameters_of
 from hf_epimer.pipeline.calibration.states import BATCH
 from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
 from hf_epimer.pipeline.plan import Plan
@@ -35,8 +36,7 @@ def calibrated_layers(
         OutputError: there is no room for hidden states.
         NumericalError: as in `calibrate`, or a value that does not fit into the merge's type.
     """
-    layers = list(merged)
-    tower = tower_of(layers, plan)
+    tower, outlines = tower_of(merged, plan)
     pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
     processes = launched()
     share = (processes.rank, processes.count)
@@ -47,7 +47,8 @@ def calibrated_layers(
         for entry in zip(ingredients.models, plan.weights, ingredients.curvature, batches, strict=True)
     ]
     settings = [plan.recipe.views, plan.recipe.calibration_rho, plan.recipe.refine, share]
-    with workspace_of("calibration", plan, layers, settings, plan.calibration_bytes, "hidden states") as workspace:
+    start = parameters_of(tower, plan.architecture)
+    with workspace_of("calibration", plan, start, settings, plan.calibration_bytes, "hidden states") as workspace:
         sizes = calibrate(
             tower.to(processes.device(plan.recipe.device)),
             ingredients.base,
@@ -62,6 +63,6 @@ def calibrated_layers(
         shutil.rmtree(workspace)
     for seen in batches:
         seen.report_broken()
-    for layer in with_weights_of(tower, layers, plan, ingredients.base):
+    for layer in with_weights_of(tower, outlines, plan, ingredients.base):
         change = CalibrationReport(sizes[layer.name]) if layer.name in sizes else None
         yield replace(layer, report=replace(layer.report, calibration=change))

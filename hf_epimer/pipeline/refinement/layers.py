@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -46,10 +46,9 @@ def refined_layers(
         OutputError: there is no room for the pictures.
         NumericalError: the loss is not finite, or a value does not fit into the merge's type.
     """
-    layers = list(merged)
-    tower = tower_of(layers, plan)
-    report = _refined(tower, layers, plan, ingredients, progress)
-    return list(with_weights_of(tower, layers, plan, ingredients.base)), report
+    tower, outlines = tower_of(merged, plan)
+    report = _refined(tower, plan, ingredients, progress)
+    return list(with_weights_of(tower, outlines, plan, ingredients.base)), report
 
 
 def refined_updates(
@@ -61,10 +60,9 @@ def refined_updates(
         DataError, OutputError, NumericalError: as in `refined_layers`.
     """
     updates = list(merged)
-    layers = list(fold_updates(updates, ingredients.base, torch.float32))
-    tower = tower_of(layers, plan)
+    tower, _ = tower_of(fold_updates(updates, ingredients.base, torch.float32), plan)
     trained = {each.name: each.update for each in updates if not isinstance(each.update, LowRank) or each.update.rank}
-    report = _refined(tower, layers, plan, ingredients, progress, trained)
+    report = _refined(tower, plan, ingredients, progress, trained)
     parameters = parameters_of(tower, plan.architecture)
     moved = trained if report.best_step else {}
     return [
@@ -84,13 +82,12 @@ def _moved(merged: MergedUpdate, weight: Tensor, base: TensorSource) -> MergedUp
 
 def _refined(
     tower: nn.Module,
-    layers: Sequence[MergedLayer],
     plan: Plan,
     ingredients: Ingredients,
     progress: Progress,
     updates: Mapping[str, LowRank | Tensor] | None = None,
 ) -> RefinementReport:
-    """Train the tower of these layers in place; `updates` as in `refine`."""
+    """Train a merged tower in place; `updates` as in `refine`."""
     recipe, processes = plan.recipe, launched()
     device = processes.device(recipe.device)
     pixels = partial(preprocess, load_processor(plan.base.folder_with_processor()))
@@ -106,7 +103,8 @@ def _refined(
         tasks.append(RefinementTask(model.label, tuned, model.weight, images, held_out, head))
     settings = [recipe.refine_steps, recipe.seed, RATE, PICTURES, VIEWS]
     content = "pictures and weights"
-    with workspace_of("refinement", plan, layers, settings, plan.refinement_bytes, content) as workspace:
+    start = parameters_of(tower, plan.architecture)
+    with workspace_of("refinement", plan, start, settings, plan.refinement_bytes, content) as workspace:
         report = refine(
             tower.to(device),
             tasks,
