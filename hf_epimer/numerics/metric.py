@@ -123,8 +123,7 @@ class DiagonalMetrics:
         rows = self.mean_curvature.mean(1)
         columns = self.mean_curvature.mean(0) / rows.mean()
         u, v = self.basis.u, self.basis.v
-        product = (u.mT @ (u * rows[:, None])) * (v.mT @ (v * columns[:, None]))
-        return _cholesky_solver(product)
+        return _cholesky_solver((u.mT @ (u * rows[:, None])) * (v.mT @ (v * columns[:, None])))
 
 
 def diagonal_traces(basis: TaggedBasis, curvature: Tensor) -> Tensor:

@@ -53,10 +53,12 @@ def workspace_of(
     home = Path(constants.HF_HOME) / "hf-epimer" / stage
     workspace = home / _name(plan, start, settings)
     workspace.mkdir(parents=True, exist_ok=True)
-    lock = workspace / f"{launched().rank}{_LOCK}"
+    processes = launched()
+    lock = workspace / f"{processes.rank}{_LOCK}"
     lock.touch()
     try:
         with locked(lock):
+            processes.gather(None)  # none removes what another of this run is about to lock
             _make_room([path for path in home.iterdir() if path != workspace], ROOM - needed)
             free, held = shutil.disk_usage(workspace).free, _size(workspace)
             logger.info("%s keeps %.1f GB of %s in %s until it is done", stage, needed / 1e9, content, workspace)
@@ -86,11 +88,15 @@ def _name(plan: Plan, start: Mapping[str, Tensor], settings: Sequence[object]) -
 
 
 def _make_room(others: Sequence[Path], room: int) -> None:
-    """Remove what killed runs have left: what is old, then the oldest until it fits into `room` bytes."""
+    """Remove what killed runs have left: what is old, then the oldest until it fits into `room` bytes.
+
+    An empty one takes no room, and another run may be about to lock it.
+    """
     newest_first = sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest_first:
-        room -= _size(path)
-        if room < 0 or time.time() - path.stat().st_mtime > KEPT:
+        size = _size(path)
+        room -= size
+        if (size and room < 0) or time.time() - path.stat().st_mtime > KEPT:
             with suppress(Busy), ExitStack() as locks:
                 for lock in path.glob(f"*{_LOCK}"):
                     locks.enter_context(locked(lock))
