@@ -137,6 +137,7 @@ def load_subject(request: CurvatureRequest, batch_size: int, accelerator: Accele
 
 
 def _images_at_once(model: Classifier) -> int:
+    """Images whose activations fit into `ROOM` bytes of float32, at least one."""
     tower: Any = model.tower
     config = tower.config.to_dict()
     architecture = model.architecture
