@@ -160,6 +160,11 @@ def _print_report(recipe: MergeRecipe, report: MergeReport, as_json: bool) -> No
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
     summary = plan.summary()
+    if plan.recipe.calibrate or plan.recipe.refine:
+        from hf_epimer.pipeline.cost import expected, in_words
+
+        shown = round if as_json else in_words
+        summary["expected_seconds"] = {part: shown(seconds) for part, seconds in expected(plan).items()}
     if as_json:
         print(json.dumps(summary))
         return

@@ -10,6 +10,7 @@ import torch
 from hf_epimer.methods.statistic import POSITIONS
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.refinement.muon import ITERATIONS
+from hf_epimer.pipeline.refinement.training import PICTURES, VIEWS
 from hf_epimer.types import Shape
 
 PASSES = 4.5
@@ -25,21 +26,26 @@ REACHED = 0.65
 """Share of a large product's speed that was reached on the whole (ViT-B/32, eight tasks, two cores)."""
 
 
+def expected(plan: Plan) -> dict[str, float]:
+    """Seconds of the parts of a merge that last, on its device: those that there are of calibration and refinement."""
+    operations = {}
+    if plan.recipe.calibrate:
+        operations["calibration"] = calibration_operations(plan)
+    if plan.recipe.refine:
+        operations["refinement"] = refinement_operations(plan)
+    return {part: expected_seconds(each, plan.recipe.device) for part, each in operations.items()}
+
+
 def calibration_operations(plan: Plan) -> float:
     """Floating-point operations of a plan's calibration, with the statistics that are still to be measured for it."""
     measured = sum(request.images.sampling.samples or 0 for kind, request in plan.to_estimate if kind is POSITIONS)
     return _a_pass(plan) * (PASSES * _images(plan) * plan.recipe.views + PASSES_OF_STATISTICS * measured)
 
 
-def refinement_operations(plan: Plan, pictures: int, views: int) -> float:
-    """Floating-point operations of a plan's refinement.
-
-    Args:
-        pictures: of every task in a step.
-        views: of every image that its own model embeds.
-    """
+def refinement_operations(plan: Plan) -> float:
+    """Floating-point operations of a plan's refinement."""
     steps = plan.recipe.refine_steps
-    passes = PASSES_OF_TRAINING * steps * pictures * len(plan.models) + views * _images(plan)
+    passes = PASSES_OF_TRAINING * steps * PICTURES * len(plan.models) + VIEWS * _images(plan)
     sides = [sorted(shape) for shape in _matrices(plan)]
     of_muon = ITERATIONS * sum(4.0 * short**2 * long + 2.0 * short**3 for short, long in sides)
     return _a_pass(plan) * passes + steps * of_muon

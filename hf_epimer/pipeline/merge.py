@@ -90,18 +90,13 @@ def merge(recipe: MergeRecipe, progress: Progress = lambda stage, done, total: N
 
 def _announce(plan: Plan, progress: Progress) -> None:
     """How long the parts of a merge will take that last."""
-    device = plan.recipe.device
-    if plan.recipe.calibrate:
-        from hf_epimer.pipeline.cost import calibration_operations, expected_seconds, in_words
+    if not plan.recipe.calibrate and not plan.recipe.refine:
+        return
+    from hf_epimer.pipeline.cost import expected, in_words
 
-        seconds = expected_seconds(calibration_operations(plan), device)
-        progress(f"calibrated: {in_words(seconds)} in all (--no-calibrate skips it)", 0, 0)
-    if plan.recipe.refine:
-        from hf_epimer.pipeline.cost import expected_seconds, in_words, refinement_operations
-        from hf_epimer.pipeline.refinement.training import PICTURES, VIEWS
-
-        seconds = expected_seconds(refinement_operations(plan, PICTURES, VIEWS), device)
-        progress(f"refined: {in_words(seconds)} in all, for {plan.recipe.refine_steps} steps", 0, 0)
+    hints = {"calibration": "--no-calibrate skips it", "refinement": f"{plan.recipe.refine_steps} steps"}
+    for part, seconds in expected(plan).items():
+        progress(f"{part}: {in_words(seconds)} in all ({hints[part]})", 0, 0)
 
 
 def _tuned(plan: Plan, ingredients: Ingredients, progress: Progress) -> tuple[Plan, dict[float, float]]:

@@ -2,7 +2,8 @@
 
 Beside the package's own there are closed forms of two other papers, each in a file here, written to compare with.
 
-    python scripts/peers/compare.py --zoo DIR --tasks mnist flags ... [--samples 64 256] [--seeds 0 1 2] [--rows ...]
+    python scripts/peers/compare.py --zoo DIR --tasks mnist flags ... [--samples 64 256] [--seeds 0 1 2]
+        [--steps N] [--rows ...]
     python scripts/peers/compare.py --report
 
 DIR is as for scripts/zoo_table.py. Every measurement is a line of --log and is not repeated; a seed decides which
@@ -90,12 +91,13 @@ Hits = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Set:
-    """Some tasks of a zoo, and how many training images of each are used, chosen by the seed."""
+    """Some tasks of a zoo, how many training images of each are used, chosen by the seed, and steps of refinement."""
 
     zoo: Path
     tasks: tuple[Task, ...]
     samples: int
     seed: int
+    steps: int
 
     @property
     def base(self) -> ModelSource:
@@ -114,6 +116,7 @@ class Set:
             seed=self.seed,
             calibrate=row.calibrate,
             refine=row.refine,
+            refine_steps=self.steps,
             tasks=tuple(str(self.zoo / "task_files" / f"{task.name}.yaml") for task in self.tasks),
             out=str(out / "merged"),
             overwrite=True,
@@ -151,14 +154,19 @@ def measure(chosen: Set, rows: Sequence[str], log: Path, out: Path, limit: int |
     """Measure the rows that the log does not have, and add them to it."""
     names = [task.name for task in chosen.tasks]
     key = {"zoo": chosen.zoo.name, "tasks": names, "samples": chosen.samples, "seed": chosen.seed}
-    done = {entry["row"] for entry in entries(log) if key.items() <= entry.items()}
-    for row in (row for row in rows if row not in done):
+    done = {(entry["row"], entry["steps"]) for entry in entries(log) if key.items() <= entry.items()}
+    for row in rows:
+        steps = chosen.steps if ROWS[row].refine else 0
+        if (row, steps) in done:
+            continue
         started = time.monotonic()
         tower, seconds = chosen.merged(row, out)
         hits = chosen.hits(tower, limit)
         right = {task: "".join("01"[int(hit)] for hit in of_task) for task, of_task in hits.items()}
         with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**key, "row": row, "seconds": round(seconds, 1), "right": right}) + "\n")
+            file.write(
+                json.dumps({**key, "row": row, "steps": steps, "seconds": round(seconds, 1), "right": right}) + "\n"
+            )
         said = f"{average(hits):.4f} ({worst(hits):.3f}), {time.monotonic() - started:.0f} s with everything"
         Console(stderr=True).print(f"{' '.join(names)}, {chosen.samples}, seed {chosen.seed}: {row}: {said}")
 
@@ -189,7 +197,8 @@ def report(log: Path) -> str:
     for entry in entries(log):
         hits = {task: torch.tensor([mark == "1" for mark in marks]) for task, marks in entry["right"].items()}
         rows = sets.setdefault((f"{entry['zoo']}: {' '.join(entry['tasks'])}", entry["samples"]), {})
-        rows.setdefault(entry["row"], {})[entry["seed"]] = hits, entry["seconds"]
+        row = f"{entry['row']}, {entry['steps']} steps" if entry["steps"] else entry["row"]
+        rows.setdefault(row, {})[entry["seed"]] = hits, entry["seconds"]
     lines = []
     for (where, samples), rows in sets.items():
         lines += ["", f"{where}, {samples} images a task", ""]
@@ -233,6 +242,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[])
     parser.add_argument("--samples", nargs="+", type=int, default=[256])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=100, help="of a refinement; default: 100")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["calibrated", "calibrated, refined"])
     parser.add_argument("--limit", type=int, help="test images per task; default: all")
     parser.add_argument("--log", type=Path, default=Path("compared.jsonl"))
@@ -244,7 +254,13 @@ def main() -> None:
     tasks = tuple(load_task_file(options.zoo / "task_files" / f"{name}.yaml") for name in options.tasks)
     for samples in options.samples if tasks else ():
         for seed in options.seeds:
-            measure(Set(options.zoo, tasks, samples, seed), options.rows, options.log, options.out, options.limit)
+            measure(
+                Set(options.zoo, tasks, samples, seed, options.steps),
+                options.rows,
+                options.log,
+                options.out,
+                options.limit,
+            )
     if options.report:
         Console(soft_wrap=True, highlight=False).print(report(options.log), markup=False)
 

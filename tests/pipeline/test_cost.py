@@ -39,7 +39,7 @@ def test_operations_are_those_of_the_passes(clip_zoo: Path) -> None:
     of_a_step = 5 * (4 * 6 * width**3 + 2 * (4 * width**2 * hidden + 2 * width**3))
     of_muon = 50 * config["num_hidden_layers"] * of_a_step
     passes = of_a_pass * (3 * 50 * 16 * 2 + 4 * 2 * 16)
-    assert cost.refinement_operations(refined, 16, 4) == pytest.approx(passes + of_muon)
+    assert cost.refinement_operations(refined) == pytest.approx(passes + of_muon)
     assert 0 < cost.expected_seconds(cost.calibration_operations(plan), "cpu", size=64) < 60
 
 
@@ -54,7 +54,7 @@ def test_no_more_precision_than_there_is(seconds: float, words: str) -> None:
 def test_a_merge_says_it_before_it_measures_anything(clip_zoo: Path) -> None:
     stages: list[str] = []
     merge(recipe(clip_zoo), lambda stage, done, total: stages.append(stage))
-    first = next(number for number, stage in enumerate(stages) if stage.startswith("calibrated: "))
+    first = next(number for number, stage in enumerate(stages) if stage.startswith("calibration: "))
     assert "(--no-calibrate skips it)" in stages[first]
     assert first < stages.index("estimating curvature") < stages.index("calibrating")
     stages.clear()
@@ -64,4 +64,4 @@ def test_a_merge_says_it_before_it_measures_anything(clip_zoo: Path) -> None:
     merge(
         recipe(clip_zoo, calibrate=False, refine=True, refine_steps=2, overwrite=True), lambda *of: stages.append(of[0])
     )
-    assert any(stage.endswith("in all, for 2 steps") for stage in stages[: stages.index("merging")])
+    assert any(stage.endswith("in all (2 steps)") for stage in stages[: stages.index("merging")])

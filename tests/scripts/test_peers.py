@@ -128,7 +128,9 @@ def test_a_report_has_a_line_for_every_row(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     key = {"zoo": "z", "tasks": ["a"], "samples": 64, "seconds": 3.0}
     marks = {("calibrated", 0): "1100", ("calibrated", 1): "1000", ("mean", 0): "1000", ("mean", 1): "1010"}
-    lines = [json.dumps({**key, "row": row, "seed": seed, "right": {"a": m}}) for (row, seed), m in marks.items()]
+    lines = [
+        json.dumps({**key, "row": row, "steps": 0, "seed": seed, "right": {"a": m}}) for (row, seed), m in marks.items()
+    ]
     log.write_text("\n".join(lines))
     report = compare.report(log)
     assert "z: a, 64 images a task" in report
