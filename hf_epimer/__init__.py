@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_epimer.analysis.diagnosis import diagnose
     from hf_epimer.analysis.diagnosis_report import Diagnosis
-    from hf_epimer.analysis.landscape import Landscape, landscape
+    from hf_epimer.analysis.landscape.landscape import Landscape, landscape
     from hf_epimer.analysis.sweep.grid import Grid
     from hf_epimer.analysis.sweep.report import SweepReport
     from hf_epimer.analysis.sweep.sweep import sweep
@@ -48,7 +48,7 @@ _HOMES = {
     "FisherCallback": "curvature.trainer",
     "EpimerError": "errors",
     "Grid": "analysis.sweep.grid",
-    "Landscape": "analysis.landscape",
+    "Landscape": "analysis.landscape.landscape",
     "METHODS": "methods",
     "MergeRecipe": "pipeline.recipe",
     "MergeReport": "pipeline.report",
@@ -64,7 +64,7 @@ _HOMES = {
     "estimate_fisher": "curvature.data_pass",
     "evaluate": "evaluation.accuracy",
     "fisher_from_adam": "curvature.trainer",
-    "landscape": "analysis.landscape",
+    "landscape": "analysis.landscape.landscape",
     "make_plan": "pipeline.planner",
     "make_zoo": "demo.zoo",
     "merge": "pipeline.merge",

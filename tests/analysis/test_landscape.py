@@ -16,8 +16,10 @@ from torch.nn.functional import cross_entropy
 from helpers.checkpoints import tiny_state
 from helpers.classifiers import load_classifier, source_of
 from hf_epimer import MergeRecipe, ModelRef, landscape, merge
-from hf_epimer.analysis import plots as plots
-from hf_epimer.analysis.landscape import Landscape, Plane, Tower, fit_plane, grid, plane_of
+from hf_epimer.analysis.landscape.contours import loss_contours
+from hf_epimer.analysis.landscape.landscape import Landscape
+from hf_epimer.analysis.landscape.losses import Tower
+from hf_epimer.analysis.landscape.plane import Plane, fit_plane, grid, plane_of
 from hf_epimer.checkpoints.reader import Checkpoint, StateDict
 from hf_epimer.errors import OutputError, UsageError
 from hf_epimer.merging.inputs import Ingredients
@@ -184,7 +186,7 @@ def test_report_and_picture_are_written(found: Landscape) -> None:
 
 def test_every_panel_names_its_models() -> None:
     rows = [[0.5, 1.0], [2.0, 4.0]]
-    figure = plots.loss_contours(
+    figure = loss_contours(
         {"a": rows, "b": rows},
         ([0.0, 1.0], [0.0, 1.0]),
         {"a": (0.0, 0.0), "b": (1.0, 1.0), "base": (0.5, 0.5), "merge": (0.5, 0.0)},
@@ -226,5 +228,5 @@ def test_what_cannot_be_drawn_is_refused(clip_zoo: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_matplotlib_is_imported_only_to_draw() -> None:
-    code = "import sys, hf_epimer.analysis.landscape; assert 'matplotlib' not in sys.modules"
+    code = "import sys, hf_epimer.analysis.landscape.landscape; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
