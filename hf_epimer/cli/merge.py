@@ -174,7 +174,7 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
 
     table = Table(show_header=False, box=None)
     for name, value in summary.items():
-        if name.endswith("bytes_to_read"):
+        if name.endswith(("_bytes", "bytes_to_read")):
             value = f"{value / 1e9:.2f} GB"
         elif isinstance(value, dict):
             value = "\n".join(f"{key}: {entry}" for key, entry in value.items())

@@ -79,7 +79,8 @@ def test_a_calibrated_merge_is_refined_and_a_plan_says_so(words: tuple[object, .
     assert len(plan["refine_on"]) == 2 and "40 samples" in plan["refine_on"][0] and plan["refine_steps"] == 30
     assert plan["refinement_bytes"] > 2 * 80 * 3 * 8 * 8
     assert plan["expected_seconds"].keys() == {"calibration", "refinement"}
-    assert "refinement: less than a minute" in run(*words, "--out", "m", "--dry-run")[1]
+    table = run(*words, "--out", "m", "--dry-run")[1]
+    assert "refinement: less than a minute" in table and "refinement bytes    0.00 GB" in table
     code, out, err = run(*words, "--calibrate", "--out", "m")
     assert code == 0, err
     assert "calibrated layers: 12" in out and "refined: trained" in out
