@@ -187,7 +187,8 @@ class Plan:
 
     @property
     def calibration_bytes(self) -> int:
-        """Of the hidden states that a calibration keeps on the disk: two towers, twice, in float32; 0 without one."""
+        """Of the hidden states that a calibration keeps on the disk: two towers, twice, in float32; 0 without one. In a
+        GPU's memory, where that has room, it keeps half of them instead."""
         if not self.recipe.calibrate:
             return 0
         images = sum(model.images.sampling.samples or 0 for model in self.models if model.images)

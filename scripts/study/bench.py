@@ -31,7 +31,8 @@ from hf_epimer.models.head import classifier_for
 from hf_epimer.models.loading import load_tower
 from hf_epimer.models.source import resolve_model
 from hf_epimer.models.weights import parameters_of, put_weights
-from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
+from hf_epimer.pipeline.calibration.passage import CalibrationTask
+from hf_epimer.pipeline.calibration.step import calibrate
 from hf_epimer.tasks.images import Batch, ImageBatches, Samples, read_samples
 from hf_epimer.tasks.task import load_task_file
 

@@ -26,7 +26,9 @@ from hf_epimer.errors import DataError
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower
 from hf_epimer.numerics.regression import anchored_step, prior
-from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
+from hf_epimer.pipeline.calibration.passage import CalibrationTask
+from hf_epimer.pipeline.calibration.states import SHARE, fit_on
+from hf_epimer.pipeline.calibration.step import calibrate
 from hf_epimer.pipeline.views import SMALLEST, crops
 from hf_epimer.tasks.images import Batch
 
@@ -46,14 +48,15 @@ def test_the_step_is_where_the_error_is_smallest() -> None:
     assert float(gradient.abs().max()) < 1e-9
 
 
-def test_the_prior_is_what_inputs_along_the_task_vector_would_add() -> None:
+@pytest.mark.parametrize("outputs", [4, 2], ids=["one product", "two thin ones"])
+def test_the_prior_is_what_inputs_along_the_task_vector_would_add(outputs: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    vector, gap = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    vector, gap = (torch.randn(outputs, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     gram_, cross = prior(vector, gap)
     assert float(gram_.diagonal().mean()) == pytest.approx(1.0)
     assert torch.allclose(cross, gap @ gram_)
     assert torch.allclose(gram_ / gram_[0, 0], (vector.mT @ vector) / (vector.mT @ vector)[0, 0])
-    still = prior(torch.zeros(4, 6), gap.float())
+    still = prior(torch.zeros(outputs, 6), gap.float())
     assert not bool(still[0].any()) and not bool(still[1].any())
 
 
@@ -292,13 +295,18 @@ def test_a_task_without_images_is_an_error(clip_base: Path, tmp_path: Path) -> N
         calibrated(tower, [replace(task, images=[])], tmp_path / "w")
 
 
-def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(clip_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(
+    in_memory: bool, clip_base: Path, tmp_path: Path
+) -> None:
+    """Those of a run with files, which goes on without reading an image again."""
     start, towers = inside(load_tower(clip_base)), [tuned_tower(clip_base, seed) for seed in (1, 2)]
     tasks = [task_of(tower, seed) for seed, tower in enumerate(towers, 1)]
     whole, sizes = calibrated(start, tasks, tmp_path / "whole", prior_weight=1.0)
 
     def stopped_after(steps: int) -> tuple[nn.Module, dict[str, float]]:
         folder, counted = tmp_path / f"stopped {steps}", 0
+        folder.mkdir()
 
         def stop(done: int, total: int) -> None:
             nonlocal counted
@@ -307,11 +315,13 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(clip_base: Pat
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            calibrated(start, tasks, folder, prior_weight=1.0, on_step=stop)
+            calibrated(start, tasks, folder, prior_weight=1.0, in_memory=in_memory, on_step=stop)
         begun = sorted(path.name for path in folder.glob("block-*"))
         assert len(begun) == (steps - 1) // 4
-        unread = [replace(task, images=never()) for task in tasks]
-        return calibrated(start, unread, folder, prior_weight=1.0)
+        assert in_memory or (folder / "0" / "merged-0").exists()
+        assert not in_memory or sorted(path.name for path in folder.iterdir()) == begun
+        seen = tasks if in_memory else [replace(task, images=never()) for task in tasks]
+        return calibrated(start, seen, folder, prior_weight=1.0, in_memory=in_memory)
 
     for steps in (1, 2, 3, 4, 5, 8):
         again, found = stopped_after(steps)
@@ -322,6 +332,13 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bits(clip_base: Pat
 def never() -> Iterator[Batch]:
     raise AssertionError("the images of an interrupted run are read a second time")
     yield
+
+
+def test_hidden_states_take_a_share_of_what_a_gpu_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 4000))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert fit_on(gpu, int(1000 * SHARE)) and not fit_on(gpu, int(1000 * SHARE) + 1)
+    assert not fit_on(cpu, 1)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -433,6 +450,24 @@ def test_no_room_for_hidden_states_is_said_before_they_are_computed(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     code, _, err = run(*words, "--out", tmp_path / "m")
     assert code == 1 and "calibration needs" in err and "GB are free" in err and not (tmp_path / "m").exists()
+
+
+def test_no_room_is_needed_on_the_disk_for_hidden_states_that_fit_into_memory(
+    words: tuple[object, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(*words, "--out", tmp_path / "a")[0] == 0
+    asked = []
+
+    def fit(device: torch.device, nbytes: int) -> bool:
+        asked.append((device.type, nbytes))
+        return True
+
+    monkeypatch.setattr("hf_epimer.pipeline.calibration.layers.fit_on", fit)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, _, err = run(*words, "--out", tmp_path / "b")
+    assert code == 0, err
+    assert asked == [("cpu", 2 * 4 * 48 * POSITIONS * 16)]  # two towers, float32, width 16
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
 def test_what_calibration_cannot_do_is_said_before_any_work(

@@ -12,7 +12,8 @@ from helpers.families import FAMILIES, SIDE
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.models.dinov2 import DINOV2
 from hf_epimer.models.weights import blocks_of, parameters_of
-from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
+from hf_epimer.pipeline.calibration.passage import CalibrationTask
+from hf_epimer.pipeline.calibration.step import calibrate
 from hf_epimer.tasks.images import Batch
 
 POSITIONS = 5

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import CalibrationReport
 from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.models.loading import load_processor, preprocess
 from hf_epimer.models.weights import parameters_of
-from hf_epimer.pipeline.calibration.states import BATCH
-from hf_epimer.pipeline.calibration.step import CalibrationTask, calibrate
+from hf_epimer.pipeline.calibration.passage import CalibrationTask
+from hf_epimer.pipeline.calibration.states import BATCH, fit_on
+from hf_epimer.pipeline.calibration.step import calibrate
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.tower import tower_of, with_weights_of
@@ -46,15 +49,18 @@ def calibrated_layers(
         CalibrationTask(*entry)
         for entry in zip(ingredients.models, plan.weights, ingredients.curvature, batches, strict=True)
     ]
-    settings = [plan.recipe.views, plan.recipe.calibration_rho, plan.recipe.refine, share]
-    start = parameters_of(tower, plan.architecture)
-    with workspace_of("calibration", plan, start, settings, plan.calibration_bytes, "hidden states") as workspace:
+    device = torch.device(processes.device(plan.recipe.device))
+    in_memory = fit_on(device, plan.calibration_bytes // 2 // processes.count)
+    settings = [plan.recipe.views, plan.recipe.calibration_rho, plan.recipe.refine, share, in_memory]
+    start, needed = parameters_of(tower, plan.architecture), 0 if in_memory else plan.calibration_bytes
+    with workspace_of("calibration", plan, start, settings, needed, "hidden states") as workspace:
         sizes = calibrate(
-            tower.to(processes.device(plan.recipe.device)),
+            tower.to(device),
             ingredients.base,
             tasks,
             plan.architecture,
             workspace,
+            in_memory=in_memory,
             views=plan.recipe.views,
             rho=plan.recipe.calibration_rho,
             processes=processes,

@@ -1,40 +1,41 @@
-"""The pictures of one task on their way through two towers, residual by residual: the merged one and the task's own.
-
-Hidden states are kept in files that are mapped into memory, one set at the beginning of a block and one within it, so
-that a block can be begun again.
-"""
+"""The pictures of one task on their way through two towers, residual by residual: the merged one and the task's own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_epimer.checkpoints.atomic import write_text
+
 BATCH = 32
 """Images at a time."""
+
+TOWERS = ("merged", "tuned")
+
+SHARE = 0.5
+"""Of a device's free memory: so much hidden states may take. Sums, weights and activations need room, too."""
 
 
 class HiddenStates:
     """Hidden states of one task's images, images x positions x width, in the merged tower and in the task's own.
 
-    Of each tower there are two files: the states at the beginning of a block, and those within it, so that a block that
-    was interrupted can be begun again.
-
     Args:
-        folder: for the files; those that are there are gone on with.
-        shape: of the states.
-        blocks: how many are done.
+        sides: tower -> the states at the beginning of a block, and where those within it are written. They are two
+            tensors where a block may have to be begun again, by a later process; else one.
+        blocks: how many have been passed; after an odd number the sides have changed places.
     """
 
-    def __init__(self, folder: Path, shape: Sequence[int], blocks: int = 0) -> None:
-        self.count = shape[0]
-        self._files = {tower: [_mapped(_file(folder, tower, side), shape) for side in (0, 1)] for tower in TOWERS}
-        self._start = blocks % 2
+    def __init__(self, sides: Mapping[str, tuple[Tensor, Tensor]], blocks: int = 0) -> None:
+        self.count = len(sides[TOWERS[0]][0])
+        self.blocks = blocks
+        self._sides = sides
         self._within: set[str] = set()
 
     def batches(self) -> Iterator[slice]:
@@ -44,12 +45,11 @@ class HiddenStates:
 
     def read(self, tower: str, part: slice) -> Tensor:
         """The states of some images, as far as they have got."""
-        side = 1 - self._start if tower in self._within else self._start
-        return self._files[tower][side][part]
+        return self._sides[tower][(self.blocks + (tower in self._within)) % 2][part]
 
     def write(self, tower: str, part: slice, states: Tensor) -> None:
-        """The states of some images one residual further; `passed` when all are there."""
-        self._files[tower][1 - self._start][part] = states
+        """The states of some images one residual further, after they have been read; `passed` when all are there."""
+        self._sides[tower][(self.blocks + 1) % 2][part] = states
 
     def passed(self, tower: str) -> None:
         """All images of a tower have been written."""
@@ -57,22 +57,52 @@ class HiddenStates:
 
     def end_block(self) -> None:
         """What has been written is the beginning of the next block."""
-        self._start = 1 - self._start
+        self.blocks += 1
         self._within.clear()
 
 
-TOWERS = ("merged", "tuned")
-
-
-def write_first(folder: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[int] | None:
-    """States at the beginning of the first block, batch after batch, so that they are never in memory together.
+def fit_on(device: torch.device, nbytes: int) -> bool:
+    """Whether hidden states may stay on a device: not on the CPU, whose memory the files are for.
 
     Args:
-        batches: tower -> images x positions x width.
-
-    Returns:
-        The shape of all, None where there is no batch.
+        nbytes: of one side.
     """
+    return device.type == "cuda" and nbytes <= SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+Beginnings = Iterable[Mapping[str, Tensor]]
+"""Batch after batch, tower -> images x positions x width at the beginning of the first block."""
+
+
+def states_in_memory(batches: Beginnings) -> HiddenStates | None:
+    """States where the batches are; they end with the process. None where there is no batch."""
+    kept = list(batches)
+    if not kept:
+        return None
+    whole = {tower: torch.cat([batch[tower] for batch in kept]).float() for tower in TOWERS}
+    return HiddenStates({tower: (states, states) for tower, states in whole.items()})
+
+
+def states_in_files(folder: Path, batches: Beginnings, blocks: int) -> HiddenStates | None:
+    """States in files that are mapped into memory, so that the system may put them out of it.
+
+    Args:
+        folder: where a process that was interrupted has left them, none of `batches` is taken.
+        blocks: that it had passed.
+    """
+    note = folder / "shape.json"
+    if not note.exists():
+        shape = _write(folder, batches)
+        if shape is None:
+            return None
+        write_text(note, json.dumps(shape))
+    shape = json.loads(note.read_text(encoding="utf-8"))
+    mapped = {tower: (_mapped(folder, tower, 0, shape), _mapped(folder, tower, 1, shape)) for tower in TOWERS}
+    return HiddenStates(mapped, blocks)
+
+
+def _write(folder: Path, batches: Beginnings) -> list[int] | None:
+    """Write one side, batch after batch, so that they are never in memory together; the shape of all."""
     shape: list[int] | None = None
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
@@ -89,9 +119,9 @@ def _file(folder: Path, tower: str, side: int) -> Path:
     return folder / f"{tower}-{side}"
 
 
-def _mapped(path: Path, shape: Sequence[int]) -> Tensor:
-    """Numbers in a file, which the system may put out of memory; those of an earlier run where it is there."""
-    return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=torch.float32).view(*shape)
+def _mapped(folder: Path, tower: str, side: int, shape: Sequence[int]) -> Tensor:
+    numbers = torch.from_file(str(_file(folder, tower, side)), shared=True, size=prod(shape), dtype=torch.float32)
+    return numbers.view(*shape)
 
 
 class _Stop(Exception):

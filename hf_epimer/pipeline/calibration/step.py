@@ -23,10 +23,8 @@ layers).
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,42 +32,31 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_epimer.checkpoints.atomic import write_text
 from hf_epimer.checkpoints.reader import TensorSource
 from hf_epimer.errors import DataError
 from hf_epimer.merging.finite import check_merged
-from hf_epimer.models.architecture import Architecture, Residual
+from hf_epimer.models.architecture import Architecture
+from hf_epimer.models.transfer import sent
 from hf_epimer.models.weights import Block, blocks_of, parameters_of, put_weights
-from hf_epimer.numerics.product import product
-from hf_epimer.numerics.regression import anchored_step, gram, prior
+from hf_epimer.numerics.regression import anchored_step, prior
 from hf_epimer.pipeline.calibration.finished import block_file, keep_block, restore_block
-from hf_epimer.pipeline.calibration.states import TOWERS, HiddenStates, caught, stopped, write_first
+from hf_epimer.pipeline.calibration.passage import CalibrationTask, Moments, Passage, pooled
+from hf_epimer.pipeline.calibration.states import (
+    TOWERS,
+    HiddenStates,
+    caught,
+    states_in_files,
+    states_in_memory,
+    stopped,
+)
 from hf_epimer.pipeline.processes import ALONE, Processes
 from hf_epimer.pipeline.views import crops
-from hf_epimer.tasks.images import Batch
 
 PRIOR = 1.0
 """The say of the task vectors against that of the images."""
 
 OnStep = Callable[[int, int], None]
 """(steps done since the last call, steps in all)."""
-
-
-@dataclass(frozen=True)
-class CalibrationTask:
-    """What calibration reads of one task.
-
-    Attributes:
-        tuned: theta_t.
-        weight: l_t.
-        curvature: how much its loss hears of every position of a layer, as `<weight's name>.positions`.
-        images: in batches, read once.
-    """
-
-    tuned: TensorSource
-    weight: float
-    curvature: TensorSource
-    images: Iterable[Batch]
 
 
 @torch.no_grad()
@@ -80,6 +67,7 @@ def calibrate(
     architecture: Architecture,
     workspace: Path,
     *,
+    in_memory: bool = False,
     views: int = 1,
     rho: float = 0.2,
     prior_weight: float = PRIOR,
@@ -94,8 +82,10 @@ def calibrate(
         tower: the merge, in evaluation mode, on the device where it is to be done.
         base: theta_0.
         tasks: one per merged checkpoint, their weights summing to 1.
-        workspace: a folder for hidden states and finished blocks; what an interrupted run with the same arguments has
+        workspace: a folder for finished blocks and hidden states; what an interrupted run with the same arguments has
             left there is gone on with.
+        in_memory: whether hidden states stay on the tower's device instead: images are then passed through finished
+            blocks again.
         views: of every image, at least 1.
         rho, prior_weight: as above; rho > 0.
         processes: that call this together, each with a tower, images and a workspace of its own.
@@ -114,21 +104,30 @@ def calibrate(
     steps = len(blocks[0].residuals(architecture)) * len(tasks)
     on_step(0, len(blocks) * steps)
     states = [
-        _first_states(tower, blocks, task, views, architecture, workspace / str(number), len(done))
-        for number, task in enumerate(tasks)
+        _first_states(tower, blocks, task, views, architecture, None if in_memory else workspace / f"{n}", len(done))
+        for n, task in enumerate(tasks)
     ]
     tuned = copy.deepcopy(blocks[0])  # takes the weights of any block of any task
     sizes: dict[str, float] = {}
     for number, block in enumerate(blocks):
+        ways = [
+            [Passage(block, tuned, residual, *entry) for entry in zip(tasks, states, strict=True)]
+            for residual in block.residuals(architecture)
+        ]
         if number < len(done):
             sizes |= restore_block(block, done[number])
+            if states[0].blocks == number:  # they are not in files, where they would be behind it
+                for passage in chain.from_iterable(ways):
+                    passage.repeat()
+                for state in states:
+                    state.end_block()
             on_step(steps, len(blocks) * steps)
             continue
         solved: dict[str, float] = {}
-        for residual in block.residuals(architecture):
-            passages = [_Passage(block, tuned, residual, *entry) for entry in zip(tasks, states, strict=True)]
+        for passages in ways:
+            residual = passages[0].residual
             for layers in (residual.reads, (residual.writes,)):
-                moments = _pooled((_of_all(processes, passage.moments(layers)) for passage in passages), tasks)
+                moments = pooled((passage.moments(layers) for passage in passages), tasks, processes)
                 for layer in layers:
                     scale = residual.scale if layer == residual.writes else None
                     solved[f"{block.name}.{layer}.weight"] = _solve(
@@ -151,29 +150,25 @@ def _first_states(
     task: CalibrationTask,
     views: int,
     architecture: Architecture,
-    folder: Path,
+    folder: Path | None,
     done: int,
 ) -> HiddenStates:
-    """One task's images through both towers up to their first block, or as an interrupted run has left them.
+    """One task's images through both towers up to their first block; in `folder` as an interrupted run has left them.
 
     Raises:
         DataError: there are none.
     """
-    note = folder / "shape.json"
-    if note.exists():
-        return HiddenStates(folder, json.loads(note.read_text(encoding="utf-8")), done)
-    first = blocks[0].module
-    in_blocks = {name for block in blocks for name in block.parameters}
-    other = copy.deepcopy(tower, {id(block.module): block.module for block in blocks})  # none of them is run here
-    put_weights(
-        {name: value for name, value in parameters_of(other, architecture).items() if name not in in_blocks}, task.tuned
-    )
-    device = next(tower.parameters()).device
 
     def batches() -> Iterator[dict[str, Tensor]]:
+        first, device = blocks[0].module, next(tower.parameters()).device
+        other = copy.deepcopy(tower, {id(block.module): block.module for block in blocks})  # none of them is run here
+        in_blocks = {name for block in blocks for name in block.parameters}
+        outside = {name: value for name, value in parameters_of(other, architecture).items() if name not in in_blocks}
+        put_weights(outside, task.tuned)
         for batch in task.images:
+            inputs = sent(batch.inputs, device)
             for view in range(views):
-                pixels = crops(batch.inputs, batch.indices, view).to(device)
+                pixels = crops(inputs, batch.indices, view)
                 found = {}
                 for name, module in zip(TOWERS, (tower, other)):
                     with caught(first) as seen, stopped():
@@ -181,143 +176,17 @@ def _first_states(
                     found[name] = seen[first]
                 yield found
 
-    shape = write_first(folder, batches())
-    if shape is None:
+    states = states_in_files(folder, batches(), done) if folder else states_in_memory(batches())
+    if states is None:
         raise DataError(f"{task.tuned.label}: there are no images to calibrate on")
-    write_text(note, json.dumps(shape))
-    return HiddenStates(folder, shape)
-
-
-# --- one residual ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Moments:
-    """Sums of one task over images and positions, in float64, x with a 1 at its end: sum pi x x^T, sum pi y x^T."""
-
-    gram: Tensor
-    cross: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Passage:
-    """One task's images on their way through one residual of a block.
-
-    Attributes:
-        tuned: a block for the task's own weights.
-    """
-
-    block: Block
-    tuned: Block
-    residual: Residual
-    task: CalibrationTask
-    states: HiddenStates
-
-    def moments(self, layers: tuple[str, ...]) -> _Moments:
-        """Of the layers that read, while the tuned tower's states are taken through; or of the one that writes."""
-        reading = layers == self.residual.reads
-        if reading:
-            self._load_tuned()
-        heard = torch.stack([_heard(self.task, f"{self.block.name}.{layer}.weight") for layer in layers]).mean(0)
-        sums: _Moments | None = None
-        for part in self.states.batches():
-            x = self._input(layers[0], part)
-            targets = self._tuned_outputs(part) if reading else {layers[0]: self._missing(part)}
-            sums = _added(sums, x, targets, heard.to(x))
-        if reading:
-            self.states.passed("tuned")
-        assert sums is not None
-        return sums
-
-    def advance(self) -> None:
-        """Take the merged tower's states through the residual with its new weights."""
-        for part in self.states.batches():
-            self.states.write("merged", part, self.residual.run(self.block.module, self._read("merged", part)))
-        self.states.passed("merged")
-
-    def _load_tuned(self) -> None:
-        for name, parameter in self.tuned.parameters.items():
-            own = f"{self.block.name}.{name.removeprefix(self.tuned.name + '.')}"
-            parameter.copy_(self.task.tuned.tensor(own))
-
-    def _read(self, tower: str, part: slice) -> Tensor:
-        return self.states.read(tower, part).to(next(iter(self.block.parameters.values())).device)
-
-    def _input(self, layer: str, part: slice) -> Tensor:
-        """What a layer reads in the merged tower, with a 1 at its end."""
-        linear = self.block.layers[layer]
-        with caught(linear) as seen, stopped():
-            self.residual.run(self.block.module, self._read("merged", part))
-        return torch.cat([seen[linear], seen[linear].new_ones(*seen[linear].shape[:-1], 1)], dim=-1)
-
-    def _tuned_outputs(self, part: slice) -> dict[str, Tensor]:
-        """What the reading layers put out in the tuned tower, whose states move on."""
-        linears = {layer: self.tuned.layers[layer] for layer in self.residual.reads}
-        with caught(outputs=linears.values()) as seen:
-            self.states.write("tuned", part, self.residual.run(self.tuned.module, self._read("tuned", part)))
-        return {layer: seen[linear] for layer, linear in linears.items()}
-
-    def _missing(self, part: slice) -> Tensor:
-        """What the merged tower's residual stream lacks after this residual."""
-        return self._read("tuned", part) - self._read("merged", part)
-
-
-def _heard(task: CalibrationTask, weight: str) -> Tensor:
-    """pi, length positions, of mean 1; flat where the loss does not hear of the layer at all."""
-    heard = task.curvature.tensor(f"{weight}.positions").float()
-    return heard / heard.mean() if bool(heard.any()) else torch.ones_like(heard)
-
-
-def _added(sums: _Moments | None, x: Tensor, targets: Mapping[str, Tensor], heard: Tensor) -> _Moments:
-    """Sums with those of one batch; positions that nobody reads are left out."""
-    kept = heard > 0
-    inputs, weighted = x[:, kept].flatten(0, 1), (x[:, kept] * heard[kept, None]).flatten(0, 1)
-    new = _Moments(
-        _precise(gram(inputs, weighted)),
-        {layer: _precise(product(y[:, kept].flatten(0, 1).mT, weighted)) for layer, y in targets.items()},
-    )
-    if sums is None:
-        return new
-    sums.gram += new.gram
-    for layer, cross in new.cross.items():
-        sums.cross[layer] += cross
-    return sums
-
-
-def _precise(sums: Tensor) -> Tensor:
-    """In float64; on the CPU where the device has none (Apple's)."""
-    return (sums.cpu() if sums.device.type == "mps" else sums).double()
-
-
-def _of_all(processes: Processes, moments: _Moments) -> _Moments:
-    """One task's sums over the images of all processes."""
-    return _Moments(
-        processes.sum(moments.gram), {layer: processes.sum(cross) for layer, cross in moments.cross.items()}
-    )
-
-
-def _pooled(moments: Iterable[_Moments], tasks: Sequence[CalibrationTask]) -> _Moments:
-    """sum_t l_t nrm_t of all tasks' sums; a task without inputs adds nothing."""
-    pooled: _Moments | None = None
-    for task, sums in zip(tasks, moments, strict=True):
-        mean = float(sums.gram.diagonal().mean())
-        gain = task.weight / mean if mean > 0 else 0.0
-        scaled = _Moments(gain * sums.gram, {layer: gain * cross for layer, cross in sums.cross.items()})
-        if pooled is None:
-            pooled = scaled
-        else:
-            pooled.gram += scaled.gram
-            for layer, cross in scaled.cross.items():
-                pooled.cross[layer] += cross
-    assert pooled is not None
-    return pooled
+    return states
 
 
 def _solve(
     block: Block,
     layer: str,
     scale: str | None,
-    moments: _Moments,
+    moments: Moments,
     tasks: Sequence[CalibrationTask],
     base: TensorSource,
     rho: float,
@@ -331,25 +200,27 @@ def _solve(
     linear: Any = block.layers[layer]
     parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
     factor = linear.weight.new_ones(1, 1) if scale is None else block.parameters[f"{block.name}.{scale}"][:, None]
+    weight, start = factor * linear.weight, _scaled(block, name, scale, base)
     before = (factor * torch.cat(parts, dim=1)).to(moments.gram)
     size, width = before.shape[1], linear.weight.shape[1]
     sums = moments.gram[:size, :size].clone()
     cross = moments.cross[layer][:, :size] - before @ sums
     for task in tasks:
-        tuned, start = (_scaled(block, name, scale, source).to(linear.weight) for source in (task.tuned, base))
-        extra_gram, extra_cross = prior(tuned - start, tuned - factor * linear.weight)
-        sums[:width, :width] += prior_weight * task.weight * extra_gram
-        cross[:, :width] += prior_weight * task.weight * extra_cross
+        tuned = _scaled(block, name, scale, task.tuned)
+        extra_gram, extra_cross = prior(tuned - start, tuned - weight)
+        sums[:width, :width] += (prior_weight * task.weight * extra_gram).to(sums.device)
+        cross[:, :width] += (prior_weight * task.weight * extra_cross).to(sums.device)
     step = anchored_step(sums, cross, rho)
     check_merged(step, name, "calibration")
-    unscaled = (step / factor).where(factor != 0, 0.0)
-    linear.weight += unscaled[:, :width].to(linear.weight)
+    unscaled = (step / factor.to(step)).where(factor.to(step) != 0, 0.0).to(linear.weight)
+    linear.weight += unscaled[:, :width]
     if linear.bias is not None:
-        linear.bias += unscaled[:, -1].to(linear.bias)
+        linear.bias += unscaled[:, -1]
     return float(step[:, :width].norm() / before[:, :width].norm())
 
 
 def _scaled(block: Block, weight: str, scale: str | None, source: TensorSource) -> Tensor:
     """diag(scale) W of a checkpoint."""
-    values = source.tensor(weight).float()
-    return values if scale is None else source.tensor(f"{block.name}.{scale}").float()[:, None] * values
+    device = block.parameters[weight].device
+    values = sent(source.tensor(weight), device).float()
+    return values if scale is None else sent(source.tensor(f"{block.name}.{scale}"), device).float()[:, None] * values
