@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +22,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hf_epimer.checkpoints.reader import Checkpoint, TaskVectorSource, TensorSource
-from hf_epimer.errors import StatisticsError
-from hf_epimer.merging.finite import check_merged, check_statistics, check_weights, stored_as
-from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.merging.finite import check_merged, stored_as
+from hf_epimer.merging.inputs import Ingredients
+from hf_epimer.merging.layer_reader import LayerReader, read_ahead
 from hf_epimer.merging.report import LayerReport
 from hf_epimer.methods import Layer, Method
 from hf_epimer.methods.basis import layer_basis
-from hf_epimer.methods.statistic import Part, StatisticKind
+from hf_epimer.methods.statistic import StatisticKind
 from hf_epimer.numerics.subspace import TaggedBasis
 
 Result = TypeVar("Result")
@@ -133,7 +132,7 @@ def stream_layers(
         seed, exact, device, only: as in `merge_layers`.
     """
     names = [name for name in ingredients.base.shapes if only is None or name in only]
-    make_reader = partial(_LayerReader, ingredients, needs, seed=seed, exact=exact, device=device)
+    make_reader = partial(LayerReader, ingredients, needs, seed=seed, exact=exact, device=device)
     workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
     of_thread = threading.local()
 
@@ -141,7 +140,7 @@ def stream_layers(
         if not hasattr(of_thread, "reader"):
             of_thread.reader = make_reader()
         if index + workers < len(names):
-            _read_ahead(ingredients.sources(), names[index + workers])
+            read_ahead(ingredients.sources(), names[index + workers])
         return work(of_thread.reader.read(names[index]))
 
     with _pool(workers) as pool:
@@ -190,11 +189,13 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Workers that share torch's threads between them, and leave the setting as it was.
 
     A layer is hundreds of small decompositions, on which several threads mostly wait for each other; one layer per
-    thread keeps every core busy, and the work of others on the machine costs its share and no more.
+    thread keeps every core busy, and the work of others on the machine costs its share and no more. Whoever takes the
+    results keeps to a share, too: threads of its own would wait on the cores that the workers need.
     """
     threads = torch.get_num_threads()
     share = max(1, threads // workers)
     pool = ThreadPoolExecutor(workers, "merge", torch.set_num_threads, (share,))
+    torch.set_num_threads(share)
     try:
         yield pool
     finally:
@@ -216,86 +217,3 @@ def _merge_layer(layer: Layer, method: Method, config: Any, survey: Any, dtype: 
     )
     stored = stored_as(layer.base + merged.task_vector, dtype, layer.name).cpu()
     return MergedLayer(layer.name, stored, report)
-
-
-class _LayerReader:
-    """Reads layers into buffers that are reused: a layer is valid until the next one is read."""
-
-    def __init__(
-        self, ingredients: Ingredients, needs: StatisticKind | None, *, seed: int, exact: bool, device: str
-    ) -> None:
-        self.ingredients = ingredients
-        self.parts = needs.parts if needs else ()
-        self.device = device
-        self.dtype = torch.float64 if exact else torch.float32
-        weights = normalized_weights(ingredients.weights, len(ingredients.models))
-        self.common: dict[str, Any] = {
-            "weights": torch.tensor(weights, dtype=self.dtype, device=device),
-            "labels": tuple(model.label for model in ingredients.models),
-            "seed": seed,
-            "exact": exact,
-        }
-        self.statistics = list(ingredients.statistics or ()) if needs else []
-        self.task_vectors = self._buffer(ingredients.models, list(ingredients.base.shapes))
-        self.values = {
-            part.name: self._buffer(self.statistics, [name + part.suffix for name in ingredients.base.shapes])
-            for part in self.parts
-        }
-
-    def _buffer(self, sources: Sequence[TensorSource], names: Sequence[str]) -> Tensor:
-        largest = max((math.prod(s.shapes[name]) for s in sources for name in names if name in s.shapes), default=0)
-        return torch.empty(len(sources), largest, dtype=self.dtype)
-
-    def nbytes(self) -> int:
-        """Bytes of the buffers, and of eight more tensors of a layer, as many as any method makes of it (TIES)."""
-        of_one = self.task_vectors.nbytes // max(1, len(self.task_vectors))
-        return self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()) + 8 * of_one
-
-    def read(self, name: str) -> Layer:
-        base = self.ingredients.base.tensor(name).to(self.dtype)
-        check_weights(base, self.ingredients.base.label, name)
-        task_vectors = self.task_vectors[:, : base.numel()].view(-1, *base.shape)
-        for model, difference in zip(self.ingredients.models, task_vectors, strict=True):
-            if isinstance(model, TaskVectorSource):
-                model.task_vector_to(name, difference)
-            else:
-                model.copy_to(name, difference)
-                difference.sub_(base)
-            check_weights(difference, model.label, name)
-        return Layer(
-            name=name,
-            base=base.to(self.device),
-            task_vectors=task_vectors.to(self.device),
-            is_matrix=base.ndim == 2,
-            statistics={
-                part.name: values
-                for part in self.parts
-                if (values := self._read_statistics(part, name + part.suffix)) is not None
-            },
-            basis=self.ingredients.bases.get(name),
-            **self.common,
-        )
-
-    def _read_statistics(self, part: Part, name: str) -> Tensor | None:
-        present = [name in source.shapes for source in self.statistics]
-        if not any(present):
-            return None
-        if not all(present) and not part.is_optional:
-            raise StatisticsError(f"{self.statistics[present.index(False)].label}: no statistics for {name}")
-        shape = self.statistics[present.index(True)].shapes[name]
-        values = self.values[part.name][:, : math.prod(shape)].view(-1, *shape)
-        for source, value in zip(self.statistics, values, strict=True):
-            if name not in source.shapes:
-                value.zero_()
-                continue
-            source.copy_to(name, value)
-            check_statistics(value, source.label, name)
-            if float((value.diagonal() if part.is_symmetric else value).amin()) < 0:
-                raise StatisticsError(f"{source.label}: negative values in {name}")
-        return values.to(self.device)
-
-
-def _read_ahead(sources: Sequence[TensorSource], name: str) -> None:
-    for source in sources:
-        if isinstance(source, Checkpoint) and name in source.shapes:
-            source.read_ahead(name)

@@ -128,7 +128,7 @@ class MethodConfig:
         return merge_models(base, tuned, self, statistics)
 
 
-OverLayers: TypeAlias = "Callable[[Callable[[Layer], Tensor]], Iterable[Tensor]]"
+OverLayers: TypeAlias = "Callable[[Callable[[Layer], Any]], Iterable[Any]]"
 
 
 @dataclass(frozen=True)

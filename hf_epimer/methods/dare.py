@@ -39,12 +39,14 @@ def merge_dare(layer: Layer, config: DAREConfig, survey: None = None) -> LayerMe
 
     from hf_epimer.numerics.trimming import elect_and_average
 
-    thinned = (
-        torch.where(_mask(layer, label, config.drop), d, 0) / (1 - config.drop)
-        for label, d in zip(layer.labels, layer.task_vectors, strict=True)
+    thinned = torch.stack(
+        [
+            torch.where(_mask(layer, label, config.drop), d, 0) / (1 - config.drop)
+            for label, d in zip(layer.labels, layer.task_vectors, strict=True)
+        ]
     )
     if config.combine == "mean":
-        return LayerMerge(weighted_sum(layer.weights, torch.stack(list(thinned))) * config.alpha)
+        return LayerMerge(weighted_sum(layer.weights, thinned) * config.alpha)
     return LayerMerge(elect_and_average(thinned, layer.weights, "mass") * config.alpha)
 
 

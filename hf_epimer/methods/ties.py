@@ -41,16 +41,17 @@ def survey_thresholds(config: TIESConfig, over_layers: OverLayers) -> Tensor | N
 
     if config.trim == "layer":
         return None
-    return model_thresholds(lambda count: over_layers(lambda layer: count(layer.task_vectors)), config.density)
+
+    return model_thresholds(lambda look: over_layers(lambda layer: look(layer.task_vectors)), config.density)
 
 
 def merge_ties(layer: Layer, config: TIESConfig, survey: Tensor | None) -> LayerMerge:
     """Trim, elect and average one layer."""
-    from hf_epimer.numerics.trimming import elect_and_average, layer_thresholds, trimmed
+    from hf_epimer.numerics.trimming import elect_and_average, layer_thresholds
 
     thresholds = layer_thresholds(layer.task_vectors, config.density) if survey is None else survey
-    kept = trimmed(layer.task_vectors, thresholds)
-    return LayerMerge(elect_and_average(kept, layer.weights, config.election) * config.alpha)
+    average = elect_and_average(layer.task_vectors, layer.weights, config.election, thresholds)
+    return LayerMerge(average.mul_(config.alpha))
 
 
 TIES = Method(

@@ -1,0 +1,112 @@
+"""Layers as methods take them, read from checkpoints into buffers that are used again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_epimer.checkpoints.reader import Checkpoint, TaskVectorSource, TensorSource
+from hf_epimer.errors import StatisticsError
+from hf_epimer.merging.finite import check_statistics, check_weights
+from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.methods import Layer
+from hf_epimer.methods.statistic import Part, StatisticKind
+
+
+class LayerReader:
+    """Reads layers into buffers that are reused: a layer is valid until the next one is read."""
+
+    def __init__(
+        self, ingredients: Ingredients, needs: StatisticKind | None, *, seed: int, exact: bool, device: str
+    ) -> None:
+        self.ingredients = ingredients
+        self.parts = needs.parts if needs else ()
+        self.device = device
+        self.dtype = torch.float64 if exact else torch.float32
+        weights = normalized_weights(ingredients.weights, len(ingredients.models))
+        self.common: dict[str, Any] = {
+            "weights": torch.tensor(weights, dtype=self.dtype, device=device),
+            "labels": tuple(model.label for model in ingredients.models),
+            "seed": seed,
+            "exact": exact,
+        }
+        self.statistics = list(ingredients.statistics or ()) if needs else []
+        self.write_task_vectors = [_task_vector_writer(model) for model in ingredients.models]
+        self.task_vectors = self._buffer(ingredients.models, list(ingredients.base.shapes))
+        self.values = {
+            part.name: self._buffer(self.statistics, [name + part.suffix for name in ingredients.base.shapes])
+            for part in self.parts
+        }
+
+    def _buffer(self, sources: Sequence[TensorSource], names: Sequence[str]) -> Tensor:
+        largest = max((math.prod(s.shapes[name]) for s in sources for name in names if name in s.shapes), default=0)
+        return torch.empty(len(sources), largest, dtype=self.dtype)
+
+    def nbytes(self) -> int:
+        """Bytes of the buffers, and of eight more tensors of a layer, as many as any method makes of it (TIES)."""
+        of_one = self.task_vectors.nbytes // max(1, len(self.task_vectors))
+        return self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()) + 8 * of_one
+
+    def read(self, name: str) -> Layer:
+        base = self.ingredients.base.tensor(name).to(self.dtype)
+        check_weights(base, self.ingredients.base.label, name)
+        task_vectors = self.task_vectors[:, : base.numel()].view(-1, *base.shape)
+        for model, write, difference in zip(
+            self.ingredients.models, self.write_task_vectors, task_vectors, strict=True
+        ):
+            write(name, base, difference)
+            check_weights(difference, model.label, name)
+        return Layer(
+            name=name,
+            base=base.to(self.device),
+            task_vectors=task_vectors.to(self.device),
+            is_matrix=base.ndim == 2,
+            statistics={
+                part.name: values
+                for part in self.parts
+                if (values := self._read_statistics(part, name + part.suffix)) is not None
+            },
+            basis=self.ingredients.bases.get(name),
+            **self.common,
+        )
+
+    def _read_statistics(self, part: Part, name: str) -> Tensor | None:
+        present = [name in source.shapes for source in self.statistics]
+        if not any(present):
+            return None
+        if not all(present) and not part.is_optional:
+            raise StatisticsError(f"{self.statistics[present.index(False)].label}: no statistics for {name}")
+        shape = self.statistics[present.index(True)].shapes[name]
+        values = self.values[part.name][:, : math.prod(shape)].view(-1, *shape)
+        for source, value in zip(self.statistics, values, strict=True):
+            if name not in source.shapes:
+                value.zero_()
+                continue
+            source.copy_to(name, value)
+            check_statistics(value, source.label, name)
+            if float((value.diagonal() if part.is_symmetric else value).amin()) < 0:
+                raise StatisticsError(f"{source.label}: negative values in {name}")
+        return values.to(self.device)
+
+
+def read_ahead(sources: Sequence[TensorSource], name: str) -> None:
+    """Ask the system to bring a tensor of all sources from the disk; returns at once."""
+    for source in sources:
+        if isinstance(source, Checkpoint) and name in source.shapes:
+            source.read_ahead(name)
+
+
+def _task_vector_writer(model: TensorSource) -> Callable[[str, Tensor, Tensor], None]:
+    """(name, W_0, out) -> None, writing W_t - W_0 to `out`."""
+    if isinstance(model, TaskVectorSource):
+        return lambda name, base, out: model.task_vector_to(name, out)
+
+    def subtract(name: str, base: Tensor, out: Tensor) -> None:
+        model.copy_to(name, out)
+        out.sub_(base)
+
+    return subtract
