@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_epimer.curvature.per_sample import Gradient, Outer
+from hf_epimer.curvature.per_sample import Direct, Gradient, Outer
 from hf_epimer.curvature.request import Kind
 from hf_epimer.methods.statistic import FISHER_FILE, GRADIENT_GRAM_FILE, KRONECKER_FILE, StatisticsFile
 from hf_epimer.numerics.subspace import TaggedBasis
@@ -89,6 +89,9 @@ class FisherDiagonal:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, gradient: Gradient) -> None:
+        if isinstance(gradient, Direct):
+            _add(self.sums, name, gradient.values.square().sum(0))
+            return
         for one in gradient.per_sample():  # one at a time: it stays in the cache, and needs no memory to speak of
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(one)

@@ -24,6 +24,7 @@ from hf_epimer.curvature.request import Labels, Precision
 from hf_epimer.errors import DataError, StatisticsError, UsageError
 from hf_epimer.merging.finite import is_finite
 from hf_epimer.models.classifier import Classifier
+from hf_epimer.models.transfer import sent
 from hf_epimer.tasks.images import Batch
 
 
@@ -188,7 +189,7 @@ class _Fingerprint:
 
     def add(self, name: str, gradient: Gradient) -> None:
         parts = vars(gradient).values()
-        self.sums[name] = torch.stack([part.detach().double().norm().cpu() for part in parts])
+        self.sums[name] = torch.stack([part.detach().norm() for part in parts]).cpu()
 
     def finish(self, sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
         return dict(sums)
@@ -204,8 +205,8 @@ def _fingerprint(subject: Subject, batches: Iterable[Batch], accelerator: Accele
         loss = _loss(subject, forward, batch, accelerator.device)
         loss.backward()
     tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
-    seen = torch.stack([tensor.detach().double().norm().cpu() for tensor in tensors])
-    return {"inputs": seen, "loss": loss.detach().double().cpu().reshape(1)} | found.sums
+    seen = torch.stack([tensor.detach().float().norm() for tensor in tensors]).cpu()
+    return {"inputs": seen, "loss": loss.detach().cpu().reshape(1)} | found.sums
 
 
 def _differ(one: Tensor, two: Tensor, tolerance: float) -> bool:
@@ -228,21 +229,25 @@ def _loss(
     outside = batch.labels[(batch.labels < 0) | (batch.labels >= logits.shape[1])]
     if len(outside):
         raise DataError(f"label {int(outside[0])} is outside the {logits.shape[1]} classes of the head")
-    targets = batch.labels.to(device) if labels == "true" else _drawn(logits.detach(), batch.indices, seed)
-    return cross_entropy(logits, targets, reduction="sum")
+    targets = batch.labels if labels == "true" else _drawn(logits.detach().cpu(), batch.indices, seed)
+    return cross_entropy(logits, sent(targets, device), reduction="sum")
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, Mapping):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return inputs.to(device)
+        return {name: sent(value, device) for name, value in inputs.items()}
+    return sent(inputs, device)
 
 
 def _drawn(logits: Tensor, indices: Sequence[int], seed: int) -> Tensor:
-    """One label per sample from the model's own distribution, by a random number that belongs to the sample."""
+    """One label per sample from the model's own distribution, by a random number that belongs to the sample.
+
+    Args:
+        logits: on the CPU, for float64 and the same labels on every device.
+    """
     numbers = [np.random.Generator(np.random.Philox(key=seed, counter=index)).random() for index in indices]
     cumulated = logits.double().softmax(-1).cumsum(-1)
-    thresholds = torch.tensor(numbers, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulated[:, -1:]
+    thresholds = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, thresholds, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
 
 

@@ -100,6 +100,7 @@ def _measure(
     """Load model and data, and pass over them once. All processes take part."""
     gradients = request.gradients
     subject, batches = load_subject(request, batch_size, accelerator)
+    subject.model.to(accelerator.device)
     if probe:
         probe_determinism(subject, batches, accelerator)
     if accelerator.is_main_process and isinstance(subject.model, Classifier):

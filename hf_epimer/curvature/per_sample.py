@@ -51,10 +51,6 @@ class Direct:
 
     values: Tensor
 
-    def per_sample(self) -> Iterator[Tensor]:
-        """G_n one by one."""
-        yield from self.values
-
 
 Gradient = Outer | Direct
 

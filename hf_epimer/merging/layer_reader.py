@@ -15,6 +15,7 @@ from hf_epimer.merging.finite import check_statistics, check_weights
 from hf_epimer.merging.inputs import Ingredients, normalized_weights
 from hf_epimer.methods import Layer
 from hf_epimer.methods.statistic import Part, StatisticKind
+from hf_epimer.numerics.subspace import TaggedBasis
 
 
 class LayerReader:
@@ -44,7 +45,8 @@ class LayerReader:
 
     def _buffer(self, sources: Sequence[TensorSource], names: Sequence[str]) -> Tensor:
         largest = max((math.prod(s.shapes[name]) for s in sources for name in names if name in s.shapes), default=0)
-        return torch.empty(len(sources), largest, dtype=self.dtype)
+        is_pinned = torch.device(self.device).type == "cuda"  # a GPU reads such memory several times as fast
+        return torch.empty(len(sources), largest, dtype=self.dtype, pin_memory=is_pinned)
 
     def nbytes(self) -> int:
         """Bytes of the buffers, and of eight more tensors of a layer, as many as any method makes of it (TIES)."""
@@ -70,9 +72,16 @@ class LayerReader:
                 for part in self.parts
                 if (values := self._read_statistics(part, name + part.suffix)) is not None
             },
-            basis=self.ingredients.bases.get(name),
+            basis=self._read_basis(name),
             **self.common,
         )
+
+    def _read_basis(self, name: str) -> TaggedBasis | None:
+        basis = self.ingredients.bases.get(name)
+        if basis is None or basis.u.device == torch.device(self.device):
+            return basis
+        u, v, s, tags = (each.to(self.device) for each in (basis.u, basis.v, basis.s, basis.tags))
+        return TaggedBasis(u, v, s, tags, basis.rank)
 
     def _read_statistics(self, part: Part, name: str) -> Tensor | None:
         present = [name in source.shapes for source in self.statistics]

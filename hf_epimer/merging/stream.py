@@ -77,7 +77,8 @@ def merge_layers(
         config: an instance of `method.config`.
         seed: of everything random.
         exact: float64, full decompositions, dense solves.
-        device: where layers are solved; files are always read to the CPU.
+        device: where layers are solved; files are always read to the CPU. Apple's GPUs have no float64, without which
+            many methods could not compute: there, layers are solved on the CPU.
         dtype: of the merged tensors; None for that of the base.
         only: the parameters to merge, where the others are merged by somebody else; a survey is of all of them.
         team: who the others are: they share a survey's work, each hearing of all results.
@@ -131,6 +132,7 @@ def stream_layers(
         needs: the statistic to read.
         seed, exact, device, only: as in `merge_layers`.
     """
+    device = "cpu" if torch.device(device).type == "mps" else device
     names = [name for name in ingredients.base.shapes if only is None or name in only]
     make_reader = partial(LayerReader, ingredients, needs, seed=seed, exact=exact, device=device)
     workers = 1 if device != "cpu" else _workers(make_reader().nbytes())

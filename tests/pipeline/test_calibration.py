@@ -25,9 +25,9 @@ from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.errors import DataError
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower
+from hf_epimer.models.transfer import SHARE, has_room
 from hf_epimer.numerics.regression import anchored_step, prior
 from hf_epimer.pipeline.calibration.passage import CalibrationTask
-from hf_epimer.pipeline.calibration.states import SHARE, fit_on
 from hf_epimer.pipeline.calibration.step import calibrate
 from hf_epimer.pipeline.views import SMALLEST, crops
 from hf_epimer.tasks.images import Batch
@@ -337,8 +337,8 @@ def never() -> Iterator[Batch]:
 def test_hidden_states_take_a_share_of_what_a_gpu_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 4000))
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert fit_on(gpu, int(1000 * SHARE)) and not fit_on(gpu, int(1000 * SHARE) + 1)
-    assert not fit_on(cpu, 1)
+    assert has_room(gpu, int(1000 * SHARE)) and not has_room(gpu, int(1000 * SHARE) + 1)
+    assert not has_room(cpu, 1)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -458,11 +458,11 @@ def test_no_room_is_needed_on_the_disk_for_hidden_states_that_fit_into_memory(
     assert run(*words, "--out", tmp_path / "a")[0] == 0
     asked = []
 
-    def fit(device: torch.device, nbytes: int) -> bool:
+    def ask(device: torch.device, nbytes: int) -> bool:
         asked.append((device.type, nbytes))
         return True
 
-    monkeypatch.setattr("hf_epimer.pipeline.calibration.layers.fit_on", fit)
+    monkeypatch.setattr("hf_epimer.pipeline.calibration.layers.has_room", ask)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     code, _, err = run(*words, "--out", tmp_path / "b")
     assert code == 0, err

@@ -98,5 +98,5 @@ class Tower:
                 cross_entropy(self.classifiers[name](batch.inputs), batch.labels.to(self.device), reduction="sum")
                 for batch in batches
             ]
-            losses[name] = float(torch.stack(sums).double().sum()) / self.samples[name]
+            losses[name] = float(torch.stack(sums).cpu().double().sum()) / self.samples[name]
         return losses

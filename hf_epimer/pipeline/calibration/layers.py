@@ -13,9 +13,10 @@ from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.report import CalibrationReport
 from hf_epimer.merging.stream import MergedLayer
 from hf_epimer.models.loading import load_processor, preprocess
+from hf_epimer.models.transfer import has_room
 from hf_epimer.models.weights import parameters_of
 from hf_epimer.pipeline.calibration.passage import CalibrationTask
-from hf_epimer.pipeline.calibration.states import BATCH, fit_on
+from hf_epimer.pipeline.calibration.states import BATCH
 from hf_epimer.pipeline.calibration.step import calibrate
 from hf_epimer.pipeline.plan import Plan
 from hf_epimer.pipeline.processes import launched
@@ -50,7 +51,7 @@ def calibrated_layers(
         for entry in zip(ingredients.models, plan.weights, ingredients.curvature, batches, strict=True)
     ]
     device = torch.device(processes.device(plan.recipe.device))
-    in_memory = fit_on(device, plan.calibration_bytes // 2 // processes.count)
+    in_memory = has_room(device, plan.calibration_bytes // 2 // processes.count)
     settings = [plan.recipe.views, plan.recipe.calibration_rho, plan.recipe.refine, share, in_memory]
     start, needed = parameters_of(tower, plan.architecture), 0 if in_memory else plan.calibration_bytes
     with workspace_of("calibration", plan, start, settings, needed, "hidden states") as workspace:

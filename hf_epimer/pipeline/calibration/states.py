@@ -19,9 +19,6 @@ BATCH = 32
 
 TOWERS = ("merged", "tuned")
 
-SHARE = 0.5
-"""Of a device's free memory: so much hidden states may take. Sums, weights and activations need room, too."""
-
 
 class HiddenStates:
     """Hidden states of one task's images, images x positions x width, in the merged tower and in the task's own.
@@ -59,15 +56,6 @@ class HiddenStates:
         """What has been written is the beginning of the next block."""
         self.blocks += 1
         self._within.clear()
-
-
-def fit_on(device: torch.device, nbytes: int) -> bool:
-    """Whether hidden states may stay on a device: not on the CPU, whose memory the files are for.
-
-    Args:
-        nbytes: of one side.
-    """
-    return device.type == "cuda" and nbytes <= SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 Beginnings = Iterable[Mapping[str, Tensor]]

@@ -18,11 +18,14 @@ from torch import Tensor
 
 from hf_epimer.checkpoints.atomic import atomic_file
 from hf_epimer.errors import DataError
+from hf_epimer.models.transfer import has_room
 from hf_epimer.pipeline.views import crops
 from hf_epimer.tasks.images import Batch
 
 BATCH = 32
 """Pictures at a time where nothing is trained."""
+
+CPU = torch.device("cpu")
 
 Part = tuple[Tensor, Tensor]
 """Pixels [n, 3, h, w] and what is to be made of them [n, d]."""
@@ -99,9 +102,10 @@ def write_pictures(
         save_file(vars(pictures), unfinished)
 
 
-def read_pictures(file: Path) -> Pictures:
-    """What `write_pictures` has written; it stays on the disk until it is used."""
-    return Pictures(**load_file(file))
+def read_pictures(file: Path, device: torch.device = CPU) -> Pictures:
+    """What `write_pictures` has written; it stays on the disk until it is used, or on a GPU that has room for it."""
+    where = device if has_room(device, file.stat().st_size) else CPU
+    return Pictures(**{name: values.to(where) for name, values in load_file(file).items()})
 
 
 def _embedded(

@@ -276,7 +276,7 @@ def _embedded_by_their_own(
                 put_weights(parameters, task.tuned)
                 own = partial(_embedded, tower, architecture, task)
                 write_pictures(file, task.label, task.images, task.held_out, own, VIEWS)
-        found.append(read_pictures(file))
+        found.append(read_pictures(file, next(tower.parameters()).device))
     put_weights(parameters, StateDict("start", start))
     return found
 
