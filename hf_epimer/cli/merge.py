@@ -49,6 +49,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", type=int, default=absent, metavar="N", help=what)
     what = "of a calibration: how strongly a layer is held where it is; default 0.2"
     parser.add_argument("--calibration-rho", type=float, default=absent, metavar="RHO", help=what)
+    what = "of the passes for statistics and calibration, not of their sums; default no"
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default=absent, help=what)
     what = "train the merge towards its models' features, on --samples images of every task without labels"
     parser.add_argument("--refine", action="store_true", default=absent, help=what)
     what = "of a refinement: steps of 16 images of every task; default 100"

@@ -20,12 +20,13 @@ from torch.nn.functional import cross_entropy
 
 from hf_epimer.curvature.accumulators import Accumulator, FisherDiagonal
 from hf_epimer.curvature.per_sample import Gradient, no_gradient, per_sample_gradients
-from hf_epimer.curvature.request import Labels, Precision
+from hf_epimer.curvature.request import Labels
 from hf_epimer.errors import DataError, StatisticsError, UsageError
 from hf_epimer.merging.finite import is_finite
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.transfer import sent
 from hf_epimer.tasks.images import Batch
+from hf_epimer.types import Precision
 
 
 @dataclass(frozen=True)

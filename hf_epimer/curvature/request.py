@@ -12,9 +12,9 @@ from hf_epimer.checkpoints.cache import cached_path
 from hf_epimer.methods.statistic import StatisticsFile
 from hf_epimer.models.source import ModelSource
 from hf_epimer.tasks.dataset import TaskImages
+from hf_epimer.types import Precision
 
 Labels = Literal["true", "sampled"]
-Precision = Literal["no", "bf16"]
 Kind = Literal["per-sample", "squared-mean"]
 
 

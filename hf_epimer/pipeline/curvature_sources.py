@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hf_epimer.curvature.request import CurvatureRequest
+from hf_epimer.curvature.request import CurvatureRequest, Gradients
 from hf_epimer.errors import DataError, HubError, NotFoundError, StatisticsError, UsageError
 from hf_epimer.hub.refs import ModelRef
 from hf_epimer.hub.resolve import resolve
@@ -112,7 +112,9 @@ def _find_curvature(
         return CurvatureFile(model.source, needs.file.name)
     if model.task is None or not can_classify(model.source, base, model.task):
         return None
-    request = CurvatureRequest(model.source, base, _images(recipe, model.task))
+    request = CurvatureRequest(
+        model.source, base, _images(recipe, model.task), Gradients(precision=recipe.mixed_precision)
+    )
     if needs.file is None:
         return request
     path = request.cached(needs.file)

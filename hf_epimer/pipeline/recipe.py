@@ -10,12 +10,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hf_epimer.errors import UsageError
 from hf_epimer.hub.refs import ModelRef, check_new_repo_id
 from hf_epimer.methods import DEFAULT_METHOD, find_method
 from hf_epimer.outside import expanded, parse_json, read_text
+from hf_epimer.types import Precision
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -37,6 +38,7 @@ class MergeRecipe:
             what the method does by itself: `epimer-core` where there are images, no other.
         views: of a calibration: how often every image is seen, whole and as random crops.
         calibration_rho: of a calibration: how strongly a layer is held where it is, in units of the mean squared input.
+        mixed_precision: of the passes for statistics and calibration, "no" or "bf16"; sums are in float32 or better.
         refine: train the merge towards the features of its models, on `samples` images of every task without labels.
         refine_steps: of that training.
         tune_alpha: choose alpha by how near the predictions come to the fine-tuned models' on those images.
@@ -72,6 +74,7 @@ class MergeRecipe:
     calibrate: bool | None = None
     views: int = 1
     calibration_rho: float = 0.2
+    mixed_precision: Precision = "no"
     refine: bool = False
     refine_steps: int = 100
     tune_alpha: bool = False
@@ -119,6 +122,8 @@ class MergeRecipe:
             raise UsageError(f"--views must be a whole number from 1 to 64, not {self.views!r}")
         if not isinstance(self.calibration_rho, int | float) or not 1e-6 <= self.calibration_rho <= 1e6:
             raise UsageError(f"--calibration-rho must be a number from 1e-6 to 1e6, not {self.calibration_rho!r}")
+        if self.mixed_precision not in get_args(Precision):
+            raise UsageError(f"--mixed-precision is no or bf16, not {self.mixed_precision!r}")
         if not isinstance(self.refine_steps, int) or not 1 <= self.refine_steps <= 1_000_000:
             raise UsageError(f"--refine-steps must be a whole number from 1 to 1000000, not {self.refine_steps!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -168,6 +173,7 @@ class MergeRecipe:
         for name, usual in (
             *calibration,
             *refinement,
+            ("mixed_precision", "no"),
             ("device", "cpu"),
             ("dtype", None),
             ("seed", 0),
@@ -195,6 +201,7 @@ _DECIDES = (
     "calibrate",
     "views",
     "calibration_rho",
+    "mixed_precision",
     "refine",
     "refine_steps",
     "evaluate",

@@ -277,6 +277,15 @@ def test_views_are_images_more(clip_base: Path, tmp_path: Path) -> None:
     assert difference(twice, once, start) > 0.05
 
 
+def test_half_precision_is_for_the_passes_only(clip_base: Path, tmp_path: Path) -> None:
+    start = load_tower(clip_base)
+    tasks = [task_of(tuned_tower(clip_base, seed), seed) for seed in (1, 2)]
+    full, _ = calibrated(start, tasks, tmp_path / "a")
+    half, _ = calibrated(start, tasks, tmp_path / "b", precision="bf16")
+    assert 1e-5 < difference(half, full, start) < 0.05
+    assert all(value.dtype == torch.float32 for value in half.parameters())
+
+
 def test_positions_that_nobody_hears_do_not_count(clip_base: Path, tmp_path: Path) -> None:
     start, tuned = inside(load_tower(clip_base)), tuned_tower(clip_base, 1)
     first = torch.zeros(POSITIONS)
@@ -437,7 +446,8 @@ def test_settings_out_of_range_are_wrong_usage(
 def test_settings_of_a_calibration_change_it_and_are_repeated(
     words: tuple[object, ...], run: Run, tmp_path: Path
 ) -> None:
-    assert run(*words, "--views", 2, "--calibration-rho", 0.5, "--out", tmp_path / "a")[0] == 0
+    changed = ("--views", 2, "--calibration-rho", 0.5, "--mixed-precision", "bf16")
+    assert run(*words, *changed, "--out", tmp_path / "a")[0] == 0
     assert run(*words, "--out", tmp_path / "b")[0] == 0
     assert run("merge", "--config", tmp_path / "a" / "merge_config.json", "--out", tmp_path / "c")[0] == 0
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")

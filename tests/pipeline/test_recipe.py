@@ -49,6 +49,7 @@ def test_every_method_at_its_defaults(method: str) -> None:
         {"samples": 17, "calibrate": True, "tasks": ("/a b/task.yaml", "/other.json")},
         {"method": "kronecker-core", "calibrate": False, "samples": 9},
         {"method": "tsv-m", "tune_alpha": True, "samples": 33},
+        {"samples": 17, "mixed_precision": "bf16"},
         {"method": "tsv-m", "refine": True, "refine_steps": 40, "samples": 12},
         {"device": "cuda:1", "dtype": "bfloat16", "seed": 3, "exact": True},
         {"method": "tsv-m", "out_rank": 4},

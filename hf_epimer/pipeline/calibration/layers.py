@@ -50,9 +50,10 @@ def calibrated_layers(
         CalibrationTask(*entry)
         for entry in zip(ingredients.models, plan.weights, ingredients.curvature, batches, strict=True)
     ]
-    device = torch.device(processes.device(plan.recipe.device))
+    recipe = plan.recipe
+    device = torch.device(processes.device(recipe.device))
     in_memory = has_room(device, plan.calibration_bytes // 2 // processes.count)
-    settings = [plan.recipe.views, plan.recipe.calibration_rho, plan.recipe.refine, share, in_memory]
+    settings = [recipe.views, recipe.calibration_rho, recipe.mixed_precision, recipe.refine, share, in_memory]
     start, needed = parameters_of(tower, plan.architecture), 0 if in_memory else plan.calibration_bytes
     with workspace_of("calibration", plan, start, settings, needed, "hidden states") as workspace:
         sizes = calibrate(
@@ -62,8 +63,9 @@ def calibrated_layers(
             plan.architecture,
             workspace,
             in_memory=in_memory,
-            views=plan.recipe.views,
-            rho=plan.recipe.calibration_rho,
+            views=recipe.views,
+            rho=recipe.calibration_rho,
+            precision=recipe.mixed_precision,
             processes=processes,
             on_step=lambda done, total: progress("calibrating", done, total),
         )

@@ -1,6 +1,7 @@
 """One task's images on their way through one residual of a block, and the sums that are taken of them there.
 
-Sums of a batch are taken in float32 and added up in float64. Nothing in the loops over batches waits for the device.
+Sums of a batch are taken in float32 and added up in float64; passes may be in bfloat16, but for the residual stream.
+Nothing in the loops over batches waits for the device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hf_epimer.numerics.regression import gram
 from hf_epimer.pipeline.calibration.states import HiddenStates, caught, stopped
 from hf_epimer.pipeline.processes import Processes
 from hf_epimer.tasks.images import Batch
+from hf_epimer.types import Precision
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Passage:
 
     Attributes:
         tuned: a block for the task's own weights.
+        precision: of the passes.
     """
 
     block: Block
@@ -60,6 +63,7 @@ class Passage:
     residual: Residual
     task: CalibrationTask
     states: HiddenStates
+    precision: Precision = "no"
 
     def moments(self, layers: tuple[str, ...]) -> Moments:
         """Of the layers that read, while the tuned tower's states are taken through; or of the one that writes."""
@@ -83,7 +87,7 @@ class Passage:
     def advance(self) -> None:
         """Take the merged tower's states through the residual with its new weights."""
         for part in self.states.batches():
-            self.states.write("merged", part, self.residual.run(self.block.module, self._read("merged", part)))
+            self.states.write("merged", part, self._run(self.block, self._read("merged", part)))
         self.states.passed("merged")
 
     def repeat(self) -> None:
@@ -110,15 +114,20 @@ class Passage:
         """What a layer reads in the merged tower, with a 1 at its end."""
         linear = self.block.layers[layer]
         with caught(linear) as seen, stopped():
-            self.residual.run(self.block.module, self._read("merged", part))
-        return torch.cat([seen[linear], seen[linear].new_ones(*seen[linear].shape[:-1], 1)], dim=-1)
+            self._run(self.block, self._read("merged", part))
+        x = seen[linear].float()
+        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
 
     def _tuned_outputs(self, part: slice) -> dict[str, Tensor]:
         """What the reading layers put out in the tuned tower, whose states move on."""
         linears = {layer: self.tuned.layers[layer] for layer in self.residual.reads}
         with caught(outputs=linears.values()) as seen:
-            self.states.write("tuned", part, self.residual.run(self.tuned.module, self._read("tuned", part)))
-        return {layer: seen[linear] for layer, linear in linears.items()}
+            self.states.write("tuned", part, self._run(self.tuned, self._read("tuned", part)))
+        return {layer: seen[linear].float() for layer, linear in linears.items()}
+
+    def _run(self, block: Block, states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.residual.run(block.module, states)
 
     def _missing(self, part: slice) -> Tensor:
         """What the merged tower's residual stream lacks after this residual."""

@@ -51,6 +51,7 @@ from hf_epimer.pipeline.calibration.states import (
 )
 from hf_epimer.pipeline.processes import ALONE, Processes
 from hf_epimer.pipeline.views import crops
+from hf_epimer.types import Precision
 
 PRIOR = 1.0
 """The say of the task vectors against that of the images."""
@@ -71,6 +72,7 @@ def calibrate(
     views: int = 1,
     rho: float = 0.2,
     prior_weight: float = PRIOR,
+    precision: Precision = "no",
     processes: Processes = ALONE,
     on_step: OnStep = lambda done, total: None,
 ) -> dict[str, float]:
@@ -88,6 +90,7 @@ def calibrate(
             blocks again.
         views: of every image, at least 1.
         rho, prior_weight: as above; rho > 0.
+        precision: of the passes; what they sum up is in float32.
         processes: that call this together, each with a tower, images and a workspace of its own.
         on_step: progress; a step is one task in one residual of one block.
 
@@ -111,7 +114,7 @@ def calibrate(
     sizes: dict[str, float] = {}
     for number, block in enumerate(blocks):
         ways = [
-            [Passage(block, tuned, residual, *entry) for entry in zip(tasks, states, strict=True)]
+            [Passage(block, tuned, residual, *entry, precision) for entry in zip(tasks, states, strict=True)]
             for residual in block.residuals(architecture)
         ]
         if number < len(done):
