@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=1)
     parser.add_argument("--blocks", type=int, help="of the towers; default: all of the model's")
     parser.add_argument("--refine-steps", type=int, help="refine instead of calibrating")
+    parser.add_argument("--method", default="tsv-m", help="of the merge before")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--evaluate", action="store_true", help="on the same pictures, for its seconds")
     options = parser.parse_args()
@@ -117,7 +118,7 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        words = [sys.executable, "-m", "hf_epimer", *make_zoo(folder, options), "--method", "tsv-m"]
+        words = [sys.executable, "-m", "hf_epimer", *make_zoo(folder, options), "--method", options.method]
         steps, views = options.refine_steps, str(options.views)
         words += ["--refine", "--refine-steps", str(steps)] if steps else ["--calibrate", "--views", views]
         words += ["--samples", str(options.images), "--device", options.device]

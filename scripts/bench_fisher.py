@@ -1,8 +1,8 @@
 """Seconds and memory of a pass for curvature, batch by batch, next to ordinary training steps of the same batches.
 
-    python scripts/bench_fisher.py [--batch-size 32] [--runs 5] [--fusionbench PYTHON]
+    python scripts/bench_fisher.py [--batch-size 32] [--runs 5] [--device cpu] [--contenders ...] [--fusionbench PYTHON]
 
-ViT-B/32 with random weights behind a head of 100 classes, on the CPU. Contenders, each in a process of its own:
+ViT-B/32 with random weights behind a head of 100 classes. Contenders, each in a process of its own:
 
     step          forward and backward pass of a training step, without the optimiser
     diagonal      the Fisher diagonal, per-sample squares
@@ -15,7 +15,7 @@ ViT-B/32 with random weights behind a head of 100 classes, on the CPU. Contender
     fusionbench   one batch of FusionBench 0.2.33's Fisher: the square of the gradient of the batch's sum, another
                   quantity; `--fusionbench` names the Python of an environment that has it
 
-Memory is the peak of what no file backs, of the whole process. Run it on a quiet machine.
+Memory is the peak of what no file backs, of the whole process, on the CPU's side. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def vision_model() -> Any:
 
 
 def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
-    """`BATCHES` batches of ours, or of what it is compared with."""
+    """`BATCHES` batches of ours, or of what it is compared with, on the device of the pixels."""
     import torch
+    from accelerate import Accelerator
     from torch.nn.functional import cross_entropy
 
     from hf_epimer.curvature.accumulators import (
@@ -79,13 +80,16 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
 
     projection, head = torch.randn(512, 768), torch.randn(CLASSES, 512)
     model = Classifier(vision_model(), CLIP, ZeroShotHead(projection, head, torch.tensor(4.6)), None).eval()
+    accelerator = Accelerator(cpu=pixels.device.type == "cpu")
+    model.to(pixels.device)
+    on_device = labels.to(pixels.device)
     subject = Subject(model, model.tower_names())
     batch = Batch(pixels, labels, range(len(labels)))
 
     def step() -> None:
         for _ in range(BATCHES):
             model.zero_grad(set_to_none=True)
-            cross_entropy(model(pixels), labels).backward()
+            cross_entropy(model(pixels), on_device).backward()
 
     def vmapped() -> None:
         for _ in range(BATCHES):
@@ -101,7 +105,7 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
         total = {name: torch.zeros_like(value) for name, value in parameters.items()}
         per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
         for start in range(0, len(labels), 4):  # as many samples as fit: 4 copies of the model
-            gradients = per_sample(parameters, pixels[start : start + 4], labels[start : start + 4])
+            gradients = per_sample(parameters, pixels[start : start + 4], on_device[start : start + 4])
             for name, gradient in gradients.items():
                 total[name] += gradient.square().sum(0)
 
@@ -120,10 +124,14 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
         return vmapped
     if name == "projected":
         tagged = bases()
-        return lambda: accumulate(subject, [batch] * BATCHES, ProjectedFisher(tagged))
+        return lambda: accumulate(
+            subject, [batch] * BATCHES, ProjectedFisher(tagged, pixels.device), accelerator=accelerator
+        )
     makers: dict[str, Any] = {"diagonal": FisherDiagonal, "kronecker": KroneckerFactors, "gram": GradientGram}
     wanted = [makers[part] for part in name.split(" + ")]
-    return lambda: accumulate(subject, [batch] * BATCHES, Together([make(subject.shapes) for make in wanted]))
+    return lambda: accumulate(
+        subject, [batch] * BATCHES, Together([make(subject.shapes) for make in wanted]), accelerator=accelerator
+    )
 
 
 def fusionbench_pass(pixels: Any) -> Callable[[], Any]:
@@ -149,17 +157,19 @@ def fusionbench_pass(pixels: Any) -> Callable[[], Any]:
     return one
 
 
-def run_one(name: str, batch_size: int, runs: int) -> None:
+def run_one(name: str, batch_size: int, runs: int, device: str) -> None:
     """Time one contender and print JSON."""
     import torch
 
-    pixels, labels = torch.randn(batch_size, 3, 224, 224), torch.arange(batch_size) % CLASSES
+    pixels, labels = torch.randn(batch_size, 3, 224, 224, device=device), torch.arange(batch_size) % CLASSES
     one = fusionbench_pass(pixels) if name == "fusionbench" else our_pass(name, pixels, labels)
     one()
     seconds, anonymous = [], 0
     for _ in range(runs):
         started = time.perf_counter()
         kept = one()
+        if device != "cpu":
+            torch.accelerator.synchronize()
         seconds.append((time.perf_counter() - started) / BATCHES)
         anonymous = max(anonymous, peak_anonymous())
         del kept
@@ -170,22 +180,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="of all but FusionBench's")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="and the first")
     parser.add_argument("--fusionbench", metavar="PYTHON")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        run_one(options.only, options.batch_size, options.runs)
+        run_one(options.only, options.batch_size, options.runs, options.device)
         return
     from rich.console import Console
     from rich.table import Table
 
-    contenders = dict.fromkeys(CONTENDERS, sys.executable)
+    contenders = dict.fromkeys([CONTENDERS[0], *options.contenders], sys.executable)
     if options.fusionbench:
         contenders["fusionbench"] = options.fusionbench
     rows = {}
     for name, python in contenders.items():
         words = [python, __file__, "--only", name]
-        words += ["--batch-size", str(options.batch_size), "--runs", str(options.runs)]
+        words += ["--batch-size", str(options.batch_size), "--runs", str(options.runs), "--device", options.device]
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         rows[name] = json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,27 @@
 #!/usr/bin/env bash
-# What an accelerator does with ViT-B/32 and eight tasks: statistics, calibration and evaluation through one merge on
-# random weights and pictures, then EpiMer and TSV-M from files. A few minutes.
+# What a GPU does with ViT-B/32 and eight tasks, on random weights and pictures, in under five minutes:
 #
-#     scripts/device_check.sh [DEVICE]          # cuda where none is named
+#   1. a whole merge by the command: Fisher information and Gram matrices of every task, EpiMer, calibration, accuracies
+#   2. calibration beside FeatCal, after its paper, on the same pictures
+#   3. a pass for the same statistics beside a training step
+#
+#     scripts/device_check.sh [DEVICE] [tiny]          # cuda where none is named; tiny: whether it runs, on any machine
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${1:-cuda}
 python=${PYTHON:-python}
+zoo=() size=() batch=()
+if [ "${2:-}" = tiny ]; then
+    zoo=(--tasks 2 --images 8 --blocks 1) size=("${zoo[@]}" --width 96) batch=(--batch-size 2)
+fi
 
-"$python" scripts/bench_calibrate.py --device "$device" --evaluate
-"$python" scripts/bench_merge.py --device "$device" --runs 2 --methods "tsv-m, rank 32" "epimer, rank 32"
+against() { # NAME PRINTED ROW AIM: a row's figure, by the aim
+    awk -v name="$1" -v row="$3" -v aim="$4" '$1 == row { printf "%s: %.2f, where %s is aimed at\n", name, $2, aim }' <<<"$2"
+}
+
+merge=$("$python" scripts/bench_calibrate.py --device "$device" --method epimer --evaluate "${zoo[@]}" | tee >(cat >&2))
+speed=$("$python" scripts/peers/speed.py --device "$device" "${size[@]}" | tee >(cat >&2))
+"$python" scripts/bench_fisher.py --device "$device" --runs 2 --contenders "diagonal + gram" "${batch[@]}"
+against "seconds of the whole merge" "$merge" process 120
+against "seconds of calibration by those of FeatCal" "$speed" ratio 0.5
+echo "seconds of this check: $SECONDS, where 300 is aimed at"

@@ -18,9 +18,10 @@ States = list[Tensor]
 def first_states(tower: nn.Module, first: Block, pictures: Sequence[Tensor]) -> States:
     """What goes into the first block, of pixels in batches [n, 3, h, w]."""
     states = []
+    device = next(tower.parameters()).device
     for pixels in pictures:
         with caught(first.module) as seen, stopped():
-            CLIP.features(tower, pixels)
+            CLIP.features(tower, pixels.to(device))
         states.append(seen[first.module])
     return states
 

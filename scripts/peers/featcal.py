@@ -12,8 +12,9 @@ hundredth, but in keys and values. Weights of a block are solved from one pass w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -59,27 +60,35 @@ def featcal(
         put_weights(parameters, model)
         teachers.append(first_states(tower, blocks[0], of_task))
     put_weights(parameters, merge)
+    own = copy.deepcopy(blocks[0])  # takes the weights of any block of any task
     for number, block in enumerate(blocks):
         is_last = number == len(blocks) - 1
         moments = []
         for model, student, teacher in zip(tuned, students, teachers, strict=True):
-            moments.append(_moments(block, merge, model, student, teacher, is_last))
+            own = replace(own, name=block.name, parameters=_named_as(block, own))
+            put_weights(own.parameters, model)
+            moments.append(_moments(block, own, student, teacher, is_last))
         put_weights(block.parameters, StateDict("solved", _solved(block, merge, base, tuned, moments)))
         students = [[passed(block, batch) for batch in of_task] for of_task in students]
 
 
-def _moments(
-    block: Block, merge: TensorSource, model: TensorSource, student: States, teacher: States, is_last: bool
-) -> dict[str, Moments]:
-    """Of every layer, on one task's images, whose states in its own model move on."""
+def _named_as(block: Block, other: Block) -> dict[str, nn.Parameter]:
+    """Another block's parameters, by the names of this one's."""
+    return dict(zip(block.parameters, other.parameters.values(), strict=True))
+
+
+def _moments(block: Block, own: Block, student: States, teacher: States, is_last: bool) -> dict[str, Moments]:
+    """Of every layer, on one task's images, whose states in its own model move on.
+
+    Args:
+        own: the block with the weights of that model.
+    """
     sums: dict[str, list[Tensor]] = {}
     for number, batch in enumerate(student):
         with watched(block) as reads:
             passed(block, batch)
-        put_weights(block.parameters, model)
-        with watched(block) as of_teacher:
-            teacher[number] = passed(block, teacher[number])
-        put_weights(block.parameters, merge)
+        with watched(own) as of_teacher:
+            teacher[number] = passed(own, teacher[number])
         for name, layer in block.layers.items():
             x, x_a = reads[name], TOWARDS * of_teacher[name] + (1 - TOWARDS) * reads[name]
             heard = x.new_ones(x.shape[:-1])
@@ -105,15 +114,19 @@ def _solved(
     moments: Sequence[dict[str, Moments]],
 ) -> dict[str, Tensor]:
     """Canonical name -> weights of every layer of a block."""
+    device = next(iter(block.parameters.values())).device
+
+    def read(source: TensorSource, name: str) -> Tensor:
+        return source.tensor(name).to(device).float()
 
     def anchor(name: str) -> Tensor:
-        return ANCHOR * merge.tensor(name).float() + (1 - ANCHOR) * base.tensor(name).float()
+        return ANCHOR * read(merge, name) + (1 - ANCHOR) * read(base, name)
 
     solved = {}
     for layer, module in block.layers.items():
         weight, bias = (f"{block.name}.{layer}.{part}" for part in ("weight", "bias"))
         of_tasks = [of_task[layer] for of_task in moments]
-        weights, biases = ([model.tensor(name).float() for model in tuned] for name in (weight, bias))
+        weights, biases = ([read(model, name) for model in tuned] for name in (weight, bias))
         if isinstance(module, nn.LayerNorm):
             energy = RIDGE + cast(Tensor, sum(each.gram for each in of_tasks))
             mean = cast(Tensor, sum(each.student for each in of_tasks))
@@ -126,7 +139,8 @@ def _solved(
             solved[bias] = (energy * second - mean * first) / determinant
             continue
         scales = [1 / each.gram.norm() for each in of_tasks]
-        left = sum(scale * each.gram for scale, each in zip(scales, of_tasks)) + RIDGE * torch.eye(weights[0].shape[1])
+        ridge = RIDGE * torch.eye(weights[0].shape[1], device=device)
+        left = sum(scale * each.gram for scale, each in zip(scales, of_tasks)) + ridge
         right = RIDGE * anchor(weight).mT + sum(
             scale * each.cross @ w.mT for scale, each, w in zip(scales, of_tasks, weights)
         )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from helpers.accelerator import DEVICE, StandIn
 from hf_epimer.checkpoints.reader import StateDict
 from hf_epimer.models.clip import CLIP
 from hf_epimer.models.loading import load_tower
@@ -19,6 +23,7 @@ from hf_epimer.models.weights import blocks_of, parameters_of, put_weights
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "peers"))
 
 import compare
+import speed
 from blocks import first_states
 from featcal import ANCHOR, RIDGE, TOWARDS, featcal
 from regmean_plus_plus import SHRINKAGE, regmean_plus_plus
@@ -136,3 +141,38 @@ def test_a_report_has_a_line_for_every_row(tmp_path: Path) -> None:
     assert "z: a, 64 images a task" in report
     assert "| calibrated | 0.375 (0.375) |  |  | 2 | 3 |" in report
     assert "| mean | 0.375 (0.375) | +0.0000 ± 0.2041 | -0.2500 to +0.2500 | 2 | 3 |" in report
+
+
+def test_featcal_is_the_same_where_the_tower_is(tower: nn.Module) -> None:
+    base = weights_of(tower)
+    models, shown = [changed(base, seed) for seed in (1, 2)], [pictures(1), pictures(2)]
+    there = copy.deepcopy(tower)
+    featcal(tower, base, models, shown)
+    with StandIn():
+        featcal(there.to(DEVICE), base, models, shown)
+        there.to("cpu")
+    for name, value in parameters_of(tower, CLIP).items():
+        assert torch.allclose(weights_of(there).tensor(name), value, atol=1e-4), name
+
+
+def test_both_are_timed_from_the_same_start(tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = weights_of(tower)
+    seen: dict[str, list[tuple[StateDict, int]]] = {"calibrate": [], "featcal": []}
+
+    def watched(name: str) -> Callable[..., object]:
+        run = getattr(speed, name)
+
+        def noted(merge: nn.Module, *others: Any, **more: Any) -> object:
+            images = others[1][0].images if name == "calibrate" else others[2][0]
+            seen[name].append((weights_of(merge), len(images)))
+            return run(merge, *others, **more)
+
+        return noted
+
+    for name in seen:
+        monkeypatch.setattr(speed, name, watched(name))
+    found = speed.seconds(tower, [changed(base, seed) for seed in (1, 2)], [pictures(1), pictures(2)])
+    assert list(found) == ["calibration", "FeatCal"] and all(taken > 0 for taken in found.values())
+    for runs in seen.values():
+        assert [batches for _, batches in runs] == [1, 2]  # once to warm up
+        assert all(torch.equal(start.tensor(name), base.tensor(name)) for start, _ in runs for name in base.shapes)
