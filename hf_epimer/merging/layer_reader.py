@@ -49,7 +49,7 @@ class LayerReader:
         return torch.empty(len(sources), largest, dtype=self.dtype, pin_memory=is_pinned)
 
     def nbytes(self) -> int:
-        """Bytes of the buffers, and of eight more tensors of a layer, as many as any method makes of it (TIES)."""
+        """Bytes of the buffers, and of eight more tensors of a layer, as many as any method makes (`epimer-core`)."""
         of_one = self.task_vectors.nbytes // max(1, len(self.task_vectors))
         return self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()) + 8 * of_one
 

@@ -67,7 +67,7 @@ def merge_epimer_core(layer: Layer, config: EpiMerCoreConfig, survey: None = Non
     from hf_epimer.numerics.input_metric import anchored_mean
     from hf_epimer.numerics.spikes import without_spikes
 
-    if not layer.is_matrix or not bool(layer.task_vectors.any()):
+    if not layer.is_matrix or not bool(layer.norms.any()):
         return LayerMerge(layer.mean() * config.alpha)
     cut, gone = without_spikes(layer.task_vectors, config.cap, exact=layer.exact, seed=layer.seed)
     layer = replace(layer, task_vectors=cut)

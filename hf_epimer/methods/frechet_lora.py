@@ -56,7 +56,7 @@ def merge_frechet_lora(layer: Layer, config: FrechetLoraConfig, survey: None = N
     """alpha times the mean of one layer."""
     from hf_epimer.numerics.lowrank import low_rank_mean
 
-    if not layer.is_matrix or not bool(layer.task_vectors.any()):
+    if not layer.is_matrix or not bool(layer.norms.any()):
         return LayerMerge(layer.mean() * config.alpha)
     if config.metric == "kronecker":
         return _merge_curved(layer, config)

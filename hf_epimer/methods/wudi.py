@@ -30,7 +30,7 @@ def merge_wudi(layer: Layer, config: WUDIConfig, survey: None = None) -> LayerMe
     """Solve one layer in float64."""
     import torch
 
-    if not layer.is_matrix or not bool(layer.task_vectors.any()):
+    if not layer.is_matrix or not bool(layer.norms.any()):
         return LayerMerge(layer.mean() * config.alpha)
     deltas = layer.task_vectors.double()
     start = layer.mean().double() * layer.tasks

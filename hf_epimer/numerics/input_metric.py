@@ -58,7 +58,9 @@ def anchored_mean(
     pull = rho * system.diagonal().mean()
     system.diagonal().add_(pull)
     right_side.add_(start * pull)
-    return torch.cholesky_solve(right_side.mT, torch.linalg.cholesky(system)).mT
+    factor = system.mT  # columns first, as LAPACK has it: factored where it stands, without a copy
+    torch.linalg.cholesky(factor, out=factor)
+    return torch.cholesky_solve(right_side.mT, factor).mT
 
 
 def _add(system: Tensor, right_side: Tensor, weight: float, d: Tensor, metric: InputMetric) -> None:

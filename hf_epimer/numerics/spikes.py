@@ -35,7 +35,7 @@ def without_spikes(task_vectors: Tensor, c: float, *, exact: bool = False, seed:
         exact, seed: of the singular value decompositions.
 
     Returns:
-        The task vectors, cut, and the share of |D_t|^2 that is gone, length T.
+        The task vectors, cut, or as they are where nothing stands out; and the share of |D_t|^2 that is gone, length T.
     """
     norms = torch.linalg.vector_norm(task_vectors, dim=(1, 2))
     gone = torch.zeros_like(norms)
@@ -44,8 +44,9 @@ def without_spikes(task_vectors: Tensor, c: float, *, exact: bool = False, seed:
         t: truncated_svd(task_vectors[t], k, tolerance=1e-2, exact=exact, seed=seed)
         for t in norms.nonzero().flatten().tolist()
     }
-    cut = task_vectors.clone()
-    for t, excess in _excess({t: svd.s for t, svd in found.items()}, norms, c).items():
+    excesses = _excess({t: svd.s for t, svd in found.items()}, norms, c)
+    cut = task_vectors.clone() if excesses else task_vectors
+    for t, excess in excesses.items():
         u, s, v = found[t]
         cut[t] -= (u * excess) @ v.mT
         gone[t] = _share(s, excess, norms[t])

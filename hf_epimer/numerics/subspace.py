@@ -104,8 +104,8 @@ def tagged_basis(task_vectors: Tensor, rank: int, *, exact: bool = False, seed: 
 def task_triples(task_vectors: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> list[SVD]:
     """The top singular triples of every task vector, T x m x n; none of vanishing singular value."""
     found = []
-    for task_vector in task_vectors:
-        if not bool(task_vector.any()):
+    for task_vector, norm in zip(task_vectors, torch.linalg.vector_norm(task_vectors, dim=(1, 2)), strict=True):
+        if not bool(norm):
             m, n = task_vector.shape
             found.append(SVD(task_vector.new_empty(m, 0), task_vector.new_empty(0), task_vector.new_empty(n, 0)))
             continue
