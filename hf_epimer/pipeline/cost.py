@@ -62,6 +62,11 @@ def expected_seconds(operations: float, device: str, size: int = 1024) -> float:
     return operations / (REACHED * 2 * size**3 / best)
 
 
+def leaves_gpu_idle(plan: Plan) -> bool:
+    """Whether there is a GPU, and a plan does without."""
+    return plan.recipe.device == "cpu" and torch.cuda.is_available()
+
+
 def in_words(seconds: float) -> str:
     """About how long, without a precision that it has not."""
     if seconds < 90:

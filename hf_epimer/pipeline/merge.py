@@ -92,11 +92,12 @@ def _announce(plan: Plan, progress: Progress) -> None:
     """How long the parts of a merge will take that last."""
     if not plan.recipe.calibrate and not plan.recipe.refine:
         return
-    from hf_epimer.pipeline.cost import expected, in_words
+    from hf_epimer.pipeline.cost import expected, in_words, leaves_gpu_idle
 
     hints = {"calibration": "--no-calibrate skips it", "refinement": f"{plan.recipe.refine_steps} steps"}
     for part, seconds in expected(plan).items():
-        progress(f"{part}: {in_words(seconds)} in all ({hints[part]})", 0, 0)
+        hint = hints[part] + "; there is a GPU: --device cuda" * leaves_gpu_idle(plan)
+        progress(f"{part}: {in_words(seconds)} in all ({hint})", 0, 0)
 
 
 def _tuned(plan: Plan, ingredients: Ingredients, progress: Progress) -> tuple[Plan, dict[float, float]]:

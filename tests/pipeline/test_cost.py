@@ -9,6 +9,7 @@ import pytest
 
 from hf_epimer import MergeRecipe, ModelRef, merge
 from hf_epimer.pipeline import cost
+from hf_epimer.pipeline.merge import _announce
 from hf_epimer.pipeline.planner import make_plan
 
 
@@ -65,3 +66,13 @@ def test_a_merge_says_it_before_it_measures_anything(clip_zoo: Path) -> None:
         recipe(clip_zoo, calibrate=False, refine=True, refine_steps=2, overwrite=True), lambda *of: stages.append(of[0])
     )
     assert any(stage.endswith("in all (2 steps)") for stage in stages[: stages.index("merging")])
+
+
+def test_a_gpu_that_would_be_idle_is_pointed_out(clip_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(recipe(clip_zoo, overwrite=True))
+    stages: list[str] = []
+    assert not cost.leaves_gpu_idle(plan)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    _announce(plan, lambda stage, done, total: stages.append(stage))
+    assert stages[0].endswith("(--no-calibrate skips it; there is a GPU: --device cuda)")
+    assert not cost.leaves_gpu_idle(replace(plan, recipe=replace(plan.recipe, device="cuda")))
