@@ -6,15 +6,20 @@ tensors of two devices, a generator of the other device. What makes a program wa
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from hf_epimer.merging import stream
 
 DEVICE = torch.device("meta")
 
@@ -141,3 +146,22 @@ def _numbers(value: Any) -> Any:
 
 def _index(part: Any) -> Any:
     return torch.tensor(part) if isinstance(part, list) else part
+
+
+class _Here(Executor):
+    """Work done in the thread that asks for it."""
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments, **keywords))
+        return done
+
+
+def solve_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have layers solved in the thread of the test, the only one in which there is a stand-in."""
+
+    @contextmanager
+    def pool(workers: int) -> Iterator[Executor]:
+        yield _Here()
+
+    monkeypatch.setattr(stream, "_pool", pool)

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.accelerator import DEVICE, StandIn
+from helpers.accelerator import DEVICE, StandIn, solve_here
 from helpers.checkpoints import StateDict
 from helpers.merges import MATRIX, merged, models
 from hf_epimer import METHODS, EpiMerConfig, merge_state_dicts
-from hf_epimer.merging import stream
 from hf_epimer.numerics.subspace import tagged_basis
-
-
-class Here(Executor):
-    """Work done in the thread that asks for it, the only one in which there is a stand-in."""
-
-    def submit(self, work: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(work(*arguments, **keywords))
-        return done
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def pool(workers: int) -> Iterator[Executor]:
-        yield Here()
-
-    monkeypatch.setattr(stream, "_pool", pool)
+    solve_here(monkeypatch)
 
 
 def equal(one: StateDict, other: StateDict) -> bool:
