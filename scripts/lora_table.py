@@ -71,7 +71,8 @@ class Zoo:
         from hf_epimer.models.head import classifier_for
         from hf_epimer.models.loading import load_processor, load_tower, preprocess
         from hf_epimer.models.weights import parameters_of
-        from hf_epimer.tasks.images import decode, read_samples
+        from hf_epimer.tasks.decode import decode
+        from hf_epimer.tasks.images import read_samples
         from hf_epimer.tasks.task import load_task_file
 
         self.folder = folder / "base"

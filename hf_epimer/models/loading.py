@@ -116,7 +116,7 @@ def processor_class(architecture: Architecture) -> Any:
 
 def preprocess(processor: Any, images: Sequence[Image]) -> Tensor:
     """Pictures as RGB through the image processor: [n, 3, h, w]."""
-    from hf_epimer.tasks.images import as_rgb
+    from hf_epimer.tasks.decode import as_rgb
 
     pixels: Tensor = processor([as_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
     return pixels

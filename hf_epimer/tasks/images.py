@@ -9,13 +9,16 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +26,15 @@ from torch import Tensor
 
 from hf_epimer.errors import DataError
 from hf_epimer.tasks.dataset import TaskImages
+from hf_epimer.tasks.decode import decode
 from hf_epimer.tasks.task import Task, plain_name
 
 if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BROKEN_SHARE = 0.01
 """Of the samples asked for: so many pictures may be broken."""
@@ -69,6 +75,9 @@ class Samples:
 class ImageBatches:
     """Samples in batches, ready for a model; may be read again from the start.
 
+    Threads prepare the next batch while a model is busy with this one. They need no processes of their own: PIL
+    releases the interpreter's lock while it decodes and resizes.
+
     Attributes:
         samples: all of them; a process reads its `share` = (its number, number of processes).
         pixels: pictures -> the model's input.
@@ -88,23 +97,33 @@ class ImageBatches:
         self.broken = []
         rank, processes = self.share
         read = range(len(self.samples)) if self.only is None else self.only
-        decoded = self._decoded(read[rank::processes])
-        while chunk := list(islice(decoded, self.size)):
-            indices, images, labels = zip(*chunk, strict=True)
-            yield Batch(self.pixels(list(images)), torch.tensor(labels), indices)
+        with _threads() as pool:
+            prepared = self._prepared(pool, read[rank::processes])
+            while chunk := list(islice(prepared, self.size)):
+                indices, inputs, labels = zip(*chunk, strict=True)
+                yield Batch(torch.cat(inputs), torch.tensor(labels), indices)
 
-    def _decoded(self, indices: Sequence[int]) -> Iterator[tuple[int, Image.Image, int]]:
+    def _prepared(self, pool: ThreadPoolExecutor, indices: Sequence[int]) -> Iterator[tuple[int, Tensor, int]]:
+        """(index, model's input [1, ...], label) of every picture that is whole, in order."""
         samples, task = self.samples, self.samples.task
-        for index in indices:
-            row = samples.rows[index]
+        rows = ((index, samples.rows[index]) for index in indices)
+        begun = ((index, row, pool.submit(self._prepare, row[task.image_column])) for index, row in rows)
+        for index, row, picture in _ahead(begun, max(self.size, os.cpu_count() or 1)):
             label = _checked_label(row[task.label_column], samples, index)
-            try:
-                image = decode(row[task.image_column])
-            except Exception as error:  # a broken file can make a decoder raise anything
-                self.broken.append(f"row {samples.numbers[index]} ({_reason(error)})")
-                self.check_broken(len(self.broken))
+            ready = picture.result()
+            if isinstance(ready, Tensor):
+                yield index, ready, label
             else:
-                yield index, image, label
+                self.broken.append(f"row {samples.numbers[index]} ({_reason(ready)})")
+                self.check_broken(len(self.broken))
+
+    def _prepare(self, value: Any) -> Tensor | Exception:
+        """A picture as the model takes it, or why it cannot be decoded."""
+        try:
+            image = decode(value)
+        except Exception as error:  # a broken file can make a decoder raise anything
+            return error
+        return self.pixels([image])
 
     def check_broken(self, count: int) -> None:
         """Refuse to go on with too many broken pictures.
@@ -132,37 +151,24 @@ class ImageBatches:
             )  # fmt: skip
 
 
-def decode(value: Any) -> Image.Image:
-    """An undecoded image value of `datasets` as an RGB picture, turned as its EXIF data say."""
-    from datasets import Image as ImageFeature
-    from PIL import Image
-
-    if isinstance(value, Image.Image):
-        return as_rgb(value)
-    if value is None:
-        raise ValueError("there is no image")
-    return as_rgb(ImageFeature().decode_example(value))
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """One for every core; none outlives the block, also where a reader stops early."""
+    pool = ThreadPoolExecutor(os.cpu_count(), "picture")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode in RGB. Grey levels of 16 bits, or between 0 and 1, are scaled; PIL alone would clip them.
-
-    Raises:
-        ValueError: its levels are on no scale that is known.
-    """
-    return (_in_eight_bits(image) if image.mode == "F" or image.mode.startswith("I") else image).convert("RGB")
-
-
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    levels = np.asarray(image, dtype=np.float64)
-    low, high = float(levels.min()), float(levels.max())
-    scales = (1, 255) if image.mode == "F" else (255, 65535)
-    top = next((top for top in scales if low >= 0 and high <= top), None)  # NaN is on none
-    if top is None:
-        raise ValueError(f"its grey levels, {low:g} to {high:g}, are neither from 0 to {scales[0]} nor to {scales[1]}")
-    return Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items; when one is given, the next `count` have been taken already."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def read_images(images: TaskImages) -> Samples:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from helpers.hub_server import StandInHub
 from hf_epimer.errors import DataError
 from hf_epimer.tasks import images
 from hf_epimer.tasks.dataset import data_revision
-from hf_epimer.tasks.images import ImageBatches, Samples, as_rgb, decode, read_samples
+from hf_epimer.tasks.decode import as_rgb, decode
+from hf_epimer.tasks.images import ImageBatches, Samples, read_samples
 from hf_epimer.tasks.task import Task, benchmark_tasks
 
 
@@ -72,6 +74,35 @@ def test_rows_come_in_order_or_shuffled_by_seed(folder: Path) -> None:
     assert len(read_samples(task(folder), "train", fraction=0.1)) == 3
     assert len(read_samples(task(folder), "train", fraction=1.0)) == 30
     assert len(read_samples(task(folder), "train", limit=1000)) == 30
+
+
+def test_pictures_come_in_order_whatever_a_thread_takes_for_one(folder: Path) -> None:
+    samples = read_samples(task(folder), "train")
+
+    def slow(images: list[Image.Image]) -> Tensor:
+        colour = mean_colour(images)
+        time.sleep(float(colour) % 0.01)
+        return colour
+
+    found, expected = (list(ImageBatches(samples, pixels, 7)) for pixels in (slow, mean_colour))
+    assert [batch.indices for batch in found] == [batch.indices for batch in expected]
+    assert all(torch.equal(one.inputs, other.inputs) for one, other in zip(found, expected, strict=True))
+
+
+def test_threads_prepare_one_batch_more_and_end_with_the_reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images.os, "cpu_count", lambda: 2)
+    samples = read_samples(task(folder), "train")
+    seen: list[int] = []
+    batches = iter(ImageBatches(samples, lambda pictures: seen.append(1) or mean_colour(pictures), 4))
+    for count in (8, 12):
+        next(batches)
+        deadline = time.monotonic() + 10
+        while len(seen) < count and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert len(seen) == count
+    del batches
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("picture")]
 
 
 def test_processes_share_the_samples_exactly(folder: Path) -> None:
@@ -153,14 +184,13 @@ def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path: Path, monkeypat
 
     samples = read_samples(broken_data(tmp_path, 0), "train", limit=100)
     for error in (struct.error("unpack requires"), IndexError(), AssertionError("x"), NotImplementedError()):
-        seen = iter([error])
 
-        def fails_once(value: object, seen: Iterator[Exception] = seen) -> Image.Image:
-            for error in seen:
+        def fails_at_first(value: dict[str, Any], error: Exception = error) -> Image.Image:
+            if value["path"] == "0.png":
                 raise error
             return decode(value)
 
-        monkeypatch.setattr(images, "decode", fails_once)
+        monkeypatch.setattr(images, "decode", fails_at_first)
         batches = ImageBatches(samples, mean_colour, 16)
         assert sum(len(batch.labels) for batch in batches) == 99
         assert batches.broken == [f"row 0 ({str(error) or type(error).__name__})"]
