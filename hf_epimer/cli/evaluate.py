@@ -26,6 +26,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="S", help="of the data sets; default: each task's test split")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples a task")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="per process; default 64")
+    parser.add_argument(
+        "--mixed-precision", choices=["no", "bf16"], help="of the passes; default bf16 where the processor has it"
+    )
     parser.add_argument("--out", type=path, metavar="FILE", help="write results.json there")
     parser.add_argument(
         "--fine-tuned", nargs="+", type=path, default=(), metavar="FILE", help="results.json files to normalise by"
@@ -57,6 +60,7 @@ def _run(namespace: argparse.Namespace) -> None:
             split=namespace.split,
             limit=namespace.limit,
             batch_size=namespace.batch_size,
+            precision=namespace.mixed_precision,
             fine_tuned=fine_tuned,
             progress=progress,
         )

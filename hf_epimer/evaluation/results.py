@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from hf_epimer.types import Precision
+
 Z = 1.96
 """Of a 95% interval."""
 
@@ -66,6 +68,7 @@ class Results:
         fine_tuned: task -> accuracy of the fine-tuned model, where it is known.
         zero_shot: whether all classes were made out of texts; otherwise some tasks brought their own heads.
         of_base: task -> accuracy of the base, where it is known.
+        precision: of the passes.
     """
 
     model: str
@@ -75,6 +78,7 @@ class Results:
     fine_tuned: dict[str, float] = field(default_factory=dict)
     zero_shot: bool = True
     of_base: dict[str, float] = field(default_factory=dict)
+    precision: Precision = "no"
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -114,4 +118,4 @@ class Results:
         content["worst"] = {"task": self.worst, "accuracy": self.tasks[self.worst].accuracy}
         if len(self.normalized) == len(self.tasks):
             content["normalized_average"] = fmean(self.normalized.values())
-        return content
+        return content | {"mixed_precision": self.precision}

@@ -10,6 +10,7 @@ Only the tower's parameters are trained, merged or measured; P [d, w] and logit_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ from hf_epimer.errors import NumericalError, TaskError
 from hf_epimer.merging.finite import is_finite
 from hf_epimer.models.architecture import Architecture
 from hf_epimer.models.loading import preprocess
+from hf_epimer.models.transfer import sent
 from hf_epimer.models.weights import parameter_names, parameters_of
+from hf_epimer.types import Precision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,6 +50,11 @@ class ZeroShotHead(nn.Module):
     def classes(self) -> int:
         """How many."""
         return len(self.rows)
+
+    @property
+    def weight(self) -> Tensor:
+        """What the embedded features are multiplied with: [classes, d]."""
+        return self.scale * self.rows
 
     def embed(self, features: Tensor) -> Tensor:
         """What is compared with the rows: [n, d], each of norm 1."""
@@ -88,6 +96,10 @@ class LinearHead(nn.Module):
 Head = ZeroShotHead | LinearHead
 
 
+UNSURE = 2 * 2.0**-8
+"""Of a margin: twice the precision of bfloat16. Where it is larger, float32 guesses the same (docs/benchmarks.md)."""
+
+
 class Classifier(nn.Module):
     """Pixels [n, 3, h, w] to logits [n, classes]."""
 
@@ -104,25 +116,48 @@ class Classifier(nn.Module):
         return self.head.classes
 
     def forward(self, pixels: Tensor) -> Tensor:
-        features = self.architecture.features_for(by_classifier=self.head.is_trained)
-        logits: Tensor = self.head(features(self.tower, pixels))
+        logits: Tensor = self.head(self._features(pixels))
         return logits
 
     @torch.inference_mode()
-    def top1(self, pixels: Tensor) -> Tensor:
+    def top1(self, pixels: Tensor, precision: Precision = "no") -> Tensor:
         """The number of the most probable class of every picture, [n] on the CPU.
+
+        Args:
+            precision: of the tower's products; with bf16, pictures whose class it leaves in doubt (`UNSURE`) are looked
+                at again in float32.
 
         Raises:
             NumericalError: a logit is NaN or Inf, and no class is.
         """
-        logits: Tensor = self(pixels)
+        if precision == "no":
+            logits: Tensor = self(pixels)
+        else:
+            with torch.autocast(next(self.tower.parameters()).device.type, torch.bfloat16):
+                features = self._features(pixels).float()
+            logits = self.head(features)
+            unsure = margin(self.head, features) < UNSURE
+            if unsure.any():
+                logits[unsure] = self(pixels[unsure.to(pixels.device)])
         if not is_finite(logits):
             raise NumericalError("NaN or Inf in the logits of some pictures; are the image processor's settings right?")
         return logits.argmax(-1).cpu()
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """Pictures of any mode and size as the tower's input, on the tower's device and in its precision."""
-        return preprocess(self.processor, images).to(next(self.tower.parameters()))
+        """Pictures of any mode and size as the tower's input, on the CPU."""
+        return preprocess(self.processor, images)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """What the head reads, [n, w]."""
+        features, weight = (
+            self.architecture.features_for(by_classifier=self.head.is_trained),
+            next(self.tower.parameters()),
+        )
+        return features(self.tower, sent(pixels, weight.device).to(weight.dtype))
+
+    def with_tower(self, tower: nn.Module) -> Classifier:
+        """Another tower of the same shape behind the same head."""
+        return Classifier(tower, self.architecture, self.head, self.processor).eval()
 
     def tower_names(self) -> dict[str, str]:
         """Name of each of the tower's parameters in this module -> its canonical name."""
@@ -136,3 +171,17 @@ class Classifier(nn.Module):
     def tower_parameters(self) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter of the tower."""
         return parameters_of(self.tower, self.architecture)
+
+
+def margin(head: Head, features: Tensor) -> Tensor:
+    """How far features are from the border of the two likeliest classes, relative to their norm: [n].
+
+    (l_1 - l_2) / (|w_1 - w_2| |e|)     with logits l = W e + b of embedded features e
+    """
+    logits, embedded = head(features), head.embed(features)
+    if head.classes < 2:
+        return torch.full_like(logits[:, 0], math.inf)
+    best = logits.topk(2)
+    first, second = head.weight[best.indices].unbind(1)
+    difference = best.values[:, 0] - best.values[:, 1]
+    return difference / ((first - second).norm(dim=-1) * embedded.norm(dim=-1))

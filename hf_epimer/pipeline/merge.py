@@ -10,13 +10,12 @@ wrong before a weight is read; whatever goes wrong later leaves nothing behind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_epimer.merging.report import totals_of
-from hf_epimer.models.source import PROCESSOR_FILES
+from hf_epimer.models.source import PROCESSOR_FILES, ModelSource
 from hf_epimer.pipeline.any_architecture import COPIED
 from hf_epimer.pipeline.doubts import doubts
 from hf_epimer.pipeline.folder import CONFIG, push, write_records
@@ -28,7 +27,6 @@ from hf_epimer.pipeline.processes import launched
 from hf_epimer.pipeline.recipe import MergeRecipe
 from hf_epimer.pipeline.report import MergeReport
 from hf_epimer.pipeline.usage import Usage
-from hf_epimer.tasks.task import Task
 from hf_epimer.types import Progress
 
 if TYPE_CHECKING:
@@ -109,25 +107,22 @@ def _tuned(plan: Plan, ingredients: Ingredients, progress: Progress) -> tuple[Pl
 
 
 def _evaluate(folder: Path, plan: Plan, progress: Progress) -> Results:
-    """The merge on all tasks; beside it, where that is asked for, the base on all and every model on its own."""
+    """The merge on all tasks; with it, where that is asked for, the base on all and every model on its own."""
     from hf_epimer.evaluation.accuracy import evaluate_folder
 
-    recipe, specialists = plan.recipe, plan.models if plan.recipe.compare else ()
-    total = len(plan.tasks) * (2 if recipe.compare else 1) + len(specialists)
-    progress("evaluating", 0, total)
-
-    def measured(tuned: Path, name: str, tasks: Sequence[Task]) -> Results:
-        done = lambda: progress("evaluating", 1, total)  # noqa: E731
-        heads = folder if plan.has_heads else None
-        return evaluate_folder(tuned, plan.base, tasks, name=name, heads=heads, limit=recipe.limit, on_task=done)
-
-    results = measured(folder, recipe.push_to or recipe.target.name, plan.tasks)
-    if not recipe.compare:
-        return results
-    of_base = measured(plan.base.folder(), plan.base.title, plan.tasks).accuracies
-    fine_tuned: dict[str, float] = {}
-    for model in specialists:
+    recipe = plan.recipe
+    specialists: dict[str, list[ModelSource]] = {}
+    for model in plan.models:
         assert model.task
-        accuracy = measured(model.source.folder(), model.source.title, [model.task]).accuracies[model.task.name]
-        fine_tuned[model.task.name] = max(accuracy, fine_tuned.get(model.task.name, 0.0))
-    return replace(results, of_base=of_base, fine_tuned=fine_tuned)
+        specialists.setdefault(model.task.name, []).append(model.source)
+    progress("evaluating", 0, len(plan.tasks))
+    return evaluate_folder(
+        folder,
+        plan.base,
+        plan.tasks,
+        name=recipe.push_to or recipe.target.name,
+        heads=folder if plan.has_heads else None,
+        limit=recipe.limit,
+        specialists=specialists if recipe.compare else None,
+        on_task=lambda: progress("evaluating", 1, len(plan.tasks)),
+    )

@@ -177,9 +177,9 @@ def test_the_tower_holds_the_merge_rounded_as_it_would_be_stored(
     seen: list[dict[str, Tensor]] = []
     original = Classifier.top1
 
-    def noted(model: Classifier, inputs: Tensor) -> Tensor:
+    def noted(model: Classifier, inputs: Tensor, *more: Any) -> Tensor:
         seen.append({name: value.detach().clone() for name, value in model.tower_parameters().items()})
-        return original(model, inputs)
+        return original(model, inputs, *more)
 
     monkeypatch.setattr(Classifier, "top1", noted)
     sweep(recipe(clip_zoo, dtype="bfloat16"), Grid(("mean",)))

@@ -23,12 +23,16 @@ from helpers.data import CLASSES, write_benchmark
 from helpers.docs_hub import write_base
 from helpers.hub_server import StandInHub
 from hf_epimer import ModelRef, evaluate
+from hf_epimer.errors import UsageError
+from hf_epimer.evaluation import accuracy as measuring
 from hf_epimer.evaluation.accuracy import TopOne, evaluate_folder
 from hf_epimer.evaluation.results import TaskResult, wilson
 from hf_epimer.models import head as heads
+from hf_epimer.models.classifier import Classifier
 from hf_epimer.models.source import resolve_model
 from hf_epimer.tasks.images import read_samples
 from hf_epimer.tasks.task import benchmark_tasks, load_task_file
+from hf_epimer.types import Precision
 
 pytestmark = pytest.mark.usefixtures("own_home")
 
@@ -83,6 +87,32 @@ def test_json_limit_split_and_per_class(clip_zoo: Path, run: Run) -> None:
     for index, name in enumerate(CLASSES):
         own = [guess == label for guess, label in zip(guesses, labels, strict=True) if label == index]
         assert row["per_class"][name] == (sum(own) / len(own) if own else None)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_results_say_which_precision_they_were_measured_in(
+    clip_zoo: Path, run: Run, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool
+) -> None:
+    asked: list[str] = []
+    top1 = Classifier.top1
+
+    def noted(model: Classifier, pixels: torch.Tensor, precision: Precision = "no") -> torch.Tensor:
+        asked.append(precision)
+        return top1(model, pixels, precision)
+
+    monkeypatch.setattr(Classifier, "top1", noted)
+    monkeypatch.setattr(measuring, "has_bfloat16", lambda device: has_bfloat16)
+    found = {}
+    for given in ("no", "bf16", None):
+        asked.clear()
+        more = ["--mixed-precision", given] if given else []
+        found[given] = json.loads(run(*words(clip_zoo, "a"), "--json", *more)[1])
+        assert {found[given]["mixed_precision"]} == set(asked)
+    assert (found["no"]["mixed_precision"], found["bf16"]["mixed_precision"]) == ("no", "bf16")
+    assert found["no"]["tasks"] == found["bf16"]["tasks"]
+    assert found[None] == found["bf16" if has_bfloat16 else "no"]
+    with pytest.raises(UsageError, match="--mixed-precision must be no or bf16, not fp16"):
+        evaluate(str(clip_zoo / "a"), [str(clip_zoo / "a.json")], precision="fp16")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

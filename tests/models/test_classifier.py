@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
+from helpers.accelerator import DEVICE, StandIn
 from helpers.classifiers import load_classifier, source_of, zero_shot_rows
 from hf_epimer.errors import CheckpointError, TaskError
-from hf_epimer.models.classifier import Classifier, ZeroShotHead
+from hf_epimer.models import classifier as classifiers
+from hf_epimer.models.classifier import Classifier, LinearHead, ZeroShotHead
 from hf_epimer.models.head import load_head
 from hf_epimer.models.loading import load_processor, load_tower
 from hf_epimer.tasks.task import Task
@@ -54,6 +56,46 @@ def test_logits_are_those_of_clip(base: Path, images: list[Image.Image]) -> None
         found = model(model.pixels(images))
     assert expected.std() > 0.1  # otherwise agreement would mean little
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guesses_in_bfloat16_are_those_of_float32(model: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that are in doubt are looked at again: without that, these on the border get another class."""
+    pixels = torch.randn(2000, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    guesses = model.top1(pixels)
+    few, many = (pixels[guesses == number] for number in guesses.bincount().topk(2).indices.flip(0))
+    one, other = few, many[: len(few)]
+    assert len(one) > 10
+    for _ in range(20):
+        middle = (one + other) / 2
+        is_first = (model.top1(middle) == model.top1(few))[:, None, None, None]
+        one, other = torch.where(is_first, middle, one), torch.where(is_first, other, middle)
+    assert torch.equal(model.top1(one, "bf16"), model.top1(one))
+    monkeypatch.setattr(classifiers, "UNSURE", -1.0)
+    assert not torch.equal(model.top1(one, "bf16"), model.top1(one))
+
+
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_doubt_is_the_distance_from_the_border_of_two_classes(model: Classifier, is_linear: bool) -> None:
+    """Features that are moved so far, along the shortest way, have two classes that are equally likely."""
+    weight, bias = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([0.1, 0, 0, 0.2, 0])
+    head = LinearHead(weight, bias) if is_linear else ZeroShotHead(torch.eye(3), weight, torch.tensor(2.0))
+    features = normalize(torch.randn(7, 3, generator=torch.Generator().manual_seed(2)), dim=-1)
+    first, second = head.weight[head(features).topk(2).indices].unbind(1)
+    moved = features - classifiers.margin(head, features)[:, None] * normalize(first - second, dim=-1)
+    logits = moved @ head.weight.T + (bias if is_linear else 0)
+    one, other = logits.topk(3).values[:, :2].unbind(1)
+    torch.testing.assert_close(one, other)
+
+
+def test_one_class_is_never_in_doubt() -> None:
+    head = LinearHead(torch.ones(1, 3), torch.zeros(1))
+    assert classifiers.margin(head, torch.ones(2, 3)).isinf().all()
+
+
+def test_pictures_go_to_the_device_of_the_tower(model: Classifier) -> None:
+    with StandIn() as device:
+        logits = model.to(DEVICE)(torch.ones(4, 3, 8, 8))
+    assert logits.device == DEVICE and device.sent >= 4 * 3 * 8 * 8 and device.waits == 0
 
 
 def test_a_head_averages_unit_text_features(base: Path) -> None:

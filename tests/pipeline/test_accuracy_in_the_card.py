@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -15,10 +16,13 @@ from helpers.command import Run, contents, fails
 from helpers.hub_cases import in_a_process
 from helpers.hub_server import StandInHub
 from hf_epimer import evaluate, plotting
+from hf_epimer.evaluation import accuracy as measuring
 from hf_epimer.evaluation.results import Results, Split, TaskResult
 from hf_epimer.pipeline import eval_results
 from hf_epimer.pipeline.eval_results import FILE, write_eval_results
 from hf_epimer.pipeline.picture import BASE, FINE_TUNED, MERGED, TEXT, accuracy_bars
+from hf_epimer.tasks import images
+from hf_epimer.tasks.decode import decode
 from hf_epimer.tasks.task import benchmark_tasks
 
 LIGHT, DARK = "#ffffff", "#0b0f19"
@@ -54,10 +58,14 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_base_and_fine_tuned_models_stand_beside_the_merge(
-    clip_zoo: Path, run: Run, tmp_path: Path, own_home: Path
+    clip_zoo: Path, run: Run, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decoded: list[Any] = []
+    monkeypatch.setattr(images, "decode", lambda value: decoded.append(value) or decode(value))
+    monkeypatch.setattr(measuring, "BELIEVED", 0.0)  # or some are decoded again, to be compared with zero-shot
     assert run(*merge_words(clip_zoo, "--compare"))[::2] == (0, "")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert len(decoded) == sum(row["samples"] for row in rows.values())
     for name in "ab":
         for whose, model in (("base", "base"), ("fine_tuned", name)):
             alone = evaluate(str(clip_zoo / model), [str(clip_zoo / f"{name}.json")], str(clip_zoo / "base"))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import TaskError, UsageError
+from hf_epimer.evaluation.accuracy import precision_on
 from hf_epimer.evaluation.results import TaskResult
 from hf_epimer.models.classifier import Classifier
 from hf_epimer.pipeline.plan import CurvatureFile
@@ -106,7 +107,7 @@ def measure(
     batch_size: int = 64,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> list[TaskResult]:
-    """Top-1 accuracy of several sets of weights on the same samples.
+    """Top-1 accuracy of several sets of weights on the same samples, in the precision of `evaluate`.
 
     Args:
         model: behind the head of the task, for the classes of the samples.
@@ -117,13 +118,14 @@ def measure(
         DataError: too many pictures are broken.
     """
     correct, count = [0] * len(loaders), 0
+    precision = precision_on(next(model.tower.parameters()).device)
     batches = ImageBatches(samples, model.pixels, batch_size)
     for chunk in _chunks(batches):
         count += sum(len(batch.labels) for batch in chunk)
         for number, load in enumerate(loaders):
             load()
             for batch in chunk:
-                correct[number] += int((model.top1(batch.inputs) == batch.labels).sum())
+                correct[number] += int((model.top1(batch.inputs, precision) == batch.labels).sum())
                 on_images(len(batch.labels))
     batches.report_broken()
     return [TaskResult(right, count) for right in correct]
