@@ -15,13 +15,14 @@ if [ "${2:-}" = tiny ]; then
     zoo=(--tasks 2 --images 8 --blocks 1) size=("${zoo[@]}" --width 96) batch=(--batch-size 2)
 fi
 
-against() { # NAME PRINTED ROW AIM: a row's figure, by the aim
-    awk -v name="$1" -v row="$3" -v aim="$4" '$1 == row { printf "%s: %.2f, where %s is aimed at\n", name, $2, aim }' <<<"$2"
+against() { # NAME PRINTED ROW COLUMN AIM: a figure, and what is aimed at
+    awk -v row="$3" -v column="$4" -v said="$1: %s, where $5 is aimed at\n" '$1 == row { printf said, $column }' <<<"$2"
 }
 
 merge=$("$python" scripts/bench_calibrate.py --device "$device" --method epimer --evaluate "${zoo[@]}" | tee >(cat >&2))
 speed=$("$python" scripts/peers/speed.py --device "$device" "${size[@]}" | tee >(cat >&2))
 "$python" scripts/bench_fisher.py --device "$device" --runs 2 --contenders "diagonal + gram" "${batch[@]}"
-against "seconds of the whole merge" "$merge" process 120
-against "seconds of calibration by those of FeatCal" "$speed" ratio 0.5
+against "seconds of the whole merge" "$merge" process 2 120
+against "calibration's by FeatCal's" "$speed" float32 4 0.5
+against "the same, with passes in bfloat16" "$speed" bfloat16 4 0.5
 echo "seconds of this check: $SECONDS, where 300 is aimed at"

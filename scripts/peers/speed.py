@@ -4,7 +4,7 @@
 
 A ViT-B/32 by default. Weights, task vectors and pictures are random and in memory: seconds do not depend on them, and
 nothing is fetched or decoded. Both go through everything once with few pictures before, for what a device does in its
-first seconds. Prints both, and the ratio.
+first seconds. Calibration goes through them in float32, as FeatCal does, and once more with passes in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,13 +31,14 @@ from hf_epimer.pipeline.calibration.passage import CalibrationTask
 from hf_epimer.pipeline.calibration.states import BATCH
 from hf_epimer.pipeline.calibration.step import calibrate
 from hf_epimer.tasks.images import Batch
+from hf_epimer.types import Precision
 
 Pictures = list[list[Tensor]]
 """Of every task, in batches [n, 3, h, w]."""
 
 
 def seconds(tower: nn.Module, tuned: Sequence[TensorSource], pictures: Pictures) -> dict[str, float]:
-    """What each takes for a copy of a tower, which is on the device and the base as well.
+    """What calibration, in both precisions, and FeatCal take for copies of a tower, which is the base as well.
 
     Args:
         tuned: theta_t.
@@ -45,7 +47,7 @@ def seconds(tower: nn.Module, tuned: Sequence[TensorSource], pictures: Pictures)
     positions, width = base.shapes[f"{CLIP.prefix}embeddings.position_embedding.weight"]
     heard = StateDict("heard", {f"{name}.positions": torch.ones(positions) for name in base.shapes})
 
-    def ours(merge: nn.Module, shown: Pictures) -> None:
+    def ours(merge: nn.Module, shown: Pictures, precision: Precision) -> None:
         with tempfile.TemporaryDirectory() as workspace:
             tasks = [
                 CalibrationTask(model, 1 / len(tuned), heard, _batches(of_task))
@@ -53,13 +55,15 @@ def seconds(tower: nn.Module, tuned: Sequence[TensorSource], pictures: Pictures)
             ]
             nbytes = 8 * positions * width * sum(len(batch) for of_task in shown for batch in of_task)
             in_memory = has_room(next(merge.parameters()).device, nbytes)
-            calibrate(merge, base, tasks, CLIP, Path(workspace), in_memory=in_memory)
+            calibrate(merge, base, tasks, CLIP, Path(workspace), in_memory=in_memory, precision=precision)
 
     def theirs(merge: nn.Module, shown: Pictures) -> None:
         featcal(merge, base, tuned, shown)
 
     found = {}
-    for name, run in {"calibration": ours, "FeatCal": theirs}.items():
+    runs: dict[str, Callable[[nn.Module, Pictures], None]]
+    runs = {"float32": partial(ours, precision="no"), "bfloat16": partial(ours, precision="bf16"), "FeatCal": theirs}
+    for name, run in runs.items():
         run(copy.deepcopy(tower), [of_task[:1] for of_task in pictures])
         found[name] = _timed(run, copy.deepcopy(tower), pictures)
     return found
@@ -100,8 +104,7 @@ def main() -> None:
     found = seconds(tower.to(options.device), tuned, pictures)
     console = Console(highlight=False)
     for name, taken in found.items():
-        console.print(f"{name:<16} {taken:8.1f} s")
-    console.print(f"{'ratio':<16} {found['calibration'] / found['FeatCal']:8.2f}")
+        console.print(f"{name:<16} {taken:8.1f} s {taken / found['FeatCal']:8.2f} of FeatCal's")
 
 
 if __name__ == "__main__":
