@@ -185,7 +185,7 @@ def test_merge_with_evaluate_writes_results_and_puts_them_into_the_card(
     ]
     assert main(words) == 0, capsys.readouterr().err
     results = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert set(results) == {"model", "base", "tasks", "average", "worst"}
+    assert set(results) == {"model", "base", "tasks", "average", "worst", "mixed_precision"}
     for name in names:
         row = results["tasks"][name]
         task = load_task_file(zoo / "tasks" / f"{name}.yaml")
