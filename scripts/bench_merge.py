@@ -3,7 +3,8 @@
     python scripts/bench_merge.py [--model vit-b-32] [--tasks 8] [--device cpu] [--runs 3] [--fusionbench PYTHON]
 
 Makes synthetic checkpoints with Fisher files once (task vectors with the decaying spectrum of fine-tuned models, Fisher
-values over several orders of magnitude), brings them into the page cache, and runs every method as a whole process.
+values over several orders of magnitude), brings them into the page cache, times `cat` of base and models from there,
+and runs every method as a whole process.
 `--fusionbench` names the Python of an environment with fusion-bench 0.2.33 (it does not live beside transformers 5);
 its TSV-M (`compute_and_sum_svd_mem_reduction`, full SVDs) then merges the same files. Run it on a quiet machine.
 """
@@ -136,6 +137,14 @@ def _memory(process: int) -> dict[str, int]:
         return {}
 
 
+def run_cat(folder: Path, names: list[str]) -> dict[str, Any]:
+    """Reading base and models, what no merge is faster than."""
+    files = [folder / name / "model.safetensors" for name in ("base", *names)]
+    started = time.perf_counter()
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+    return {"merging": time.perf_counter() - started}
+
+
 def run_ours(folder: Path, names: list[str], arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder) as out:
         models = [str(folder / name) for name in names]
@@ -168,7 +177,7 @@ def main() -> None:
         with open(file, "rb") as handle:  # into the page cache
             while handle.read(1 << 24):
                 pass
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
+    rows: dict[str, list[dict[str, Any]]] = {"cat": [run_cat(folder, names)], **{name: [] for name in options.methods}}
     for _ in range(options.runs):  # methods take turns, so that a slow minute of the machine hits all of them
         for name in options.methods:
             rows[name].append(run_ours(folder, names, [*OURS[name], "--device", options.device]))
