@@ -235,7 +235,7 @@ _NO_CURVATURE = (
 def _draw(diagnosis: Diagnosis, folder: Path) -> tuple[str, ...]:
     """The pictures; none where matplotlib is missing."""
     from hf_epimer import plotting
-    from hf_epimer.analysis import plots as plots
+    from hf_epimer.analysis import plots
 
     if not plotting.available():
         return ()

@@ -16,7 +16,7 @@ from helpers import reference
 from helpers.checkpoints import TINY, rewrite, write_checkpoint
 from helpers.command import Run, contents, fails, strict
 from hf_epimer import MergeRecipe, ModelRef, diagnose, plotting
-from hf_epimer.analysis import plots as plots
+from hf_epimer.analysis import plots
 from hf_epimer.models.clip import CLIP
 
 

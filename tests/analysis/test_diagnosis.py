@@ -10,7 +10,6 @@ from torch import Tensor
 
 from helpers import reference
 from hf_epimer import EpiMerConfig, merge_state_dicts
-from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.diagnosis import diagnose_layers, rank_totals, spike_totals
 from hf_epimer.analysis.diagnosis_report import LayerDiagnosis
 from hf_epimer.checkpoints.reader import StateDict

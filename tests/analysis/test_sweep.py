@@ -19,9 +19,8 @@ from helpers.hub_cases import in_a_process
 from helpers.hub_server import StandInHub
 from helpers.sweeps import recipe, words
 from hf_epimer import Grid, merge_state_dicts, plotting, sweep
-from hf_epimer.analysis import plots as plots
+from hf_epimer.analysis import plots
 from hf_epimer.analysis.sweep import sweep as sweeping
-from hf_epimer.analysis.sweep import validation as validation
 from hf_epimer.evaluation.accuracy import evaluate_folder
 from hf_epimer.methods import METHODS
 from hf_epimer.models.classifier import Classifier

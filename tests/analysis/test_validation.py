@@ -14,9 +14,8 @@ import pytest
 from helpers.command import Run, fails
 from helpers.sweeps import recipe, words
 from hf_epimer import Grid, sweep
-from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.sweep import sweep as sweeping
-from hf_epimer.analysis.sweep import validation as validation
+from hf_epimer.analysis.sweep import validation
 from hf_epimer.analysis.sweep.grid import Setting
 from hf_epimer.analysis.sweep.report import Row, best_rows
 from hf_epimer.analysis.sweep.validation import validation_samples

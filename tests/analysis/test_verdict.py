@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-from hf_epimer.analysis import plots as plots
 from hf_epimer.analysis.verdict import RankTotals, verdict
 from hf_epimer.numerics.diagnostics import CurvatureDiagnosis
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_epimer import MergeRecipe, ModelRef
-from hf_epimer.analysis import plots as plots
-from hf_epimer.analysis.sweep import validation as validation
 
 
 def words(zoo: Path, *more: object) -> tuple[object, ...]:

@@ -185,7 +185,7 @@ def write_report(report: SweepReport, folder: Path) -> tuple[str, ...]:
     (folder / MARKDOWN).write_text(_markdown(report), encoding="utf-8")
     write_json(folder / REPORT, report.to_json())
     from hf_epimer import plotting
-    from hf_epimer.analysis import plots as plots
+    from hf_epimer.analysis import plots
 
     if not plotting.available():
         return ()
