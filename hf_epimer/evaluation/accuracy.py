@@ -249,15 +249,18 @@ def _evaluate(
             progress(stage, count * accelerator.num_processes, total)
 
         tuned = (specialists or {}).get(task.name, ())
-        towers = [*tower_of_base, *(load_tower(each.folder(), base) for each in tuned)]
-        models = [model, *map(model.with_tower, towers)]
+        towers = [load_tower(each.folder(), base) for each in tuned]
+        models = [model, *map(model.with_tower, [*towers, *tower_of_base])]
         results = classify(models, samples, batch_size, step, precision)
-        rows[task.name] = results[0]
-        of_base |= {task.name: results[1].accuracy} if tower_of_base else {}
-        best |= {task.name: max(result.accuracy for result in results[2:])} if tuned else {}
-        titles = [name, base.title, *(each.title for each in tuned)]
-        for title, each, result in zip(titles, models, results, strict=False):
-            if result.accuracy < BELIEVED and each.tower not in tower_of_base and accelerator.is_main_process:
+        if tower_of_base:
+            of_base[task.name] = results.pop().accuracy
+            models.pop()
+        rows[task.name], *of_tuned = results
+        if of_tuned:
+            best[task.name] = max(result.accuracy for result in of_tuned)
+        titles = [name, *(each.title for each in tuned)]
+        for title, each, result in zip(titles, models, results, strict=True):
+            if result.accuracy < BELIEVED and accelerator.is_main_process:
                 mixed = read_samples(task, split or task.test_split, limit=ENOUGH, seed=0, streaming=few)
                 batches = ImageBatches(mixed, model.pixels, batch_size)
                 warn_if_below_zero_shot(each, title, base, batches, precision)

@@ -41,7 +41,6 @@ def survey_thresholds(config: TIESConfig, over_layers: OverLayers) -> Tensor | N
 
     if config.trim == "layer":
         return None
-
     return model_thresholds(lambda look: over_layers(lambda layer: look(layer.task_vectors)), config.density)
 
 

@@ -149,10 +149,8 @@ class Classifier(nn.Module):
 
     def _features(self, pixels: Tensor) -> Tensor:
         """What the head reads, [n, w]."""
-        features, weight = (
-            self.architecture.features_for(by_classifier=self.head.is_trained),
-            next(self.tower.parameters()),
-        )
+        features = self.architecture.features_for(by_classifier=self.head.is_trained)
+        weight = next(self.tower.parameters())
         return features(self.tower, sent(pixels, weight.device).to(weight.dtype))
 
     def with_tower(self, tower: nn.Module) -> Classifier:
@@ -174,14 +172,16 @@ class Classifier(nn.Module):
 
 
 def margin(head: Head, features: Tensor) -> Tensor:
-    """How far features are from the border of the two likeliest classes, relative to their norm: [n].
+    """How far features are from the nearest border of their likeliest class, relative to their norm: [n].
 
-    (l_1 - l_2) / (|w_1 - w_2| |e|)     with logits l = W e + b of embedded features e
+    min over c of (l_1 - l_c) / (|w_1 - w_c| |e|)     with logits l = W e + b of embedded features e
+
+    That need not be the border of the second likeliest: rows may differ in length.
     """
     logits, embedded = head(features), head.embed(features)
-    if head.classes < 2:
-        return torch.full_like(logits[:, 0], math.inf)
-    best = logits.topk(2)
-    first, second = head.weight[best.indices].unbind(1)
-    difference = best.values[:, 0] - best.values[:, 1]
-    return difference / ((first - second).norm(dim=-1) * embedded.norm(dim=-1))
+    best = logits.max(dim=-1, keepdim=True)
+    # by differences: what products would leave of a row's distance from itself is not 0
+    distances = torch.cdist(head.weight, head.weight, compute_mode="donot_use_mm_for_euclid_dist")
+    apart = distances[best.indices.squeeze(-1)]
+    away = torch.where(apart > 0, (best.values - logits) / apart, math.inf)  # classes of one row have no border
+    return away.amin(-1) / embedded.norm(dim=-1)

@@ -75,21 +75,33 @@ def test_guesses_in_bfloat16_are_those_of_float32(model: Classifier, monkeypatch
 
 
 @pytest.mark.parametrize("is_linear", [False, True])
-def test_doubt_is_the_distance_from_the_border_of_two_classes(model: Classifier, is_linear: bool) -> None:
-    """Features that are moved so far, along the shortest way, have two classes that are equally likely."""
+def test_doubt_is_the_distance_from_the_nearest_border(model: Classifier, is_linear: bool) -> None:
+    """Features that are moved so far, along the shortest way to any class, are on a border and over none."""
     weight, bias = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([0.1, 0, 0, 0.2, 0])
     head = LinearHead(weight, bias) if is_linear else ZeroShotHead(torch.eye(3), weight, torch.tensor(2.0))
     features = normalize(torch.randn(7, 3, generator=torch.Generator().manual_seed(2)), dim=-1)
-    first, second = head.weight[head(features).topk(2).indices].unbind(1)
-    moved = features - classifiers.margin(head, features)[:, None] * normalize(first - second, dim=-1)
-    logits = moved @ head.weight.T + (bias if is_linear else 0)
-    one, other = logits.topk(3).values[:, :2].unbind(1)
-    torch.testing.assert_close(one, other)
+    likeliest = head(features).argmax(-1)
+    reached = torch.full((len(features),), False)
+    for other in head.weight:
+        away = normalize(head.weight[likeliest] - other, dim=-1)
+        moved = features - classifiers.margin(head, features)[:, None] * away
+        logits = moved @ head.weight.T + (bias if is_linear else 0)
+        least = logits.gather(1, likeliest[:, None]) - logits
+        assert float(least.min()) > -1e-5
+        reached |= (least < 1e-5).sum(-1) > 1
+    assert reached.all()
 
 
 def test_one_class_is_never_in_doubt() -> None:
     head = LinearHead(torch.ones(1, 3), torch.zeros(1))
     assert classifiers.margin(head, torch.ones(2, 3)).isinf().all()
+
+
+def test_of_many_classes_none_is_in_doubt_about_itself() -> None:
+    head = ZeroShotHead(
+        torch.eye(64), torch.randn(60, 64, generator=torch.Generator().manual_seed(0)), torch.tensor(4.6)
+    )
+    assert float(classifiers.margin(head, head.rows).min()) > 0.1
 
 
 def test_pictures_go_to_the_device_of_the_tower(model: Classifier) -> None:
