@@ -76,8 +76,16 @@ class TaskVectorSource(TensorSource, Protocol):
         """Write the tensor minus the base's to `out`."""
 
 
+@runtime_checkable
+class PiecewiseSource(TensorSource, Protocol):
+    """A source that gives a part of a tensor for a part of the cost."""
+
+    def copy_piece_to(self, name: str, piece: slice, out: Tensor) -> None:
+        """Copy some elements, in the order of the tensor's memory, to `out`, which has as many."""
+
+
 class StateDict:
-    """A `TensorSource` over tensors in memory."""
+    """A `PiecewiseSource` over tensors in memory."""
 
     def __init__(self, label: str, tensors: Mapping[str, Tensor]) -> None:
         self.label = label
@@ -90,9 +98,12 @@ class StateDict:
     def copy_to(self, name: str, out: Tensor) -> None:
         out.copy_(self.tensor(name))
 
+    def copy_piece_to(self, name: str, piece: slice, out: Tensor) -> None:
+        out.copy_(self.tensor(name).flatten()[piece].view(out.shape))
+
 
 class Checkpoint:
-    """A lazy `TensorSource` over safetensors files. What `canonical` drops is listed in `left_out`, as it is stored.
+    """A lazy `PiecewiseSource` over safetensors files. What `canonical` drops is listed in `left_out`, as it is stored.
 
     Args:
         label: how messages name it.
@@ -144,13 +155,17 @@ class Checkpoint:
         return others
 
     def copy_to(self, name: str, out: Tensor) -> None:
+        self.copy_piece_to(name, slice(0, out.numel(), 1), out)
+
+    def copy_piece_to(self, name: str, piece: slice, out: Tensor) -> None:
         _, stored, file = self._places[name]
         as_stored = self.dtypes[name] == FORMATS.get(out.dtype) and out.is_contiguous() and out.device.type == "cpu"
-        if not as_stored or not hasattr(os, "preadv"):
-            out.copy_(self.tensor(name))
+        if not as_stored or piece.step != 1 or not hasattr(os, "preadv"):
+            out.copy_(self.tensor(name).flatten()[piece].view(out.shape))
             return
         with _readable(self.label, file):
-            self._descriptor(file).read(stored, out.flatten().view(torch.uint8).numpy().data)
+            skipped = piece.start * out.element_size()
+            self._descriptor(file).read(stored, skipped, out.flatten().view(torch.uint8).numpy().data)
 
     def read_ahead(self, name: str) -> None:
         """Ask the system to bring a tensor from the disk while something else is computed; returns at once."""
@@ -180,12 +195,11 @@ class _Descriptor:
         self.places, self.start = _read_header(path)
         self.file = open(path, "rb")  # noqa: SIM115  (lives as long as the checkpoint)
 
-    def read(self, name: str, target: memoryview) -> None:
-        """Fill `target` with the tensor's bytes; safe to call from several threads."""
-        begin, _ = self.places[name]
-        done = 0
+    def read(self, name: str, skipped: int, target: memoryview) -> None:
+        """Fill `target` with the tensor's bytes behind the first ones; safe to call from several threads."""
+        place, done = self.start + self.places[name][0] + skipped, 0
         while done < len(target):
-            count = os.preadv(self.file.fileno(), [target[done:]], self.start + begin + done)
+            count = os.preadv(self.file.fileno(), [target[done:]], place + done)
             if count == 0:
                 raise OSError(f"{name} ends early")
             done += count

@@ -99,7 +99,7 @@ def merge_adapters(
             return _core_layers(ingredients, adapters, union_core, needs, seed)
         return _core_layers(ingredients, adapters, outputs_core, needs, seed, exact)
 
-    def over_layers(work: Callable[[Layer], Any], stage: str = "survey") -> Iterable[Any]:
+    def over_layers(work: Callable[[Layer], Any], step: int = 1, stage: str = "survey") -> Iterable[Any]:
         results: Iterator[Any]
         if through_core:
             results = (work(layer) for layer, _ in core_layers())
@@ -112,7 +112,7 @@ def merge_adapters(
     survey = method.survey(config, over_layers) if method.survey else None
     if not through_core:
         changed = {name for adapter in adapters for name in adapter.changed}
-        whole = over_layers(lambda layer: _whole(layer, adapters, method, config, survey, out_rank), "merge")
+        whole = over_layers(lambda layer: _whole(layer, adapters, method, config, survey, out_rank), stage="merge")
         yield from (merged for merged in whole if merged.name in changed)
         return
     for layer, core in core_layers():

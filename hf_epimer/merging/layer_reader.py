@@ -9,20 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_epimer.checkpoints.reader import Checkpoint, TaskVectorSource, TensorSource
+from hf_epimer.checkpoints.reader import Checkpoint, PiecewiseSource, TaskVectorSource, TensorSource
 from hf_epimer.errors import StatisticsError
 from hf_epimer.merging.finite import check_statistics, check_weights
 from hf_epimer.merging.inputs import Ingredients, normalized_weights
+from hf_epimer.merging.pieces import Piece
 from hf_epimer.methods import Layer
 from hf_epimer.methods.statistic import Part, StatisticKind
 from hf_epimer.numerics.subspace import TaggedBasis
 
 
 class LayerReader:
-    """Reads layers into buffers that are reused: a layer is valid until the next one is read."""
+    """Reads layers, or pieces of them, into buffers that are reused: one is valid until the next one is read.
+
+    Args:
+        ingredients: checked to fit together.
+        needs: the statistic to read; there is none of a piece.
+        largest: entries of what will be read at once, at most; None for those of the largest layer.
+        seed, exact, device: as in `merge_layers`.
+    """
 
     def __init__(
-        self, ingredients: Ingredients, needs: StatisticKind | None, *, seed: int, exact: bool, device: str
+        self,
+        ingredients: Ingredients,
+        needs: StatisticKind | None,
+        largest: int | None = None,
+        *,
+        seed: int,
+        exact: bool,
+        device: str,
     ) -> None:
         self.ingredients = ingredients
         self.parts = needs.parts if needs else ()
@@ -36,37 +51,38 @@ class LayerReader:
             "exact": exact,
         }
         self.statistics = list(ingredients.statistics or ()) if needs else []
+        self.copy_base = _copier(ingredients.base)
         self.write_task_vectors = [_task_vector_writer(model) for model in ingredients.models]
-        self.task_vectors = self._buffer(ingredients.models, list(ingredients.base.shapes))
+        names = list(ingredients.base.shapes)
+        self.base = self._buffer([ingredients.base], names, largest)
+        self.task_vectors = self._buffer(ingredients.models, names, largest)
         self.values = {
-            part.name: self._buffer(self.statistics, [name + part.suffix for name in ingredients.base.shapes])
-            for part in self.parts
+            part.name: self._buffer(self.statistics, [name + part.suffix for name in names]) for part in self.parts
         }
 
-    def _buffer(self, sources: Sequence[TensorSource], names: Sequence[str]) -> Tensor:
-        largest = max((math.prod(s.shapes[name]) for s in sources for name in names if name in s.shapes), default=0)
+    def _buffer(self, sources: Sequence[TensorSource], names: Sequence[str], largest: int | None = None) -> Tensor:
+        entries = max((math.prod(s.shapes[name]) for s in sources for name in names if name in s.shapes), default=0)
         is_pinned = torch.device(self.device).type == "cuda"  # a GPU reads such memory several times as fast
-        return torch.empty(len(sources), largest, dtype=self.dtype, pin_memory=is_pinned)
+        return torch.empty(len(sources), min(entries, largest or entries), dtype=self.dtype, pin_memory=is_pinned)
 
     def nbytes(self) -> int:
         """Bytes of the buffers, and of eight more tensors of a layer, as many as any method makes (`epimer-core`)."""
         of_one = self.task_vectors.nbytes // max(1, len(self.task_vectors))
         return self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()) + 8 * of_one
 
-    def read(self, name: str) -> Layer:
-        base = self.ingredients.base.tensor(name).to(self.dtype)
+    def read(self, piece: Piece) -> Layer:
+        name, shape = piece.name, piece.shape if piece.is_whole else (piece.entries,)
+        base = self.base[0, : piece.entries].view(shape)
+        self.copy_base(piece, base)
         check_weights(base, self.ingredients.base.label, name)
-        task_vectors = self.task_vectors[:, : base.numel()].view(-1, *base.shape)
-        for model, write, difference in zip(
-            self.ingredients.models, self.write_task_vectors, task_vectors, strict=True
-        ):
-            write(name, base, difference)
-            check_weights(difference, model.label, name)
-        return Layer(
+        task_vectors = self.task_vectors[:, : piece.entries].view(-1, *shape)
+        for write, difference in zip(self.write_task_vectors, task_vectors, strict=True):
+            write(piece, base, difference)
+        layer = Layer(
             name=name,
             base=base.to(self.device),
             task_vectors=task_vectors.to(self.device),
-            is_matrix=base.ndim == 2,
+            is_matrix=len(shape) == 2,
             statistics={
                 part.name: values
                 for part in self.parts
@@ -75,6 +91,10 @@ class LayerReader:
             basis=self._read_basis(name),
             **self.common,
         )
+        if not bool(layer.norms.isfinite().all()):
+            for model, difference in zip(self.ingredients.models, task_vectors, strict=True):
+                check_weights(difference, model.label, name)
+        return layer
 
     def _read_basis(self, name: str) -> TaggedBasis | None:
         basis = self.ingredients.bases.get(name)
@@ -109,13 +129,29 @@ def read_ahead(sources: Sequence[TensorSource], name: str) -> None:
             source.read_ahead(name)
 
 
-def _task_vector_writer(model: TensorSource) -> Callable[[str, Tensor, Tensor], None]:
-    """(name, W_0, out) -> None, writing W_t - W_0 to `out`."""
-    if isinstance(model, TaskVectorSource):
-        return lambda name, base, out: model.task_vector_to(name, out)
+Copier = Callable[[Piece, Tensor], None]
+"""(piece, out) -> None, copying the piece's entries to `out`."""
 
-    def subtract(name: str, base: Tensor, out: Tensor) -> None:
-        model.copy_to(name, out)
+
+def _copier(source: TensorSource) -> Copier:
+    if isinstance(source, PiecewiseSource):
+        return lambda piece, out: source.copy_piece_to(piece.name, piece.slice, out)
+
+    def copy_whole(piece: Piece, out: Tensor) -> None:
+        assert piece.is_whole, f"{source.label} cannot be read in pieces"
+        source.copy_to(piece.name, out)
+
+    return copy_whole
+
+
+def _task_vector_writer(model: TensorSource) -> Callable[[Piece, Tensor, Tensor], None]:
+    """(piece, W_0, out) -> None, writing W_t - W_0 to `out`."""
+    if isinstance(model, TaskVectorSource):
+        return lambda piece, base, out: model.task_vector_to(piece.name, out)
+    copy = _copier(model)
+
+    def subtract(piece: Piece, base: Tensor, out: Tensor) -> None:
+        copy(piece, out)
         out.sub_(base)
 
     return subtract

@@ -68,6 +68,20 @@ class LayerReport:
         return {name: value for name, value in fields.items() if value is not None}
 
 
+def joined(parts: Sequence[LayerReport], shape: Shape) -> LayerReport:
+    """The report of one parameter that was merged in pieces, entry by entry: its norms are all there is to say."""
+    if len(parts) == 1:
+        return parts[0]
+    norms = [part.task_vector_norms or () for part in parts]
+    return LayerReport(
+        parts[0].name,
+        shape,
+        merged_norm=math.hypot(*(part.merged_norm for part in parts)),
+        task_vector_norms=tuple(math.hypot(*of_task) for of_task in zip(*norms, strict=True)),
+        base_norm=math.hypot(*(part.base_norm or 0.0 for part in parts)),
+    )
+
+
 def totals_of(layers: Sequence[LayerReport]) -> dict[str, Any]:
     """Sums and extremes over all layers; a total that has no meaning for this merge is left out."""
     totals: dict[str, Any] = {

@@ -3,15 +3,15 @@
 For every parameter of the base: subtract it from the fine-tuned weights into a reused buffer, hand the layer to the
 method, add the merged task vector to the base, check that it is finite, pass it on. Layers are solved side by side, one
 per worker, while the system brings the next layers from the disk. Memory is that of the largest layer times the workers
-(fewer of them when layers are large), whatever the number of layers.
+(fewer of them when layers are large), whatever the number of layers. A method that looks at entries alone gets large
+layers in pieces, which stay in the processor's cache from the file to the merged entries.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +22,17 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from hf_epimer.checkpoints.reader import PiecewiseSource
 from hf_epimer.merging.finite import check_merged, stored_as
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.layer_reader import LayerReader, read_ahead
-from hf_epimer.merging.report import LayerReport
+from hf_epimer.merging.pieces import PIECE, Pieces, in_pieces, sampled
+from hf_epimer.merging.report import LayerReport, joined
 from hf_epimer.methods import Layer, Method
 from hf_epimer.methods.basis import layer_basis
 from hf_epimer.methods.statistic import StatisticKind
 from hf_epimer.numerics.subspace import TaggedBasis
+from hf_epimer.types import Shape
 
 Result = TypeVar("Result")
 
@@ -88,30 +91,50 @@ def merge_layers(
         CheckpointError, StatisticsError: NaN or Inf in an input (tensor named), negative statistics.
         NumericalError: a merged tensor is not finite, or does not fit into `dtype`.
     """
-    needs = method.statistic(config)
-
-    def over(work: Callable[[Layer], Result], stage: str, only: Collection[str] | None) -> Iterator[Result]:
-        for result in stream_layers(ingredients, work, needs, seed=seed, exact=exact, device=device, only=only):
-            yield result
-            on_layer(stage, 1)
-
-    def over_all(work: Callable[[Layer], Result]) -> Iterator[Result]:
-        if team is None:
-            yield from over(work, "survey", None)
-            return
-        names = list(ingredients.base.shapes)
-        results = over(work, "survey", set(names[team.rank :: team.count]))
-        for _ in range(0, len(names), team.count):
-            for part in team.gather(list(islice(results, 1))):
-                yield from part
-
-    survey = method.survey(config, over_all) if method.survey else None
+    how: dict[str, Any] = {"seed": seed, "exact": exact, "device": device}
+    survey = survey_layers(ingredients, method, config, **how, team=team, on_layer=on_layer)
+    shapes = ingredients.base.shapes
+    dtypes = {name: dtype or ingredients.base.tensor(name).dtype for name in shapes}
 
     def merge(layer: Layer) -> MergedLayer:
-        stored_as = dtype or ingredients.base.tensor(layer.name).dtype
-        return _merge_layer(layer, method, config, survey, stored_as)
+        return _merge_layer(layer, method, config, survey, dtypes[layer.name])
 
-    yield from over(merge, "merge", only)
+    mine = {name: shape for name, shape in shapes.items() if only is None or name in only}
+    layers = in_pieces(mine, _entries(ingredients, method, config, device))
+    for parts in _stream(ingredients, layers, merge, needs=method.statistic(config), **how):
+        yield _whole(parts, shapes)
+        on_layer("merge", 1)
+
+
+def survey_layers(
+    ingredients: Ingredients,
+    method: Method,
+    config: Any,
+    *,
+    seed: int = 0,
+    exact: bool = False,
+    device: str = "cpu",
+    team: Team | None = None,
+    on_layer: Callable[[str, int], None] = lambda stage, layers: None,
+) -> Any:
+    """What a method needs to know of the whole model before it merges the first layer; None if nothing.
+
+    Args and Raises: as of `merge_layers`.
+    """
+    if method.survey is None:
+        return None
+    needs, shapes = method.statistic(config), ingredients.base.shapes
+    stream = partial(_stream, ingredients, needs=needs, seed=seed, exact=exact, device=device)
+    entries = _entries(ingredients, method, config, device)
+
+    def over_layers(work: Callable[[Layer], Result], step: int = 1) -> Iterator[Result]:
+        layers = sampled(shapes, step) if step > 1 and entries else in_pieces(shapes, entries)
+        found = stream(layers, work) if team is None else _shared(layers, partial(stream, work=work), team)
+        for results in found:
+            yield from results
+            on_layer("survey", int(step == 1))
+
+    return method.survey(config, over_layers)
 
 
 def stream_layers(
@@ -122,7 +145,6 @@ def stream_layers(
     seed: int = 0,
     exact: bool = False,
     device: str = "cpu",
-    only: Collection[str] | None = None,
 ) -> Iterator[Result]:
     """work(layer) for every parameter in the order of the base, several side by side.
 
@@ -130,26 +152,42 @@ def stream_layers(
         ingredients: checked to fit together.
         work: a pure function; it must keep no tensor of the layer, whose buffers are used again.
         needs: the statistic to read.
-        seed, exact, device, only: as in `merge_layers`.
+        seed, exact, device: as in `merge_layers`.
     """
+    layers = in_pieces(ingredients.base.shapes, None)
+    for (result,) in _stream(ingredients, layers, work, needs=needs, seed=seed, exact=exact, device=device):
+        yield result
+
+
+def _stream(
+    ingredients: Ingredients,
+    layers: Sequence[Pieces],
+    work: Callable[[Layer], Result],
+    *,
+    needs: StatisticKind | None,
+    seed: int,
+    exact: bool,
+    device: str,
+) -> Iterator[list[Result]]:
+    """work(piece) of all pieces of every layer in order, several layers side by side."""
     device = "cpu" if torch.device(device).type == "mps" else device
-    names = [name for name in ingredients.base.shapes if only is None or name in only]
-    make_reader = partial(LayerReader, ingredients, needs, seed=seed, exact=exact, device=device)
+    largest = max((piece.entries for pieces in layers for piece in pieces), default=0)
+    make_reader = partial(LayerReader, ingredients, needs, largest, seed=seed, exact=exact, device=device)
     workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
     of_thread = threading.local()
 
-    def one(index: int) -> Result:
+    def one(index: int) -> list[Result]:
         if not hasattr(of_thread, "reader"):
             of_thread.reader = make_reader()
-        if index + workers < len(names):
-            read_ahead(ingredients.sources(), names[index + workers])
-        return work(of_thread.reader.read(names[index]))
+        if index + workers < len(layers):
+            read_ahead(ingredients.sources(), layers[index + workers][0].name)
+        return [work(of_thread.reader.read(piece)) for piece in layers[index]]
 
     with _pool(workers) as pool:
-        pending: deque[tuple[Future[Result], int]] = deque()
+        pending: deque[tuple[Future[list[Result]], int]] = deque()
         waiting = 0
-        for index, name in enumerate(names):
-            nbytes = 4 * math.prod(ingredients.base.shapes[name])
+        for index, pieces in enumerate(layers):
+            nbytes = 4 * sum(piece.entries for piece in pieces)
             pending.append((pool.submit(one, index), nbytes))
             waiting += nbytes
             # small layers are solved while a large one is: nobody waits for its turn
@@ -159,6 +197,31 @@ def stream_layers(
                 yield future.result()
         for future, _ in pending:
             yield future.result()
+
+
+def _entries(ingredients: Ingredients, method: Method, config: Any, device: str) -> int | None:
+    """Of the pieces that layers come in; None where they come whole: a GPU gains nothing by pieces."""
+    in_parts = all(isinstance(source, PiecewiseSource) for source in (ingredients.base, *ingredients.models))
+    return PIECE if in_parts and method.entrywise(config) and torch.device(device).type != "cuda" else None
+
+
+def _shared(
+    layers: Sequence[Pieces], stream: Callable[[Sequence[Pieces]], Iterator[Result]], team: Team
+) -> Iterator[Result]:
+    """The results of all layers in order, each computed by one of the team."""
+    results = stream(layers[team.rank :: team.count])
+    for _ in range(0, len(layers), team.count):
+        for part in team.gather(list(islice(results, 1))):
+            yield from part
+
+
+def _whole(parts: Sequence[MergedLayer], shapes: Mapping[str, Shape]) -> MergedLayer:
+    """A layer as it is, or put together from pieces."""
+    if len(parts) == 1:
+        return parts[0]
+    name = parts[0].name
+    tensor = torch.cat([part.tensor for part in parts]).view(shapes[name])
+    return MergedLayer(name, tensor, joined([part.report for part in parts], shapes[name]))
 
 
 def tagged_bases(ingredients: Ingredients, rank: int, *, seed: int = 0, exact: bool = False) -> dict[str, TaggedBasis]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hf_epimer.errors import StatisticsError
 from hf_epimer.methods.options import Option, options_of
@@ -128,7 +128,16 @@ class MethodConfig:
         return merge_models(base, tuned, self, statistics)
 
 
-OverLayers: TypeAlias = "Callable[[Callable[[Layer], Any]], Iterable[Any]]"
+class OverLayers(Protocol):
+    """Streams all layers once more."""
+
+    def __call__(self, work: Callable[[Layer], Any], step: int = 1) -> Iterable[Any]:
+        """work(layer) of all, in order, computed side by side.
+
+        Args:
+            work: it keeps no tensor of the layer. A method that looks at entries alone gets large layers in pieces.
+            step: one entry in so many is enough; whoever cannot read them alone gives all.
+        """
 
 
 @dataclass(frozen=True)
@@ -180,8 +189,9 @@ class Method:
         merge: (layer, config, survey result) -> LayerMerge.
         needs: the statistic it wants at its default options.
         needs_with: which one it needs with other options; None if that never changes.
-        survey: (config, over_layers) -> anything; `over_layers(f)` streams all layers once more and gives f(layer) of
-            each, in order, computed side by side.
+        survey: (config, over_layers) -> anything; `over_layers(f)` streams all layers once more.
+        entrywise: whether, with these options, every merged entry follows from that entry of the models and the survey
+            alone: then large layers come in pieces, which are flat.
         does_without: whether it merges, if less well, where some or all tasks have no such statistic.
         calibrates: whether a merge by it is calibrated unless it is asked not to be, or there are no images.
         title: for the page and for people; the name itself where it is empty.
@@ -197,6 +207,7 @@ class Method:
     merge: Callable[[Layer, Any, Any], LayerMerge]
     needs: StatisticKind | None = None
     survey: Callable[[Any, OverLayers], Any] | None = None
+    entrywise: Callable[[Any], bool] = lambda config: False
     needs_with: Callable[[Any], StatisticKind | None] | None = None
     does_without: bool = False
     calibrates: bool = False

@@ -84,6 +84,7 @@ MEAN = Method(
     ),
     MeanConfig,
     merge_mean,
+    entrywise=lambda config: True,
     title="Mean",
     core="both",
 )
@@ -102,6 +103,7 @@ TASK_ARITHMETIC = Method(
     ),
     TaskArithmeticConfig,
     merge_task_arithmetic,
+    entrywise=lambda config: True,
     title="Task arithmetic",
     core="both",
 )
@@ -121,5 +123,6 @@ NAN = Method(
     NANConfig,
     merge_nan,
     survey=survey_norms,
+    entrywise=lambda config: True,
     title="NAN",
 )

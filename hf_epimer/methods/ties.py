@@ -9,8 +9,9 @@ The model-wide threshold is exact; `hf_epimer.numerics.trimming` says how.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_epimer.errors import UsageError
 from hf_epimer.methods.base import Layer, LayerMerge, Method, MethodConfig, OverLayers, Paper
@@ -41,7 +42,11 @@ def survey_thresholds(config: TIESConfig, over_layers: OverLayers) -> Tensor | N
 
     if config.trim == "layer":
         return None
-    return model_thresholds(lambda look: over_layers(lambda layer: look(layer.task_vectors)), config.density)
+
+    def over_task_vectors(look: Callable[[Tensor], Any], step: int) -> Iterable[Any]:
+        return over_layers(lambda layer: look(layer.task_vectors), step)
+
+    return model_thresholds(over_task_vectors, config.density)
 
 
 def merge_ties(layer: Layer, config: TIESConfig, survey: Tensor | None) -> LayerMerge:
@@ -68,6 +73,7 @@ TIES = Method(
     TIESConfig,
     merge_ties,
     survey=survey_thresholds,
+    entrywise=lambda config: config.trim == "model",
     title="TIES",
     core="both",
 )

@@ -134,7 +134,7 @@ def test_one_pass_serves_the_grid(base_state: Tensors, tmp_path: Path, monkeypat
 def test_surveys_take_passes_of_their_own_and_no_statistics(
     base_state: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_epimer.numerics.trimming.STRIDE", 1)  # few entries of so small a model would mislead
+    monkeypatch.setattr("hf_epimer.numerics.trimming.STEP", 1)  # few entries of so small a model would mislead
     tuned = [tiny_state(t + 1, base_state) for t in range(2)]
     _, ingredients = swept(Grid(("ties", "epimer"), (4, 8)).candidates(8), base_state, tuned, tmp_path)
     assert set(ingredients.models[0].reads.values()) == {3}  # type: ignore[attr-defined]

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from hf_epimer.analysis.sweep.grid import Candidate
 from hf_epimer.errors import OutputError
 from hf_epimer.merging.finite import check_merged
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.merging.stream import stream_layers
+from hf_epimer.merging.stream import stream_layers, survey_layers
 from hf_epimer.methods import Layer
 from hf_epimer.methods.statistic import StatisticKind
 from hf_epimer.numerics.subspace import TaggedBasis, capped_rank, task_triples, whitened_basis
@@ -138,8 +137,10 @@ def merge_candidates(
     needs = next((candidate.statistic for candidate in candidates.values() if candidate.statistic), None)
     ranks = sorted({candidate.rank for candidate in candidates.values() if candidate.rank is not None})
     surveys = {
-        number: _survey(ingredients, candidate, seed, exact, device, on_layer)
-        for number, candidate in candidates.items()
+        number: survey_layers(
+            ingredients, each.method, each.config, seed=seed, exact=exact, device=device, on_layer=on_layer
+        )
+        for number, each in candidates.items()
     }
 
     def work(layer: Layer) -> None:
@@ -179,23 +180,3 @@ def largest_rank(shapes: Mapping[str, Shape], tasks: int) -> int:
     """The rank at which every matrix is capped: more directions change nothing."""
     matrices = [(shape[0], shape[1]) for shape in shapes.values() if len(shape) == 2]
     return max([1, *(capped_rank(min(shape), shape, tasks) for shape in matrices)])
-
-
-def _survey(
-    ingredients: Ingredients,
-    candidate: Candidate,
-    seed: int,
-    exact: bool,
-    device: str,
-    on_layer: Callable[[str, int], None],
-) -> Any:
-    """What a method with a survey learns from a pass of its own, or several."""
-    if candidate.method.survey is None:
-        return None
-
-    def over_layers(work: Callable[[Layer], Tensor]) -> Iterator[Tensor]:
-        for result in stream_layers(ingredients, work, candidate.statistic, seed=seed, exact=exact, device=device):
-            yield result
-            on_layer("survey", 1)
-
-    return candidate.method.survey(candidate.config, over_layers)
