@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hf_epimer.plotting import COLOURS, MARKERS, new_figure, tidy
@@ -192,6 +192,7 @@ def accuracy_heatmap(
     values: Mapping[str, Mapping[tuple[int | None, float | None], float]],
     ranks: Sequence[int],
     alphas: Sequence[float],
+    stopped: Collection[tuple[str, int | None, float | None]] = (),
 ) -> Figure:
     """Average accuracy over the grid: one panel per method, rank by alpha, one colour scale for all.
 
@@ -199,18 +200,21 @@ def accuracy_heatmap(
         values: method -> (rank, alpha) -> average accuracy in [0, 1]; None where the method has no rank or no alpha,
             and the number then stands for the whole row or panel.
         ranks, alphas: ascending.
+        stopped: (method, rank, alpha) of those measured on a part of the images; in brackets, and never the best.
     """
     rows = [len({rank for rank, _ in accuracies}) for accuracies in values.values()]
     figure = new_figure(max(6.5, 3.4 + 0.75 * len(alphas)), 1.7 + 0.42 * sum(rows) + 0.42 * len(rows))
     panels = figure.subplots(len(values), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     everything = [value for accuracies in values.values() for value in accuracies.values()]
-    high = 100 * max(everything)
+    whole = {
+        (name, key): value
+        for name, accuracies in values.items()
+        for key, value in accuracies.items()
+        if (name, *key) not in stopped
+    }
+    best, marked = max(whole, key=lambda place: whole[place])
+    high = 100 * whole[best, marked]
     low = max(min(100 * min(everything), high - 1), high - SCALE)
-    best = max(
-        ((value, name) for name, accuracies in values.items() for value in accuracies.values()),
-        key=lambda pair: pair[0],
-    )[1]
-    marked = max(values[best], key=lambda key: values[best][key])
     for axes, (name, accuracies) in zip(panels, values.items()):
         heights: list[int | None] = [rank for rank in ranks if any(key[0] == rank for key in accuracies)] or [None]
         shown = [
@@ -219,12 +223,15 @@ def accuracy_heatmap(
         ]
         image = axes.imshow(shown, cmap="cividis", vmin=low, vmax=high, aspect="auto")
         for y, rank in enumerate(heights):
-            spans = {(x, x): accuracies[rank, alpha] for x, alpha in enumerate(alphas) if (rank, alpha) in accuracies}
-            spans = spans or {(0, len(alphas) - 1): accuracies[rank, None]}
-            for (first, last), value in spans.items():
+            spans: dict[tuple[int | None, float | None], tuple[int, int]] = {
+                (rank, alpha): (x, x) for x, alpha in enumerate(alphas) if (rank, alpha) in accuracies
+            }
+            for key, (first, last) in (spans or {(rank, None): (0, len(alphas) - 1)}).items():
+                value = accuracies[key]
+                number = f"({100 * value:.1f})" if (name, *key) in stopped else f"{100 * value:.1f}"
                 colour = "w" if 100 * value < (low + high) / 2 else "k"
-                axes.text((first + last) / 2, y, f"{100 * value:.1f}", ha="center", va="center", color=colour)
-                if name == best and marked in ((rank, alphas[first]), (rank, None)):
+                axes.text((first + last) / 2, y, number, ha="center", va="center", color=colour)
+                if (name, key) == (best, marked):
                     axes.add_patch(_frame(first, last, y))
         axes.set_yticks(range(len(heights)), ["" if rank is None else str(rank) for rank in heights])
         axes.set_ylabel(name + ("\nrank" if heights != [None] else ""), rotation=0, ha="right", va="center")

@@ -42,6 +42,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per checkpoint")
     parser.add_argument("--limit", type=int, metavar="N", help="validation images per task; default 10%% of training")
+    parser.add_argument(
+        "--stop-hopeless", action="store_true", help="show all images only to settings that are not soon far behind"
+    )
     parser.add_argument("--test", action="store_true", help="also measure the chosen settings on the test splits")
     parser.add_argument("--out", default="sweep", metavar="DIR", help="folder to write; default ./sweep")
     parser.add_argument("--overwrite", action="store_true", help="replace a non-empty --out")
@@ -70,7 +73,15 @@ def _run(namespace: argparse.Namespace) -> None:
     from hf_epimer.plotting import MISSING
 
     with progress_bar(namespace.quiet or namespace.json) as progress:
-        found = sweep(recipe, grid, namespace.out, progress, limit=namespace.limit, test=namespace.test)
+        found = sweep(
+            recipe,
+            grid,
+            namespace.out,
+            progress,
+            limit=namespace.limit,
+            stop_hopeless=namespace.stop_hopeless,
+            test=namespace.test,
+        )
     if namespace.json:
         print(json.dumps({"out": str(found.out), "pictures": found.pictures, **found.to_json()}))
     else:
@@ -84,8 +95,10 @@ def _print_report(found: SweepReport) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    images = sum(own.samples for own in found.rows[0].tasks.values())
+    images = sum(found.samples.values())
     title = f"{len(found.rows)} settings on {images} validation images of {len(found.splits)} tasks"
+    if found.stopped:
+        title += f", {len(found.stopped)} of them stopped early: {found.spared:.0%} of the work spared"
     table = Table(title=title, title_justify="left", box=None)
     console = Console(highlight=False, soft_wrap=True)
     # what does not fit beside the rest is left to sweep.md

@@ -100,29 +100,6 @@ def test_accuracies_are_those_of_the_merged_folders(clip_zoo: Path, run: Run, tm
         }
 
 
-def test_pictures_are_decoded_once_in_bounded_memory(clip_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_epimer.tasks import images as data
-
-    decoded: list[int] = []
-    original = data.decode
-    monkeypatch.setattr(data, "decode", lambda value: decoded.append(1) or original(value))
-    grid = Grid(("mean", "task-arithmetic"), alphas=(0.1, 0.3, 0.5, 0.7))
-    whole = sweep(recipe(clip_zoo), grid, "whole")
-    assert len(decoded) == 8
-    monkeypatch.setattr(validation, "MEMORY_FOR_PIXELS", 1)
-    original_measure, loads = validation.measure, []
-
-    def measure(model: Any, samples: Any, loaders: Any, **named: Any) -> Any:
-        noted = [lambda load=load: loads.append(1) or load() for load in loaders]
-        return original_measure(model, samples, noted, batch_size=3, **named)
-
-    monkeypatch.setattr(sweeping, "measure", measure)
-    parts = sweep(recipe(clip_zoo), grid, "parts")
-    assert len(decoded) == 16
-    assert len(loads) == 2 * len(parts.rows) * 2  # tasks, settings, batches that had to be let go
-    assert [row.tasks for row in parts.rows] == [row.tasks for row in whole.rows]
-
-
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 

@@ -14,11 +14,8 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
-import torch
-from torch import Tensor
-
+from hf_epimer.analysis.sweep.bench import Bench
 from hf_epimer.analysis.sweep.candidates import (
     TaskVectorFile,
     group_candidates,
@@ -26,17 +23,16 @@ from hf_epimer.analysis.sweep.candidates import (
     merge_candidates,
     task_vector_file,
 )
+from hf_epimer.analysis.sweep.files import write_report
 from hf_epimer.analysis.sweep.grid import Candidate, Grid, Setting, config_of
-from hf_epimer.analysis.sweep.report import REPORT, Row, SweepReport, best_rows, write_report
-from hf_epimer.analysis.sweep.validation import check_disjoint, measure, validation_samples
+from hf_epimer.analysis.sweep.report import REPORT, SweepReport, best_rows
+from hf_epimer.analysis.sweep.stopping import SHARES
+from hf_epimer.analysis.sweep.validation import check_disjoint, validation_samples
 from hf_epimer.checkpoints.folders import atomic_folder
 from hf_epimer.curvature.request import CurvatureRequest
 from hf_epimer.errors import UsageError
-from hf_epimer.evaluation.results import TaskResult
-from hf_epimer.merging.finite import stored_as
 from hf_epimer.merging.inputs import Ingredients
-from hf_epimer.models.head import check_head, classifier_for
-from hf_epimer.models.loading import load_tower
+from hf_epimer.models.head import check_head
 from hf_epimer.models.source import PROCESSOR_FILES
 from hf_epimer.pipeline.inputs import fetch, open_inputs
 from hf_epimer.pipeline.output import dtype_of
@@ -57,6 +53,7 @@ def sweep(
     progress: Progress = lambda stage, done, total: None,
     *,
     limit: int | None = None,
+    stop_hopeless: bool = False,
     test: bool = False,
 ) -> SweepReport:
     """Try every setting of a grid on the tasks of the checkpoints, and say which one is best.
@@ -67,6 +64,8 @@ def sweep(
         out: folder to write; a non-empty one is refused unless `recipe.overwrite`.
         progress: called as by `hf_epimer.merge`.
         limit: validation images per task, of a tenth of the training split.
+        stop_hopeless: show the first quarter of every task's validation images to all settings, the second quarter and
+            the second half only to those that are not yet far behind (`stopping.py`).
         test: measure the chosen settings on the test splits, too.
 
     Raises:
@@ -97,8 +96,8 @@ def sweep(
             _merge_all(plans, ingredients, candidates, stored, progress)
             seconds["merging"] = time.monotonic() - started - seconds["preparing"]
             dtype = dtype_of(plan, ingredients[0].base)
-            bench = _Bench(plan, stored, settings, dtype, progress)
-            rows = bench.measure(list(settings), data, "validating")
+            bench = Bench(plan, stored, settings, dtype, progress)
+            rows = bench.measure(list(settings), data, "validating", SHARES if stop_hopeless else ())
             best = best_rows(rows)
             wanted = dict.fromkeys(row.setting for by_criterion in best.values() for row in by_criterion.values())
             tested = bench.measure(list(wanted), unseen, "testing") if test else []
@@ -116,6 +115,7 @@ def sweep(
             seed=recipe.seed,
             splits={name: (samples.task.train_split, before) for name, (samples, before) in chosen.items()},
             rows=tuple(rows),
+            stop_hopeless=stop_hopeless,
             best=best,
             test=tuple(tested),
             commands=_commands(plans, candidates, {setting: settings[setting] for setting in wanted}),
@@ -185,59 +185,6 @@ def _merge_all(
             device=plan.recipe.device,
             on_layer=lambda stage, done: progress("merging" if stage == "merge" else "surveying", done, total),
         )
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-
-class _Bench:
-    """One tower into which every setting's weights are put in turn."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        stored: TaskVectorFile,
-        settings: Mapping[Setting, int],
-        dtype: torch.dtype,
-        progress: Progress,
-    ) -> None:
-        self.tuned_on, self.stored, self.settings, self.dtype, self.progress = (
-            plan.tuned_on,
-            stored,
-            settings,
-            dtype,
-            progress,
-        )
-        self.device, self.home = plan.recipe.device, plan.base
-        self.tower = load_tower(plan.base.folder_with_tokenizer())
-        self.base: dict[str, Tensor] = {}
-
-    def measure(self, settings: Sequence[Setting], data: Mapping[str, Samples], stage: str) -> list[Row]:
-        """Every setting on every task."""
-        total = len(settings) * sum(map(len, data.values()))
-        self.progress(stage, 0, total)
-        results: dict[str, list[TaskResult]] = {}
-        for task, tuned in self.tuned_on:
-            model = classifier_for(self.tower, tuned, self.home, task, data[task.name].class_names).to(self.device)
-            parameters = model.tower_parameters()
-            self.base = self.base or {name: value.detach().clone() for name, value in parameters.items()}
-            loaders = [partial(self._load, parameters, setting) for setting in settings]
-            results[task.name] = measure(
-                model, data[task.name], loaders, on_images=lambda count: self.progress(stage, count, total)
-            )
-        return [
-            Row(setting, {task: accuracies[number] for task, accuracies in results.items()})
-            for number, setting in enumerate(settings)
-        ]
-
-    @torch.no_grad()
-    def _load(self, parameters: Mapping[str, torch.nn.Parameter], setting: Setting) -> None:
-        """theta_0 + alpha tau, rounded as `merge` would store it."""
-        alpha = 1.0 if setting.alpha is None else setting.alpha
-        for name in self.stored.shapes:
-            step = self.stored.read(self.settings[setting], name).to(parameters[name].device)
-            merged = torch.add(self.base[name], step, alpha=alpha)
-            parameters[name].copy_(stored_as(merged, self.dtype, f"{setting}: {name}"))
 
 
 # --- what is said of it ---------------------------------------------------------------------------------------------
