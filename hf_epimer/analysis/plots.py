@@ -241,6 +241,7 @@ def accuracy_heatmap(
     panels[-1].set_xlabel("alpha, the scale of the merged task vector")
     clipped = 100 * min(everything) < low
     label = "average accuracy on validation images (%)"
+    label += "\nin brackets: stopped on a part of them" if stopped else ""
     figure.colorbar(image, ax=list(panels), label=label, shrink=0.9, extend="min" if clipped else "neither")
     names = ("rank", "alpha")
     where = ", ".join(f"{word} {value:g}" for word, value in zip(names, marked) if value is not None)
