@@ -19,6 +19,7 @@ from hf_epimer.lora import is_adapter, read_adapter
 from hf_epimer.merging.finite import check_weights
 from hf_epimer.models import find_architecture
 from hf_epimer.models.architecture import Architecture, ZeroShot
+from hf_epimer.models.linear import with_fast_products
 from hf_epimer.models.source import (
     LARGEST_PROCESSOR,
     PROCESSOR_FILES,
@@ -57,7 +58,7 @@ def load_tower(folder: str | Path, base: ModelSource | None = None) -> nn.Module
     for name, value in values.items():
         check_weights(value, str(folder), names.get(name, name))
     tower.load_state_dict(values, strict=False, assign=True)  # buffers stay as they were made
-    return tower.eval()
+    return with_fast_products(tower.eval())
 
 
 def load_full(folder: str | Path) -> tuple[nn.Module, ZeroShot]:
@@ -165,7 +166,7 @@ def _load(architecture: Architecture, class_name: str, folder: str | Path) -> An
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors of {class_name} are missing, first {missing[0]!r}")
-    return model.eval()
+    return with_fast_products(model.eval())
 
 
 @contextmanager
