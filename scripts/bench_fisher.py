@@ -75,11 +75,14 @@ def our_pass(name: str, pixels: Any, labels: Any) -> Callable[[], Any]:
     from hf_epimer.curvature.data_pass import Subject, accumulate
     from hf_epimer.models.classifier import Classifier, ZeroShotHead
     from hf_epimer.models.clip import CLIP
+    from hf_epimer.models.linear import with_fast_products
     from hf_epimer.numerics.subspace import TaggedBasis, capped_rank
     from hf_epimer.tasks.images import Batch
 
     projection, head = torch.randn(512, 768), torch.randn(CLASSES, 512)
-    model = Classifier(vision_model(), CLIP, ZeroShotHead(projection, head, torch.tensor(4.6)), None).eval()
+    # ours run on towers as `load_tower` makes them, what they are compared with on those of transformers
+    tower = vision_model() if name in ("step", "vmap(grad)") else with_fast_products(vision_model())
+    model = Classifier(tower, CLIP, ZeroShotHead(projection, head, torch.tensor(4.6)), None).eval()
     accelerator = Accelerator(cpu=pixels.device.type == "cpu")
     model.to(pixels.device)
     on_device = labels.to(pixels.device)

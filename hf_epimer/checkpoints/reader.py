@@ -160,8 +160,13 @@ class Checkpoint:
     def copy_piece_to(self, name: str, piece: slice, out: Tensor) -> None:
         _, stored, file = self._places[name]
         as_stored = self.dtypes[name] == FORMATS.get(out.dtype) and out.is_contiguous() and out.device.type == "cpu"
-        if not as_stored or piece.step != 1 or not hasattr(os, "preadv"):
+        if not as_stored or not hasattr(os, "preadv"):
             out.copy_(self.tensor(name).flatten()[piece].view(out.shape))
+            return
+        if piece.step != 1:  # a mapped file would be in memory as a whole
+            between = out.new_empty(piece.stop - piece.start)
+            self.copy_piece_to(name, slice(piece.start, piece.stop, 1), between)
+            out.copy_(between[:: piece.step].view(out.shape))
             return
         with _readable(self.label, file):
             skipped = piece.start * out.element_size()

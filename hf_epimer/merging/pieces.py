@@ -42,16 +42,11 @@ Pieces = Sequence[Piece]
 """Pieces of one parameter, in order."""
 
 
-def in_pieces(shapes: Mapping[str, Shape], entries: int | None) -> list[Pieces]:
-    """Every parameter in pieces of so many entries; None leaves it whole."""
-    return [_pieces(name, shape, math.prod(shape), entries) for name, shape in shapes.items()]
+def in_pieces(shapes: Mapping[str, Shape], entries: int | None, step: int = 1) -> list[Pieces]:
+    """Every parameter in pieces of so many entries, or of one in `step` of them; None leaves it whole."""
+    return [_pieces(name, shape, math.prod(shape), entries, step) for name, shape in shapes.items()]
 
 
-def sampled(shapes: Mapping[str, Shape], step: int) -> list[Pieces]:
-    """Of every parameter one entry in so many."""
-    return [[Piece(name, shape, 0, math.prod(shape), step)] for name, shape in shapes.items()]
-
-
-def _pieces(name: str, shape: Shape, size: int, entries: int | None) -> Pieces:
-    step = max(1, entries or size)
-    return [Piece(name, shape, start, min(start + step, size)) for start in range(0, max(1, size), step)]
+def _pieces(name: str, shape: Shape, size: int, entries: int | None, step: int) -> Pieces:
+    length = max(1, entries or size)
+    return [Piece(name, shape, start, min(start + length, size), step) for start in range(0, max(1, size), length)]

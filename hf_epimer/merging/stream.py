@@ -26,7 +26,7 @@ from hf_epimer.checkpoints.reader import PiecewiseSource
 from hf_epimer.merging.finite import check_merged, stored_as
 from hf_epimer.merging.inputs import Ingredients
 from hf_epimer.merging.layer_reader import LayerReader, read_ahead
-from hf_epimer.merging.pieces import PIECE, Pieces, in_pieces, sampled
+from hf_epimer.merging.pieces import PIECE, Pieces, in_pieces
 from hf_epimer.merging.report import LayerReport, joined
 from hf_epimer.methods import Layer, Method
 from hf_epimer.methods.basis import layer_basis
@@ -128,7 +128,7 @@ def survey_layers(
     entries = _entries(ingredients, method, config, device)
 
     def over_layers(work: Callable[[Layer], Result], step: int = 1) -> Iterator[Result]:
-        layers = sampled(shapes, step) if step > 1 and entries else in_pieces(shapes, entries)
+        layers = in_pieces(shapes, entries, step if entries else 1)
         found = stream(layers, work) if team is None else _shared(layers, partial(stream, work=work), team)
         for results in found:
             yield from results

@@ -20,6 +20,7 @@ from hf_epimer.merging.finite import check_weights
 from hf_epimer.models import find_architecture
 from hf_epimer.models.architecture import Architecture, ZeroShot
 from hf_epimer.models.linear import with_fast_products
+from hf_epimer.models.memory import keep_freed_memory
 from hf_epimer.models.source import (
     LARGEST_PROCESSOR,
     PROCESSOR_FILES,
@@ -44,6 +45,7 @@ def load_tower(folder: str | Path, base: ModelSource | None = None) -> nn.Module
         CheckpointError: of an unknown family, damaged, or a tensor is missing.
         MismatchError: it holds other tensors than its config.json promises.
     """
+    keep_freed_memory()
     if base is not None and is_adapter([path.name for path in Path(folder).iterdir()]):
         return _load_adapted(Path(folder), base.folder_with_tokenizer())
     source = resolve_model(ModelRef(str(Path(folder).absolute())))
