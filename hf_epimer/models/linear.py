@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_epimer.numerics.product import product
+from hf_epimer.numerics.product import by_onednn, product
 
 
 def with_fast_products(module: nn.Module) -> nn.Module:
-    """The module itself, whose linear layers multiply by `product` where they are in float32 on a processor."""
+    """The module itself, whose linear layers multiply by `product` where that is not torch's own way."""
     for each in module.modules():
         if type(each) is nn.Linear:
             each.__class__ = _FastLinear  # keeps parameters, names and hooks as they are
@@ -23,7 +23,7 @@ def with_fast_products(module: nn.Module) -> nn.Module:
 
 class _FastLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype != torch.float32 or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if not by_onednn(input) or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         rows: Tensor = _Product.apply(input.reshape(-1, self.in_features), self.weight)
         output = rows.view(*input.shape[:-1], self.out_features)

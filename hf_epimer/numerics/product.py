@@ -27,7 +27,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         m x p.
     """
-    if a.numel() * b.shape[1] < _LARGE or not _by_onednn(a):
+    if a.numel() * b.shape[1] < _LARGE or not by_onednn(a):
         return a @ b
     return linear(a.to_mkldnn(), b.mT.contiguous()).to_dense()
 
@@ -54,7 +54,8 @@ def mirror(total: Tensor) -> Tensor:
     return total
 
 
-def _by_onednn(like: Tensor) -> bool:
+def by_onednn(like: Tensor) -> bool:
+    """Whether large products of such tensors are left to oneDNN."""
     return (
         like.dtype == torch.float32
         and like.device.type == "cpu"
