@@ -92,7 +92,7 @@ def merge_layers(
         NumericalError: a merged tensor is not finite, or does not fit into `dtype`.
     """
     how: dict[str, Any] = {"seed": seed, "exact": exact, "device": device}
-    survey = survey_layers(ingredients, method, config, **how, team=team, on_layer=on_layer)
+    survey = survey_layers(ingredients, method, config, on_layer, **how, team=team)
     shapes = ingredients.base.shapes
     dtypes = {name: dtype or ingredients.base.tensor(name).dtype for name in shapes}
 
@@ -110,12 +110,12 @@ def survey_layers(
     ingredients: Ingredients,
     method: Method,
     config: Any,
+    on_layer: Callable[[str, int], None],
     *,
-    seed: int = 0,
-    exact: bool = False,
-    device: str = "cpu",
+    seed: int,
+    exact: bool,
+    device: str,
     team: Team | None = None,
-    on_layer: Callable[[str, int], None] = lambda stage, layers: None,
 ) -> Any:
     """What a method needs to know of the whole model before it merges the first layer; None if nothing.
 

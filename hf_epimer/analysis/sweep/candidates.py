@@ -137,9 +137,7 @@ def merge_candidates(
     needs = next((candidate.statistic for candidate in candidates.values() if candidate.statistic), None)
     ranks = sorted({candidate.rank for candidate in candidates.values() if candidate.rank is not None})
     surveys = {
-        number: survey_layers(
-            ingredients, each.method, each.config, seed=seed, exact=exact, device=device, on_layer=on_layer
-        )
+        number: survey_layers(ingredients, each.method, each.config, on_layer, seed=seed, exact=exact, device=device)
         for number, each in candidates.items()
     }
 
