@@ -101,7 +101,7 @@ def _histogram(over_layers: OverTaskVectors, step: int) -> Tensor:
     counts = torch.zeros(0)
     for bins in over_layers(look, step):
         if not len(counts):
-            counts = torch.zeros(len(bins), INFINITY >> COARSE, dtype=torch.int32)
+            counts = torch.zeros(len(bins), INFINITY >> COARSE, dtype=torch.int64)
         for row, own in zip(counts, bins.cpu(), strict=True):
             _count(row, own)
     return counts
@@ -109,7 +109,7 @@ def _histogram(over_layers: OverTaskVectors, step: int) -> Tensor:
 
 def _count(counts: Tensor, values: Tensor) -> None:
     """Add how often each value occurs to the counts of 0, 1, .."""
-    counts.scatter_add_(0, values.long(), torch.ones_like(values))
+    counts.scatter_add_(0, values.long(), torch.ones_like(values, dtype=counts.dtype))
 
 
 def _patterns_within(starts: Tensor, over_layers: OverTaskVectors, density: float) -> Tensor | None:
@@ -129,7 +129,7 @@ def _patterns_within(starts: Tensor, over_layers: OverTaskVectors, density: floa
         above = torch.stack([higher for higher, _ in blocks]).sum(0)
         return flat.shape[1], above, [torch.cat(rows) for rows in zip(*(within for _, within in blocks))]
 
-    counts = torch.zeros(len(starts), WINDOW, dtype=torch.int32)
+    counts = torch.zeros(len(starts), WINDOW, dtype=torch.int64)
     above = torch.zeros(len(starts), dtype=torch.int64)
     entries = 0
     for of_layer, higher, within in over_layers(look, 1):
