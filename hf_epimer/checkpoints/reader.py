@@ -201,7 +201,7 @@ class _Descriptor:
         self.file = open(path, "rb")  # noqa: SIM115  (lives as long as the checkpoint)
 
     def read(self, name: str, skipped: int, target: memoryview) -> None:
-        """Fill `target` with the tensor's bytes behind the first ones; safe to call from several threads."""
+        """Fill `target` with the tensor's bytes behind `skipped` of them; safe to call from several threads."""
         place, done = self.start + self.places[name][0] + skipped, 0
         while done < len(target):
             count = os.preadv(self.file.fileno(), [target[done:]], place + done)

@@ -67,8 +67,8 @@ class LayerReader:
 
     def nbytes(self) -> int:
         """Bytes of the buffers, and of eight more tensors of a layer, as many as any method makes (`epimer-core`)."""
-        of_one = self.task_vectors.nbytes // max(1, len(self.task_vectors))
-        return self.task_vectors.nbytes + sum(values.nbytes for values in self.values.values()) + 8 * of_one
+        buffers = (self.base, self.task_vectors, *self.values.values())
+        return sum(buffer.nbytes for buffer in buffers) + 8 * self.base.nbytes
 
     def read(self, piece: Piece) -> Layer:
         name, shape = piece.name, piece.shape if piece.is_whole else (piece.entries,)

@@ -170,7 +170,7 @@ def _stream(
     device: str,
 ) -> Iterator[list[Result]]:
     """work(piece) of all pieces of every layer in order, several layers side by side."""
-    device = "cpu" if torch.device(device).type == "mps" else device
+    device = _solved_on(device)
     largest = max((piece.entries for pieces in layers for piece in pieces), default=0)
     make_reader = partial(LayerReader, ingredients, needs, largest, seed=seed, exact=exact, device=device)
     workers = 1 if device != "cpu" else _workers(make_reader().nbytes())
@@ -199,10 +199,15 @@ def _stream(
             yield future.result()
 
 
+def _solved_on(device: str) -> str:
+    """The device that layers of a merge on this one are solved on."""
+    return "cpu" if torch.device(device).type == "mps" else device
+
+
 def _entries(ingredients: Ingredients, method: Method, config: Any, device: str) -> int | None:
     """Of the pieces that layers come in; None where they come whole: a GPU gains nothing by pieces."""
     in_parts = all(isinstance(source, PiecewiseSource) for source in (ingredients.base, *ingredients.models))
-    return PIECE if in_parts and method.entrywise(config) and torch.device(device).type != "cuda" else None
+    return PIECE if in_parts and method.entrywise(config) and _solved_on(device) == "cpu" else None
 
 
 def _shared(

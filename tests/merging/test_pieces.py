@@ -28,12 +28,8 @@ class Whole:
     """A source that gives whole tensors only."""
 
     def __init__(self, source: TensorSource) -> None:
-        self.label, self.shapes, self.tensor, self.copy_to = (
-            source.label,
-            source.shapes,
-            source.tensor,
-            source.copy_to,
-        )
+        self.label, self.shapes = source.label, source.shapes
+        self.tensor, self.copy_to = source.tensor, source.copy_to
 
 
 def merged(method: str, sources: list[TensorSource], **options: Any) -> tuple[StateDict, list[LayerReport]]:
