@@ -25,7 +25,7 @@ class LayerReader:
     Args:
         ingredients: checked to fit together.
         needs: the statistic to read; there is none of a piece.
-        largest: entries of what will be read at once, at most; None for those of the largest layer.
+        largest: entries of what will be read at once, at most.
         seed, exact, device: as in `merge_layers`.
     """
 
@@ -33,7 +33,7 @@ class LayerReader:
         self,
         ingredients: Ingredients,
         needs: StatisticKind | None,
-        largest: int | None = None,
+        largest: int,
         *,
         seed: int,
         exact: bool,

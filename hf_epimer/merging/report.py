@@ -70,8 +70,6 @@ class LayerReport:
 
 def joined(parts: Sequence[LayerReport], shape: Shape) -> LayerReport:
     """The report of one parameter that was merged in pieces, entry by entry: its norms are all there is to say."""
-    if len(parts) == 1:
-        return parts[0]
     norms = [part.task_vector_norms or () for part in parts]
     return LayerReport(
         parts[0].name,
